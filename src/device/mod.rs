@@ -1,0 +1,4 @@
+//! Devices and the views of their memory. The only layer that turns addresses into slices.
+
+pub mod host;
+pub mod tensor;

@@ -1,0 +1,12 @@
+//! libkvmgr: the KV cache of an LLM inference engine behind one stable C ABI.
+
+pub mod device;
+pub mod dtype;
+pub mod error;
+pub mod evictor;
+pub mod quantizer;
+pub mod registry;
+pub mod shape;
+pub mod simd;
+pub mod spec;
+pub mod store;

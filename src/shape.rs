@@ -1,0 +1,175 @@
+//! The numbers that describe a model, a block and a lane. Plain data, no behaviour beyond checks.
+
+use crate::error::{Result, ensure};
+
+/// The attention shape of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelShape {
+    /// Layers that hold keys and values, at least 1.
+    pub num_layers: usize,
+    /// Query heads of a layer, a multiple of `num_kv_heads`.
+    pub num_q_heads: usize,
+    /// Key/value heads of a layer, at least 1.
+    pub num_kv_heads: usize,
+    /// Elements of one key and of one value vector, 1 to 1024.
+    pub head_dim: usize,
+}
+
+/// Largest head dimension that any kernel accepts.
+pub const MAX_HEAD_DIM: usize = 1024;
+/// Largest number of tokens in a block.
+pub const MAX_BLOCK_SIZE: usize = 1024;
+
+impl ModelShape {
+    /// Query heads that share one key/value head.
+    pub const fn group(&self) -> usize {
+        self.num_q_heads / self.num_kv_heads
+    }
+
+    /// Checks every documented range.
+    pub fn validate(&self) -> Result<()> {
+        let Self { num_layers, num_q_heads, num_kv_heads, head_dim } = *self;
+        let range = |name: &str, value: usize, max: usize| {
+            ensure!(
+                (1..=max).contains(&value),
+                InvalidArgument,
+                "{name} is {value}, must be in 1..={max}"
+            );
+            Ok(())
+        };
+        range("num_layers", num_layers, 4096)?;
+        range("num_kv_heads", num_kv_heads, 4096)?;
+        range("num_q_heads", num_q_heads, 65536)?;
+        range("head_dim", head_dim, MAX_HEAD_DIM)?;
+        ensure!(
+            num_q_heads.is_multiple_of(num_kv_heads),
+            InvalidArgument,
+            "num_q_heads is {num_q_heads}, must be a multiple of num_kv_heads {num_kv_heads}"
+        );
+        Ok(())
+    }
+}
+
+/// What one block table of a sequence covers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum LaneWidth {
+    /// One table for all layers and heads: the plain paged layout.
+    Sequence,
+    /// One table for each layer.
+    Layer,
+    /// One table for each layer and KV head: real ragged memory.
+    Head,
+}
+
+impl LaneWidth {
+    /// Lanes of a sequence of a model of this shape.
+    pub const fn num_lanes(self, shape: &ModelShape) -> usize {
+        match self {
+            Self::Sequence => 1,
+            Self::Layer => shape.num_layers,
+            Self::Head => shape.num_layers * shape.num_kv_heads,
+        }
+    }
+
+    /// Cells in each block: the (layer, KV head) pairs whose rows one block holds.
+    pub const fn cells(self, shape: &ModelShape) -> usize {
+        shape.num_layers * shape.num_kv_heads / self.num_lanes(shape)
+    }
+
+    /// The lane that holds `(layer, kv_head)` and the cell inside a block of this lane.
+    pub const fn locate(self, shape: &ModelShape, layer: usize, kv_head: usize) -> (usize, usize) {
+        let heads = shape.num_kv_heads;
+        match self {
+            Self::Sequence => (0, layer * heads + kv_head),
+            Self::Layer => (layer, kv_head),
+            Self::Head => (layer * heads + kv_head, 0),
+        }
+    }
+}
+
+/// Which elements of a head RoPE pairs with each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RopeStyle {
+    /// Pairs `(i, i + dims/2)`: Hugging Face `rotate_half`, ggml NEOX.
+    Half,
+    /// Pairs `(2i, 2i + 1)`: the original RoFormer, ggml NORM.
+    Interleaved,
+}
+
+/// Rotary position embedding: pair `i` turns by `position * inv_freq[i]` radians.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// Which elements form a pair.
+    pub style: RopeStyle,
+    /// One frequency for each pair; twice its length is the number of rotated elements.
+    pub inv_freq: Vec<f32>,
+}
+
+impl Rope {
+    /// The usual frequencies `base^(-2i/dims)`.
+    pub fn new(style: RopeStyle, dims: usize, base: f32) -> Self {
+        let freq = |i: usize| f64::from(base).powf(-2.0 * i as f64 / dims as f64) as f32;
+        Self { style, inv_freq: (0..dims / 2).map(freq).collect() }
+    }
+
+    /// Turns `row` by `delta` positions in place, in f64 angles: a key at `p` becomes the key at
+    /// `p + delta`.
+    pub fn rotate(&self, row: &mut [f32], delta: i32) {
+        let half = self.inv_freq.len();
+        for (i, &freq) in self.inv_freq.iter().enumerate() {
+            let (a, b) = match self.style {
+                RopeStyle::Half => (i, i + half),
+                RopeStyle::Interleaved => (2 * i, 2 * i + 1),
+            };
+            let (sin, cos) = (f64::from(delta) * f64::from(freq)).sin_cos();
+            let (sin, cos) = (sin as f32, cos as f32);
+            let (x, y) = (row[a], row[b]);
+            row[a] = x * cos - y * sin;
+            row[b] = x * sin + y * cos;
+        }
+    }
+}
+
+/// What a pipeline must observe, or what an engine can hand over: a set of bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Needs(pub u32);
+
+impl Needs {
+    /// Nothing.
+    pub const NONE: Self = Self(0);
+    /// The cached keys.
+    pub const KEYS: Self = Self(1);
+    /// The cached values.
+    pub const VALUES: Self = Self(1 << 1);
+    /// The last `w` queries of each head, after RoPE.
+    pub const QUERY_WINDOW: Self = Self(1 << 2);
+    /// Attention probabilities summed over queries, one number for each cached token.
+    pub const COLUMN_SUM: Self = Self(1 << 3);
+    /// The rotation parameters of the model.
+    pub const ROPE: Self = Self(1 << 4);
+
+    const NAMES: [(Self, &'static str); 5] = [
+        (Self::KEYS, "KEYS"),
+        (Self::VALUES, "VALUES"),
+        (Self::QUERY_WINDOW, "QUERY_WINDOW"),
+        (Self::COLUMN_SUM, "COLUMN_SUM"),
+        (Self::ROPE, "ROPE"),
+    ];
+
+    /// Both sets together.
+    #[must_use]
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether every bit of `other` is in this set.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// The bits of this set that `other` lacks, by name.
+    pub fn missing_from(self, other: Self) -> Vec<&'static str> {
+        let lacks = |bit: Self| self.contains(bit) && !other.contains(bit);
+        Self::NAMES.iter().filter(|(bit, _)| lacks(*bit)).map(|(_, name)| *name).collect()
+    }
+}
