@@ -1,5 +1,7 @@
 //! The numbers that describe a model, a block and a lane. Plain data, no behaviour beyond checks.
 
+use std::ops::Range;
+
 use crate::error::{Result, ensure};
 
 /// The attention shape of a model.
@@ -171,5 +173,68 @@ impl Needs {
     pub fn missing_from(self, other: Self) -> Vec<&'static str> {
         let lacks = |bit: Self| self.contains(bit) && !other.contains(bit);
         Self::NAMES.iter().filter(|(bit, _)| lacks(*bit)).map(|(_, name)| *name).collect()
+    }
+}
+
+/// Which tokens of one lane survive: ascending, disjoint, non-adjacent ranges of lane indices.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct KeepSet {
+    ranges: Vec<Range<usize>>,
+}
+
+impl KeepSet {
+    /// Every index of a lane of `len` tokens.
+    pub fn all(len: usize) -> Self {
+        let mut set = Self::default();
+        set.push_range(0..len);
+        set
+    }
+
+    /// From ascending indices without repeats.
+    pub fn from_indices(indices: impl IntoIterator<Item = usize>) -> Self {
+        let mut set = Self::default();
+        for index in indices {
+            set.push_range(index..index + 1);
+        }
+        set
+    }
+
+    /// Appends a range that starts at or after the end of the last one.
+    pub fn push_range(&mut self, range: Range<usize>) {
+        if range.is_empty() {
+            return;
+        }
+        match self.ranges.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            last => {
+                assert!(last.is_none_or(|last| last.end < range.start), "ranges must ascend");
+                self.ranges.push(range);
+            }
+        }
+    }
+
+    /// The ranges.
+    pub fn ranges(&self) -> &[Range<usize>] {
+        &self.ranges
+    }
+
+    /// Indices in the set.
+    pub fn len(&self) -> usize {
+        self.ranges.iter().map(ExactSizeIterator::len).sum()
+    }
+
+    /// Whether nothing survives.
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
+    /// The end of the last range: a lane must be at least this long.
+    pub fn end(&self) -> usize {
+        self.ranges.last().map_or(0, |range| range.end)
+    }
+
+    /// The indices in ascending order.
+    pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        self.ranges.iter().cloned().flatten()
     }
 }

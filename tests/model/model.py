@@ -30,10 +30,10 @@ def rope_frequencies(cfg):
     return cfg.theta ** (-torch.arange(0, cfg.head_dim, 2).double() / cfg.head_dim)
 
 
-def rope_table(cfg, length):
+def rope_table(cfg, length, dtype=torch.float32):
     """(cos, sin), each [length, head_dim/2]."""
     angles = torch.arange(length).double()[:, None] * rope_frequencies(cfg)[None]
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
@@ -95,6 +95,12 @@ class Model(nn.Module):
         for block in self.blk:
             x = block(x, cos, sin)
         return self.output(self.output_norm(x))
+
+    def to_double(self):
+        """Switch to float64, with rotary tables that are exact to match."""
+        self.double()
+        self.cos, self.sin = rope_table(self.cfg, self.cfg.context, torch.float64)
+        return self
 
 
 # --------------------------------------------------------------------------
