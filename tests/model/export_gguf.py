@@ -107,6 +107,7 @@ def write_reference(path, gguf_path, heldout):
     save_file({"tokens": tokens, "logits": logits.float().numpy()}, str(path), metadata={
         "about": f"logits at the last {REFERENCE_LAST} positions, computed in float64",
         "gguf_sha256": hashlib.sha256(gguf_path.read_bytes()).hexdigest()})
+    path.chmod(0o644)           # the safetensors package writes it as 0600
 
 
 def main():
