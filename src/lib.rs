@@ -1,5 +1,6 @@
 //! libkvmgr: the KV cache of an LLM inference engine behind one stable C ABI.
 
+pub mod block;
 pub mod device;
 pub mod dtype;
 pub mod error;
