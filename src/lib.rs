@@ -1,12 +1,14 @@
 //! libkvmgr: the KV cache of an LLM inference engine behind one stable C ABI.
 
 pub mod block;
+pub mod cache;
 pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod evictor;
 pub mod quantizer;
 pub mod registry;
+pub mod sequence;
 pub mod shape;
 pub mod simd;
 pub mod spec;

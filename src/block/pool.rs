@@ -116,7 +116,12 @@ impl BlockPool {
     /// Appends `n` blocks with one reference each to `out`, or none at all.
     pub fn allocate(&mut self, n: usize, out: &mut Vec<BlockId>) -> Result<()> {
         let free = self.free.len();
-        ensure!(n <= free, OutOfBlocks, "need {n} blocks, {free} of {} are free", self.num_blocks());
+        ensure!(
+            n <= free,
+            OutOfBlocks,
+            "need {n} blocks, {free} of {} are free",
+            self.num_blocks()
+        );
         for id in self.free.drain(free - n..).rev() {
             self.blocks[id as usize] = Block { refs: 1, holders: 0, sibling: NONE, cached: false };
             out.push(BlockId(id));
@@ -348,7 +353,8 @@ mod tests {
         let mut held = Vec::new();
         pool.hold(chain[0], &mut held);
         free(&mut pool, 1);
-        let order: Vec<_> = std::iter::from_fn(|| evict(&mut pool)).map(|digest| digest[0]).collect();
+        let order: Vec<_> =
+            std::iter::from_fn(|| evict(&mut pool)).map(|digest| digest[0]).collect();
         assert_eq!(order, [2, 1, 0]);
     }
 

@@ -1,0 +1,84 @@
+//! What a cache is made from.
+
+use crate::dtype::DType;
+use crate::error::{Result, ensure};
+use crate::shape::{LaneWidth, MAX_BLOCK_SIZE, ModelShape, Rope};
+
+use super::Format;
+
+/// Everything a cache needs to know. Fixed for its life.
+#[derive(Debug, Clone)]
+pub struct CacheConfig {
+    /// The attention shape of the model.
+    pub shape: ModelShape,
+    /// Tokens of a block, 1 to 1024.
+    pub block_size: usize,
+    /// What one block table covers.
+    pub lane_width: LaneWidth,
+    /// Blocks, 1 to 2^32 - 2.
+    pub num_blocks: usize,
+    /// Bytes of block memory; 0 for `num_blocks` open blocks.
+    pub memory_limit: usize,
+    /// The formats of the memory; `None` for bookkeeping without memory.
+    pub memory: Option<MemoryFormats>,
+    /// The spec of the evictor.
+    pub evictor: String,
+    /// The operator's secret that separates prefix indexes.
+    pub salt: u64,
+    /// Whether full blocks are shared and kept by prefix.
+    pub prefix: bool,
+    /// How the model rotates queries and keys, if the caller told.
+    pub rope: Option<Rope>,
+}
+
+/// The formats of a cache with memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryFormats {
+    /// Of open blocks.
+    pub open: DType,
+    /// Quantizer spec of the keys of sealed blocks.
+    pub key: String,
+    /// Quantizer spec of the values of sealed blocks.
+    pub value: String,
+}
+
+impl CacheConfig {
+    /// Lanes of each sequence.
+    pub fn num_lanes(&self) -> usize {
+        self.lane_width.num_lanes(&self.shape)
+    }
+
+    /// Checks every documented range.
+    pub(super) fn validate(&self) -> Result<()> {
+        self.shape.validate()?;
+        ensure!(
+            (1..=MAX_BLOCK_SIZE).contains(&self.block_size),
+            InvalidArgument,
+            "block_size is {}, must be in 1..={MAX_BLOCK_SIZE}",
+            self.block_size
+        );
+        ensure!(
+            (1..u32::MAX as usize).contains(&self.num_blocks),
+            InvalidArgument,
+            "num_blocks is {}, must be in 1..{}",
+            self.num_blocks,
+            u32::MAX
+        );
+        if let Some(rope) = &self.rope {
+            let (dims, head_dim) = (2 * rope.inv_freq.len(), self.shape.head_dim);
+            ensure!(
+                dims > 0 && dims <= head_dim,
+                InvalidArgument,
+                "rope_dims is {dims}, must be in 2..={head_dim} (head_dim)"
+            );
+        }
+        Ok(())
+    }
+
+    /// Text that tells apart prefixes whose bytes could not be exchanged.
+    pub(super) fn scope(&self, formats: &[Format]) -> String {
+        let formats: Vec<_> =
+            formats.iter().map(|format| (format.key.spec(), format.value.spec())).collect();
+        format!("{:?} {:?} {:?} {:?}", self.shape, self.lane_width, formats, self.rope)
+    }
+}

@@ -1,0 +1,416 @@
+//! The cache: blocks with memory behind them. The only writer of block bytes.
+//!
+//! One lock guards the pool, the memory and the table from block to bytes. It is taken for batches
+//! of blocks, never for a token: a sequence keeps views of its blocks and reads and writes through
+//! them without it.
+
+mod config;
+mod format;
+pub mod rows;
+mod slab;
+mod view;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{Mutex, MutexGuard};
+
+pub use config::{CacheConfig, MemoryFormats};
+pub use format::Format;
+pub use view::BlockView;
+
+use self::slab::Slab;
+use crate::block::prefix::{self, Digest};
+use crate::block::{BlockId, BlockPool, EntryId, Released};
+use crate::error::{Result, bail, ensure};
+use crate::evictor;
+use crate::quantizer::{self, Side};
+
+/// Index of the open format in [`Cache::formats`].
+pub const OPEN: usize = 0;
+
+/// Takes the bytes of prefix entries that are about to be reclaimed. Called without any lock.
+pub trait Offload: std::fmt::Debug + Send + Sync {
+    /// `blocks` holds the bytes of the entry's block in every lane, in lane order.
+    fn offload(&self, digest: &Digest, blocks: &[&[u8]]);
+}
+
+/// A block that a sequence refers to: its name and its bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Block {
+    /// The name.
+    pub id: BlockId,
+    /// The bytes; empty in a cache without memory.
+    pub view: BlockView,
+}
+
+/// Blocks with memory, shared by every sequence made from it. Any thread.
+#[derive(Debug)]
+pub struct Cache {
+    config: CacheConfig,
+    formats: Vec<Format>,
+    sealed: usize,
+    root: Digest,
+    offload: Mutex<Option<Arc<dyn Offload>>>,
+    state: Mutex<State>,
+    /// Counters that sequences add to.
+    pub counters: Counters,
+}
+
+/// Monotonic counters.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Tokens committed, over all sequences.
+    pub tokens_appended: AtomicU64,
+    /// (layer, head) rows that policies evicted.
+    pub tokens_evicted: AtomicU64,
+    /// Tokens asked for in prefix matches.
+    pub prefix_query_tokens: AtomicU64,
+    /// Tokens found in prefix matches.
+    pub prefix_hit_tokens: AtomicU64,
+    /// Live sequences.
+    pub num_sequences: AtomicU64,
+}
+
+#[derive(Debug)]
+struct State {
+    pool: BlockPool,
+    slab: Option<Slab>,
+    views: Vec<BlockView>,
+    idle_bytes: usize,
+    peak_bytes: usize,
+}
+
+/// A snapshot of what a cache holds. Bytes are bytes of blocks, as allocated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Blocks in the pool.
+    pub num_blocks: u64,
+    /// Blocks nobody refers to.
+    pub free_blocks: u64,
+    /// Blocks that sequences refer to.
+    pub used_blocks: u64,
+    /// Blocks that only the prefix index refers to.
+    pub idle_blocks: u64,
+    /// Prefix entries.
+    pub prefix_entries: u64,
+    /// Bytes that sequences refer to.
+    pub bytes_used: u64,
+    /// Bytes that only the prefix index refers to.
+    pub bytes_idle: u64,
+    /// Bytes of memory taken from the system.
+    pub bytes_committed: u64,
+    /// Largest `bytes_used` since creation or the last reset.
+    pub bytes_peak: u64,
+    /// Prefix entries reclaimed since creation.
+    pub evictions: u64,
+}
+
+impl Cache {
+    /// Reserves everything the configuration asks for.
+    pub fn new(config: CacheConfig) -> Result<Arc<Self>> {
+        config.validate()?;
+        let (formats, sealed) = Self::make_formats(&config)?;
+        let num_blocks = config.num_blocks;
+        let evictor = evictor::create(&config.evictor, num_blocks)?;
+        let slab = match formats.first() {
+            None => None,
+            Some(open) => {
+                let limit = match config.memory_limit {
+                    0 => num_blocks.saturating_mul(open.block_bytes),
+                    limit => limit,
+                };
+                let sizes: Vec<usize> = formats.iter().map(|format| format.block_bytes).collect();
+                Some(Slab::new(&sizes, limit)?)
+            }
+        };
+        let state = State {
+            pool: BlockPool::new(num_blocks, evictor),
+            slab,
+            views: vec![BlockView::none(); num_blocks],
+            idle_bytes: 0,
+            peak_bytes: 0,
+        };
+        let root = prefix::root(config.block_size, config.salt, config.scope(&formats).as_bytes());
+        Ok(Arc::new(Self {
+            config,
+            formats,
+            sealed,
+            root,
+            offload: Mutex::new(None),
+            state: Mutex::new(state),
+            counters: Counters::default(),
+        }))
+    }
+
+    /// The open format, then the sealed one unless it is the same.
+    fn make_formats(config: &CacheConfig) -> Result<(Vec<Format>, usize)> {
+        let Some(memory) = &config.memory else {
+            return Ok((Vec::new(), OPEN));
+        };
+        let cells = config.lane_width.cells(&config.shape);
+        let make = |key: &str, value: &str| {
+            let key = quantizer::create(key, Side::Key)?;
+            let value = quantizer::create(value, Side::Value)?;
+            Format::new(key, value, cells, config.block_size, config.shape.head_dim)
+        };
+        let open = make(memory.open.name(), memory.open.name())?;
+        let sealed = make(&memory.key, &memory.value)?;
+        let name = |format: &Format| (format.key.spec(), format.value.spec());
+        if name(&open) == name(&sealed) {
+            return Ok((vec![open], OPEN));
+        }
+        Ok((vec![open, sealed], 1))
+    }
+
+    /// What the cache was made from.
+    pub fn config(&self) -> &CacheConfig {
+        &self.config
+    }
+
+    /// Every format a block can be in; [`OPEN`] is the first. Empty without memory.
+    pub fn formats(&self) -> &[Format] {
+        &self.formats
+    }
+
+    /// Index of the format that full blocks are sealed in.
+    pub fn sealed_format(&self) -> usize {
+        self.sealed
+    }
+
+    /// The digest of the empty prefix.
+    pub fn root(&self) -> &Digest {
+        &self.root
+    }
+
+    /// Where the bytes of reclaimed prefix entries go.
+    pub fn set_offload(&self, offload: Option<Arc<dyn Offload>>) {
+        *self.offload.lock() = offload;
+    }
+
+    /// Appends `n` blocks in `format` to `out`, or none. Reclaims idle prefix entries if needed.
+    pub fn allocate(&self, n: usize, format: usize, out: &mut Vec<Block>) -> Result<()> {
+        if n == 0 {
+            return Ok(());
+        }
+        let mut ids = Vec::with_capacity(n);
+        let mut state = self.reclaim(n, format)?;
+        state.pool.allocate(n, &mut ids)?;
+        let start = out.len();
+        for id in ids {
+            let view = match &mut state.slab {
+                None => Some(BlockView::none()),
+                Some(slab) => slab.allocate(format),
+            };
+            let Some(view) = view else {
+                state.pool.release(id);
+                for block in out.drain(start..) {
+                    state.release(block.id);
+                }
+                bail!(OutOfMemory, "no address space is left for a block of format {format}");
+            };
+            state.views[id.0 as usize] = view;
+            out.push(Block { id, view });
+        }
+        state.note_peak();
+        Ok(())
+    }
+
+    /// Reclaims idle entries until `n` blocks of `format` can be allocated under the lock that it
+    /// returns. Their bytes are offloaded without the lock.
+    fn reclaim(&self, n: usize, format: usize) -> Result<MutexGuard<'_, State>> {
+        loop {
+            let mut state = self.state.lock();
+            let has_blocks = state.pool.num_free() >= n;
+            if has_blocks && state.slab.as_ref().is_none_or(|slab| slab.fits(format, n)) {
+                return Ok(state);
+            }
+            let Some((digest, blocks)) = state.pool.begin_eviction() else {
+                let free = state.pool.num_free();
+                ensure!(
+                    has_blocks,
+                    OutOfBlocks,
+                    "need {n} blocks, {free} of {} are free and none is idle",
+                    state.pool.num_blocks()
+                );
+                bail!(OutOfBlocks, "{n} more blocks would exceed the memory limit");
+            };
+            let views: Vec<_> = blocks.iter().map(|id| state.views[id.0 as usize]).collect();
+            drop(state);
+            if let Some(offload) = self.offload.lock().clone() {
+                let bytes: Vec<_> = views.iter().map(|view| view.read(0..view.len())).collect();
+                offload.offload(&digest, &bytes);
+            }
+            self.state.lock().finish_eviction(&blocks);
+        }
+    }
+
+    /// Adds a reference to each block.
+    pub fn retain(&self, ids: impl IntoIterator<Item = BlockId>) {
+        let mut state = self.state.lock();
+        for id in ids {
+            let was_idle = state.pool.retain(id);
+            state.count_hold(id, was_idle);
+        }
+        state.note_peak();
+    }
+
+    /// Drops a reference to each block and a hold on each entry, both last first.
+    pub fn release(
+        &self,
+        ids: impl DoubleEndedIterator<Item = BlockId>,
+        entries: impl DoubleEndedIterator<Item = EntryId>,
+    ) {
+        let mut state = self.state.lock();
+        entries.rev().for_each(|entry| state.pool.unhold(entry));
+        ids.rev().for_each(|id| state.release(id));
+    }
+
+    /// Adds a hold on each entry; a fork shares its parent's.
+    pub fn hold(&self, entries: impl IntoIterator<Item = EntryId>) {
+        let mut state = self.state.lock();
+        let mut held = Vec::new();
+        for entry in entries {
+            held.clear();
+            state.pool.hold(entry, &mut held);
+            // The fork refers to the blocks through its own lanes already.
+            for (id, was_idle) in &held {
+                state.count_hold(*id, *was_idle);
+                state.release(*id);
+            }
+        }
+    }
+
+    /// Whether anybody else refers to `block`.
+    pub fn is_shared(&self, block: BlockId) -> bool {
+        self.state.lock().pool.refs(block) > 1
+    }
+
+    /// Gives `block`, which nobody else refers to, other bytes in the format `format`; `fill`
+    /// writes them while the old ones can still be read. `None`, and no change, if the block is
+    /// shared or no memory is left.
+    pub fn replace(
+        &self,
+        block: Block,
+        format: usize,
+        fill: impl FnOnce(&BlockView),
+    ) -> Option<BlockView> {
+        let target = {
+            let mut state = self.state.lock();
+            if state.pool.refs(block.id) > 1 {
+                return None;
+            }
+            state.slab.as_mut()?.allocate(format)?
+        };
+        fill(&target);
+        let mut state = self.state.lock();
+        state.views[block.id.0 as usize] = target;
+        if let Some(slab) = &mut state.slab {
+            slab.free(block.view);
+        }
+        state.note_peak();
+        Some(target)
+    }
+
+    /// Makes one block for each lane the entry for `digest`. See [`BlockPool::register`].
+    pub fn register(&self, digest: &Digest, blocks: &[BlockId]) -> Option<EntryId> {
+        self.state.lock().pool.register(digest, blocks)
+    }
+
+    /// Finds the entry for `digest` and holds it: its blocks, in lane order, are appended to `out`
+    /// with a reference each.
+    pub fn find(&self, digest: &Digest, out: &mut Vec<Block>) -> Option<EntryId> {
+        let mut state = self.state.lock();
+        let entry = state.pool.lookup(digest)?;
+        let mut held = Vec::with_capacity(self.config.num_lanes());
+        state.pool.hold(entry, &mut held);
+        for (id, was_idle) in held {
+            state.count_hold(id, was_idle);
+            out.push(Block { id, view: state.views[id.0 as usize] });
+        }
+        state.note_peak();
+        Some(entry)
+    }
+
+    /// What the cache holds now.
+    pub fn stats(&self) -> CacheStats {
+        let state = self.state.lock();
+        let (pool, slab) = (&state.pool, state.slab.as_ref());
+        let (blocks, free, idle) = (pool.num_blocks(), pool.num_free(), pool.num_idle());
+        CacheStats {
+            num_blocks: blocks as u64,
+            free_blocks: free as u64,
+            used_blocks: (blocks - free - idle) as u64,
+            idle_blocks: idle as u64,
+            prefix_entries: pool.num_entries() as u64,
+            bytes_used: state.used_bytes() as u64,
+            bytes_idle: state.idle_bytes as u64,
+            bytes_committed: slab.map_or(0, |slab| slab.committed_bytes() as u64),
+            bytes_peak: state.peak_bytes as u64,
+            evictions: pool.evictions(),
+        }
+    }
+
+    /// Starts a new peak at what is used now.
+    pub fn reset_peak(&self) {
+        let mut state = self.state.lock();
+        state.peak_bytes = state.used_bytes();
+    }
+
+    /// Checks every invariant of the pool and its memory; for tests and debugging. O(blocks).
+    pub fn check_integrity(&self) {
+        let state = self.state.lock();
+        state.pool.check_integrity();
+        let Some(slab) = &state.slab else { return };
+        let referred = |(id, _): &(usize, &BlockView)| state.pool.refs(BlockId(*id as u32)) > 0;
+        let bytes = state.views.iter().enumerate().filter(referred).map(|(_, view)| view.len());
+        assert_eq!(bytes.sum::<usize>(), slab.used_bytes(), "blocks and memory disagree");
+    }
+
+    /// Adds to a counter.
+    pub fn count(counter: &AtomicU64, n: usize) {
+        counter.fetch_add(n as u64, Ordering::Relaxed);
+    }
+}
+
+impl State {
+    fn used_bytes(&self) -> usize {
+        self.slab.as_ref().map_or(0, Slab::used_bytes) - self.idle_bytes
+    }
+
+    fn note_peak(&mut self) {
+        self.peak_bytes = self.peak_bytes.max(self.used_bytes());
+    }
+
+    fn count_hold(&mut self, id: BlockId, was_idle: bool) {
+        if was_idle {
+            self.idle_bytes -= self.views[id.0 as usize].len();
+        }
+    }
+
+    fn release(&mut self, id: BlockId) {
+        match self.pool.release(id) {
+            Released::Used => {}
+            Released::Idle => self.idle_bytes += self.views[id.0 as usize].len(),
+            Released::Freed => self.free_bytes(id),
+        }
+    }
+
+    fn finish_eviction(&mut self, blocks: &[BlockId]) {
+        for id in blocks {
+            if self.pool.finish_eviction(*id) {
+                self.idle_bytes -= self.views[id.0 as usize].len();
+                self.free_bytes(*id);
+            }
+        }
+    }
+
+    fn free_bytes(&mut self, id: BlockId) {
+        let view = std::mem::replace(&mut self.views[id.0 as usize], BlockView::none());
+        if let Some(slab) = &mut self.slab
+            && !view.is_empty()
+        {
+            slab.free(view);
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Rows of a block: written while it is open, decoded, moved to another block, sealed.
+
+use std::ops::Range;
+
+use super::{Block, BlockView, Cache, OPEN};
+use crate::quantizer::{Cell, Granularity, Side};
+
+/// Both sides, for loops.
+pub const SIDES: [Side; 2] = [Side::Key, Side::Value];
+
+impl Cache {
+    /// Encodes one row into an open block.
+    pub fn write_row(&self, view: &BlockView, cell: usize, side: Side, row: usize, values: &[f32]) {
+        debug_assert_eq!(view.format(), OPEN, "only open blocks are written");
+        let quantizer = self.formats()[OPEN].side(side);
+        quantizer.encode(values, values.len(), view.write(self.row_range(OPEN, cell, side, row)));
+    }
+
+    /// Decodes rows of one cell side into `out`, `[rows, head_dim]`.
+    pub fn read_rows(
+        &self,
+        view: &BlockView,
+        cell: usize,
+        side: Side,
+        rows: Range<usize>,
+        out: &mut [f32],
+    ) {
+        let format = &self.formats()[view.format()];
+        format.side(side).decode(&self.cell(view, cell, side, rows), out);
+    }
+
+    /// One side of one cell, ready for a quantizer.
+    pub fn cell<'a>(
+        &self,
+        view: &'a BlockView,
+        cell: usize,
+        side: Side,
+        rows: Range<usize>,
+    ) -> Cell<'a> {
+        let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
+        let range = self.formats()[view.format()].range(cell, side, tokens, dim);
+        Cell { bytes: view.read(range), tokens, dim, rows }
+    }
+
+    /// Seals a full open block: encodes its cells once. `None` if the block is shared or there is
+    /// no memory for it now; it stays open and can be sealed later.
+    pub fn seal(&self, block: Block) -> Option<BlockView> {
+        self.replace(block, self.sealed_format(), |target| {
+            let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
+            let mut rows = vec![0.0; tokens * dim];
+            for cell in 0..self.config().lane_width.cells(&self.config().shape) {
+                for side in SIDES {
+                    self.read_rows(&block.view, cell, side, 0..tokens, &mut rows);
+                    self.encode_cell(target, cell, side, &rows);
+                }
+            }
+        })
+    }
+
+    /// Encodes a whole cell side, `[block_size, head_dim]`, into a block nobody else sees yet.
+    pub fn encode_cell(&self, view: &BlockView, cell: usize, side: Side, rows: &[f32]) {
+        let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
+        let format = &self.formats()[view.format()];
+        let out = view.write(format.range(cell, side, tokens, dim));
+        format.side(side).encode(rows, dim, out);
+    }
+
+    /// Whether a row of `side` can move from format `source` to `target` as bytes.
+    pub fn moves_as_bytes(&self, source: usize, target: usize, side: Side) -> bool {
+        source == target && self.formats()[source].side(side).granularity() == Granularity::Token
+    }
+
+    /// Copies the encoded bytes of one row between blocks for which [`Self::moves_as_bytes`] holds.
+    pub fn move_row(
+        &self,
+        source: (&BlockView, usize),
+        target: (&BlockView, usize),
+        cell: usize,
+        side: Side,
+    ) {
+        let format = source.0.format();
+        let from = self.row_range(format, cell, side, source.1);
+        let to = self.row_range(format, cell, side, target.1);
+        target.0.write(to).copy_from_slice(source.0.read(from));
+    }
+
+    fn row_range(&self, format: usize, cell: usize, side: Side, row: usize) -> Range<usize> {
+        let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
+        let format = &self.formats()[format];
+        let bytes = format.side(side).bytes(1, dim);
+        let start = format.range(cell, side, tokens, dim).start + row * bytes;
+        start..start + bytes
+    }
+}

@@ -1,0 +1,164 @@
+//! Real memory for blocks of different sizes.
+//!
+//! The arena is cut into equal chunks; a chunk serves slots of one size class at a time, one class
+//! for each block format. A chunk without used slots goes back to the system, so that what the
+//! accounting says is what the process holds.
+
+use std::ptr::NonNull;
+
+use super::view::BlockView;
+use crate::device::host::{Arena, page_size};
+use crate::error::{Result, ensure};
+
+/// A slab allocator over one reserved address range. Exclusive access; no allocation of its own
+/// after the first use of each chunk.
+#[derive(Debug)]
+pub(super) struct Slab {
+    arena: Arena,
+    chunk_bytes: usize,
+    classes: Vec<Class>,
+    chunks: Vec<Chunk>,
+    free_chunks: Vec<u32>,
+    used_bytes: usize,
+    limit: usize,
+}
+
+#[derive(Debug)]
+struct Class {
+    slot_bytes: usize,
+    /// Chunks of this class with at least one free slot.
+    partial: Vec<u32>,
+}
+
+#[derive(Debug, Default)]
+struct Chunk {
+    class: usize,
+    used: u32,
+    free: Vec<u32>,
+}
+
+impl Slab {
+    /// Memory for at most `limit` bytes of slots of the sizes `slot_bytes`.
+    pub(super) fn new(slot_bytes: &[usize], limit: usize) -> Result<Self> {
+        let largest = slot_bytes.iter().copied().max().unwrap_or(1);
+        let smallest = slot_bytes.iter().copied().min().unwrap_or(1);
+        ensure!(smallest > 0, Internal, "a block format of 0 bytes");
+        // A chunk holds at least 8 slots, so that a class wastes little at its end.
+        let chunk_bytes = (largest * 8).max(64 << 10).next_multiple_of(page_size());
+        // Each class may leave chunks partly used; twice the limit in addresses costs nothing.
+        let chunks = limit.div_ceil(chunk_bytes).saturating_mul(2) + 2 * slot_bytes.len();
+        ensure!(
+            u32::try_from(chunks).is_ok() && u32::try_from(largest).is_ok(),
+            InvalidArgument,
+            "a memory limit of {limit} bytes in blocks of {largest} bytes is too large"
+        );
+        let class = |&slot_bytes: &usize| Class { slot_bytes, partial: Vec::new() };
+        Ok(Self {
+            arena: Arena::reserve(chunks.saturating_mul(chunk_bytes))?,
+            chunk_bytes,
+            classes: slot_bytes.iter().map(class).collect(),
+            chunks: (0..chunks).map(|_| Chunk::default()).collect(),
+            free_chunks: (0..chunks as u32).rev().collect(),
+            used_bytes: 0,
+            limit,
+        })
+    }
+
+    /// Bytes in slots handed out.
+    pub(super) fn used_bytes(&self) -> usize {
+        self.used_bytes
+    }
+
+    /// Bytes in chunks taken from the system.
+    pub(super) fn committed_bytes(&self) -> usize {
+        (self.chunks.len() - self.free_chunks.len()) * self.chunk_bytes
+    }
+
+    /// Whether `n` slots of `class` fit under the limit.
+    pub(super) fn fits(&self, class: usize, n: usize) -> bool {
+        self.used_bytes + n * self.classes[class].slot_bytes <= self.limit
+    }
+
+    /// A slot of `class`. The limit is the caller's to check with [`Self::fits`]: sealing needs
+    /// both forms of a block for a moment, and must not fail for it.
+    pub(super) fn allocate(&mut self, class: usize) -> Option<BlockView> {
+        let slot_bytes = self.classes[class].slot_bytes;
+        let chunk = match self.classes[class].partial.last() {
+            Some(chunk) => *chunk,
+            None => {
+                let chunk = self.free_chunks.pop()?;
+                let slots = (self.chunk_bytes / slot_bytes) as u32;
+                let entry = &mut self.chunks[chunk as usize];
+                entry.class = class;
+                entry.free.clear();
+                entry.free.extend((0..slots).rev());
+                self.classes[class].partial.push(chunk);
+                chunk
+            }
+        };
+        let entry = &mut self.chunks[chunk as usize];
+        let slot = entry.free.pop()?;
+        entry.used += 1;
+        if entry.free.is_empty() {
+            self.classes[class].partial.pop();
+        }
+        self.used_bytes += slot_bytes;
+        let offset = chunk as usize * self.chunk_bytes + slot as usize * slot_bytes;
+        Some(BlockView::new(self.arena.address(offset), slot_bytes, class as u8))
+    }
+
+    /// Gives a slot back.
+    pub(super) fn free(&mut self, view: BlockView) {
+        if cfg!(debug_assertions) {
+            // Nobody may see a recycled block's content: make it obvious if somebody does.
+            view.write(0..view.len()).fill(0xFF);
+        }
+        let (chunk, slot) = self.locate(view.address(), view.format());
+        let class = view.format();
+        let entry = &mut self.chunks[chunk];
+        entry.free.push(slot);
+        entry.used -= 1;
+        self.used_bytes -= self.classes[class].slot_bytes;
+        let partial = &mut self.classes[class].partial;
+        if entry.free.len() == 1 {
+            partial.push(chunk as u32);
+        }
+        if entry.used == 0 {
+            partial.retain(|other| *other as usize != chunk);
+            self.free_chunks.push(chunk as u32);
+            self.arena.discard(chunk * self.chunk_bytes, self.chunk_bytes);
+        }
+    }
+
+    fn locate(&self, address: NonNull<u8>, class: usize) -> (usize, u32) {
+        let offset = address.addr().get() - self.arena.address(0).addr().get();
+        let slot = offset % self.chunk_bytes / self.classes[class].slot_bytes;
+        (offset / self.chunk_bytes, slot as u32)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_do_not_overlap_and_empty_chunks_go_back() {
+        let mut slab = Slab::new(&[1000, 4096], 1 << 20).unwrap();
+        let mut views = Vec::new();
+        while slab.fits(0, 1) {
+            let view = slab.allocate(views.len() % 2).unwrap();
+            view.write(0..view.len()).fill(views.len() as u8);
+            views.push(view);
+        }
+        for (i, view) in views.iter().enumerate() {
+            assert!(view.read(0..view.len()).iter().all(|byte| *byte == i as u8));
+        }
+        let used: usize = views.iter().map(BlockView::len).sum();
+        assert_eq!(slab.used_bytes(), used);
+        assert!(slab.committed_bytes() >= used);
+        for view in views.drain(..).rev() {
+            slab.free(view);
+        }
+        assert_eq!((slab.used_bytes(), slab.committed_bytes()), (0, 0));
+    }
+}

@@ -1,0 +1,117 @@
+//! Lanes: the block tables of a sequence.
+//!
+//! A lane is a list of spans. A span is a run of rows of one block that the sequence still needs;
+//! the order of spans and rows is the order of positions. Policies drop rows by trimming spans or
+//! by gathering survivors into new blocks; they never change a block that exists.
+
+use std::sync::Arc;
+
+use crate::cache::Block;
+
+/// Original positions of the rows of a block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Positions {
+    /// Row `r` holds position `start + r`.
+    From(i32),
+    /// Row `r` holds `list[r]`; the list covers the whole block, and rows not written yet have
+    /// the positions that they will get.
+    List(Arc<[i32]>),
+}
+
+impl Positions {
+    /// The position of `row`.
+    pub fn at(&self, row: usize) -> i32 {
+        match self {
+            Self::From(start) => start + row as i32,
+            Self::List(list) => list[row],
+        }
+    }
+}
+
+/// A run of rows of one block.
+#[derive(Debug, Clone)]
+pub struct Span {
+    /// The block.
+    pub block: Block,
+    /// First row.
+    pub first: u32,
+    /// Rows, at least 1.
+    pub count: u32,
+    /// Whether the block may no longer be written.
+    pub sealed: bool,
+    /// Rows evicted from this lane at lower positions; what `cache_relative` attention
+    /// subtracts from a position to get the index inside the cache.
+    pub evicted_before: i32,
+    /// Original positions of the rows of the block.
+    pub positions: Positions,
+}
+
+impl Span {
+    /// The row after the last.
+    pub fn end(&self) -> usize {
+        (self.first + self.count) as usize
+    }
+
+    /// The position of the `i`-th row of the span.
+    pub fn position(&self, i: usize) -> i32 {
+        self.positions.at(self.first as usize + i)
+    }
+
+    /// Rows at positions below `limit`. Positions ascend within a span.
+    pub fn rows_below(&self, limit: i32) -> usize {
+        let count = self.count as usize;
+        match &self.positions {
+            Positions::From(start) => {
+                let below = i64::from(limit) - i64::from(*start) - i64::from(self.first);
+                below.clamp(0, count as i64) as usize
+            }
+            Positions::List(list) => {
+                list[self.first as usize..self.end()].partition_point(|position| *position < limit)
+            }
+        }
+    }
+}
+
+/// One block table.
+#[derive(Debug, Clone, Default)]
+pub struct Lane {
+    /// Runs of rows in order.
+    pub spans: Vec<Span>,
+    /// Rows evicted so far.
+    pub evicted: i32,
+}
+
+impl Lane {
+    /// Rows of all spans.
+    pub fn len(&self) -> usize {
+        self.spans.iter().map(|span| span.count as usize).sum()
+    }
+
+    /// Whether the lane holds no row.
+    pub fn is_empty(&self) -> bool {
+        self.spans.is_empty()
+    }
+
+    /// Rows that can still be written into the last block.
+    pub fn room(&self, block_size: usize) -> usize {
+        match self.spans.last() {
+            Some(tail) if !tail.sealed => block_size - tail.end(),
+            _ => 0,
+        }
+    }
+
+    /// The last `n` rows as runs `(span, first row, rows)` in order. `n` is at most [`Self::len`].
+    pub fn tail(spans: &[Span], n: usize) -> impl Iterator<Item = (&Span, usize, usize)> {
+        let mut start = spans.len();
+        let mut found = 0;
+        while found < n {
+            start -= 1;
+            found += spans[start].count as usize;
+        }
+        let mut skip = found - n;
+        spans[start..].iter().map(move |span| {
+            let skipped = std::mem::take(&mut skip);
+            (span, span.first as usize + skipped, span.count as usize - skipped)
+        })
+    }
+}

@@ -1,0 +1,104 @@
+//! What attention saw and a policy may ask for. Written by attention, read by policies; follows
+//! its tokens through eviction, truncation and fork.
+
+use parking_lot::Mutex;
+
+use crate::shape::{KeepSet, ModelShape, Needs};
+
+/// Observations of one sequence, one part for each (layer, KV head) so that workers that attend
+/// for different heads never wait for each other.
+#[derive(Debug)]
+pub struct Observation {
+    needs: Needs,
+    window: usize,
+    heads: Vec<Mutex<HeadObservation>>,
+    num_kv_heads: usize,
+}
+
+/// Observations of one (layer, KV head).
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct HeadObservation {
+    /// The last queries, oldest first: position and `[group, head_dim]` elements each.
+    queries: Vec<(i32, Box<[f32]>)>,
+    /// Attention probability that each cached row received so far, summed over queries and over
+    /// the query heads of the group.
+    pub column_sums: Vec<f32>,
+}
+
+impl Observation {
+    /// Nothing observed yet; `window` is the number of queries to remember.
+    pub fn new(shape: &ModelShape, needs: Needs, window: usize) -> Self {
+        let heads = (0..shape.num_layers * shape.num_kv_heads).map(|_| Mutex::default()).collect();
+        Self { needs, window, heads, num_kv_heads: shape.num_kv_heads }
+    }
+
+    /// What the policy asked for.
+    pub fn needs(&self) -> Needs {
+        self.needs
+    }
+
+    /// Queries to remember.
+    pub fn window(&self) -> usize {
+        self.window
+    }
+
+    /// The observations of one head.
+    pub fn head(&self, layer: usize, kv_head: usize) -> &Mutex<HeadObservation> {
+        &self.heads[layer * self.num_kv_heads + kv_head]
+    }
+
+    /// Everything observed so far, apart from the original.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        let copy = |head: &Mutex<HeadObservation>| Mutex::new(head.lock().clone());
+        Self { heads: self.heads.iter().map(copy).collect(), ..*self }
+    }
+
+    /// Forgets queries at positions of `limit` and above.
+    pub fn truncate(&self, limit: i32) {
+        for head in &self.heads {
+            head.lock().queries.retain(|(position, _)| *position < limit);
+        }
+    }
+}
+
+impl HeadObservation {
+    /// Remembers the query of one position, dropping the oldest beyond `window`.
+    pub fn push_query(&mut self, window: usize, position: i32, query: &[f32]) {
+        if window == 0 {
+            return;
+        }
+        let mut slot = if self.queries.len() >= window {
+            // Reuse the oldest allocation: nothing is allocated once the window is full.
+            self.queries.remove(0).1
+        } else {
+            query.into()
+        };
+        slot.copy_from_slice(query);
+        self.queries.push((position, slot));
+    }
+
+    /// Queries remembered.
+    pub fn num_queries(&self) -> usize {
+        self.queries.len()
+    }
+
+    /// Copies the queries of the group to `[group, num_queries, head_dim]`.
+    pub fn queries_by_head(&self, group: usize, head_dim: usize, out: &mut Vec<f32>) {
+        out.clear();
+        for g in 0..group {
+            for (_, query) in &self.queries {
+                out.extend_from_slice(&query[g * head_dim..][..head_dim]);
+            }
+        }
+    }
+
+    /// Keeps the sums of the surviving rows of a lane.
+    pub fn keep(&mut self, keep: &KeepSet, len: usize) {
+        if self.column_sums.is_empty() {
+            return;
+        }
+        self.column_sums.resize(len, 0.0);
+        self.column_sums = keep.iter().map(|row| self.column_sums[row]).collect();
+    }
+}
