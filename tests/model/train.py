@@ -22,8 +22,8 @@ TOKENS_PER_STEP = 8192
 # It is short because the structured start already answers most questions.
 STAGES = [(512, 0.0), (512, 0.5), (1024, 0.6)]
 # Then the mix: (probability, kind, length).
-MIX = [(0.50, "text", 512), (0.12, "text", 1024), (0.10, "recall", 512),
-       (0.16, "recall", 1024), (0.12, "recall", 2048)]
+MIX = [(0.50, "text", 512), (0.10, "text", 1024), (0.10, "recall", 512),
+       (0.16, "recall", 1024), (0.09, "recall", 2048), (0.05, "recall", 4096)]
 
 
 class Muon(torch.optim.Optimizer):
