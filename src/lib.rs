@@ -6,6 +6,8 @@ pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod evictor;
+pub mod log;
+pub mod policy;
 pub mod quantizer;
 pub mod registry;
 pub mod sequence;

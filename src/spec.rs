@@ -12,6 +12,8 @@
 //!
 //! A word without parentheses, as an argument, is text. Errors name the column, counted from 1.
 
+use std::fmt;
+
 use crate::error::{Error, Kind, Result};
 
 /// When a phase of a pipeline acts.
@@ -65,6 +67,29 @@ pub enum Value {
     Text(String),
     /// A nested pipe: anything with parentheses or `|`.
     Pipe(Vec<Stage>),
+}
+
+impl fmt::Display for Stage {
+    /// The stage as a spec writes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        for (i, arg) in self.args.iter().enumerate() {
+            f.write_str(if i == 0 { "(" } else { ", " })?;
+            if let Some(name) = &arg.name {
+                write!(f, "{name}=")?;
+            }
+            match &arg.value {
+                Value::Number(number) => write!(f, "{number}")?,
+                Value::Text(text) => f.write_str(text)?,
+                Value::Pipe(pipe) => {
+                    for (i, stage) in pipe.iter().enumerate() {
+                        write!(f, "{}{stage}", if i == 0 { "" } else { " | " })?;
+                    }
+                }
+            }
+        }
+        f.write_str(if self.args.is_empty() { "" } else { ")" })
+    }
 }
 
 /// Parses a whole spec.

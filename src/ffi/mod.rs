@@ -1,0 +1,21 @@
+//! The C ABI: validation, conversion and a panic guard around the Rust API, and nothing else.
+//!
+//! The doc comments in this folder become the text of `include/kvmgr.h`; they are written for the C
+//! reader. Functions are plain items, never made by macros, because cbindgen does not expand those.
+
+#![expect(unsafe_code, reason = "the C ABI receives raw pointers")]
+#![expect(clippy::missing_safety_doc, reason = "the contract is stated in the words of C")]
+#![expect(non_camel_case_types, reason = "C names")]
+
+pub mod attention;
+pub mod cache;
+mod convert;
+mod guard;
+mod handle;
+pub mod policy;
+pub mod pool;
+pub mod quantizer;
+pub mod sequence;
+pub mod store;
+pub mod types;
+pub mod version;

@@ -1,0 +1,47 @@
+//! Budgets: how the allowance of a layer is spread over its KV heads.
+
+use std::fmt::Debug;
+
+use super::HeadScores;
+use crate::error::Result;
+use crate::registry::{Args, Member, Param, registry};
+use crate::shape::LaneWidth;
+
+registry! {
+    /// Every budget, in the order of the documentation.
+    pub static BUDGETS: Entry = { uniform, adakv, }
+}
+
+/// Spreads an allowance.
+pub trait Budget: Debug + Send + Sync {
+    /// Tokens that each head keeps, given what each would keep alone. The sum stays the same.
+    fn spread(&self, scores: &[HeadScores], alone: &[usize]) -> Vec<usize>;
+
+    /// The coarsest lanes that can express what this budget chooses.
+    fn lane_width(&self) -> LaneWidth;
+}
+
+/// How the registry describes a budget.
+#[derive(Debug)]
+pub struct Entry {
+    /// Name in specs.
+    pub name: &'static str,
+    /// One line for the documentation.
+    pub summary: &'static str,
+    /// Where it is from.
+    pub paper: &'static str,
+    /// Parameters in positional order.
+    pub params: &'static [Param],
+    /// Makes the budget.
+    pub create: fn(&Args) -> Result<Box<dyn Budget>>,
+}
+
+impl Member for Entry {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn params(&self) -> &'static [Param] {
+        self.params
+    }
+}

@@ -1,0 +1,253 @@
+//! Token policies: which tokens of a sequence stay. Lossy, unlike an evictor.
+//!
+//! A policy is a pipeline of small stages, written in one line of text:
+//!
+//! ```text
+//! trigger? score budget? keep? position? quant?
+//! every(16) | snapkv(w=64) | adakv(0.2) | keep(0.25) | pos(keep) | quant(k=had+q4_0, v=q4_0)
+//! ```
+//!
+//! * a *score* says how important each token is (higher stays) and which tokens are protected;
+//! * a *budget* spreads the allowance of a layer over its KV heads;
+//! * *keep* says how large the allowance is;
+//! * what is absent takes its default. A spec without a score keeps everything.
+//!
+//! Phases (`prefill: ... ; decode: ...`) give the two moments different pipelines. A score without
+//! a phase acts at the moments it was made for: SnapKV when the prompt ends, H2O after each step.
+//!
+//! To add a stage: one file with an `ENTRY` and one word in the list of its family.
+
+pub mod budget;
+mod parse;
+pub mod score;
+mod select;
+mod stages;
+
+use std::fmt::Debug;
+
+use crate::error::Result;
+use crate::shape::{KeepSet, LaneWidth, Needs, Rope};
+
+pub use stages::{STAGES, StageClass, StageInfo};
+
+/// The moment at which a policy may act.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// The prompt has been read.
+    PrefillEnd,
+    /// A generated token was committed.
+    Step,
+}
+
+/// What a score sees of one KV head with `T` cached tokens.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct HeadInput<'a> {
+    /// Original positions of the cached tokens, ascending, `[T]`.
+    pub positions: &'a [i32],
+    /// Keys `[T, head_dim]`; empty unless needed.
+    pub keys: &'a [f32],
+    /// Values `[T, head_dim]`; empty unless needed.
+    pub values: &'a [f32],
+    /// The last queries of each query head of the group, oldest first,
+    /// `[group, num_queries, head_dim]`, after RoPE. The last one belongs to the last cached token.
+    pub queries: &'a [f32],
+    /// Queries of each query head.
+    pub num_queries: usize,
+    /// Attention probability received by each token, summed over queries and group, `[T]`.
+    pub column_sums: &'a [f32],
+}
+
+/// What a score sees of one layer.
+#[derive(Debug, Clone, Default)]
+pub struct LayerInput<'a> {
+    /// Index of the layer.
+    pub layer: usize,
+    /// Layers of the model.
+    pub num_layers: usize,
+    /// Query heads of a KV head.
+    pub group: usize,
+    /// Elements of a vector.
+    pub head_dim: usize,
+    /// Tokens ever committed, evicted ones included.
+    pub sequence_len: usize,
+    /// One input for each KV head; lengths may differ.
+    pub heads: Vec<HeadInput<'a>>,
+    /// How the model rotates keys, if known.
+    pub rope: Option<&'a Rope>,
+}
+
+/// Hands out the layers of a sequence one at a time, so that only one is decoded at any moment.
+pub trait LayerSource {
+    /// Layers of the model.
+    fn num_layers(&self) -> usize;
+    /// Calls `f` with the input of `layer`.
+    fn visit(
+        &mut self,
+        layer: usize,
+        f: &mut dyn FnMut(&LayerInput<'_>) -> Result<()>,
+    ) -> Result<()>;
+}
+
+/// Scores and protection of one KV head.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct HeadScores {
+    /// Importance of each token; higher stays. NaN ranks below everything.
+    pub scores: Vec<f32>,
+    /// Tokens that stay whatever their score. A mask, not a huge score: later stages compute with
+    /// scores.
+    pub protected: Vec<bool>,
+}
+
+/// Which position an evicted gap leaves behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PositionMode {
+    /// Tokens keep their original rotation.
+    #[default]
+    Keep,
+    /// Attention sees tokens at their index inside the cache, as StreamingLLM does.
+    CacheRelative,
+}
+
+/// The allowance of a pipeline for one lane of `len` tokens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Allowance {
+    /// Everything stays.
+    All,
+    /// A fraction of the tokens ever seen stays.
+    Ratio(f64),
+    /// At most so many tokens stay.
+    Tokens(usize),
+}
+
+impl Allowance {
+    /// Tokens that stay of `len` present ones, after `seen` tokens in all. Never 0 for a lane that
+    /// has any.
+    pub fn of(self, len: usize, seen: usize) -> usize {
+        let tokens = match self {
+            Self::All => len,
+            // A ratio such as 0.29 times 100 must not come out as 28.999...
+            Self::Ratio(ratio) => (seen as f64 * ratio + 1e-9) as usize,
+            Self::Tokens(tokens) => tokens,
+        };
+        tokens.clamp(len.min(1), len)
+    }
+}
+
+/// A parsed policy. Immutable, shared by any number of sequences.
+#[derive(Debug)]
+pub struct Pipeline {
+    spec: String,
+    prefill: Option<Phase>,
+    decode: Option<Phase>,
+    position: PositionMode,
+    quantizers: (Option<String>, Option<String>),
+    width: (LaneWidth, Option<String>),
+}
+
+/// The stages that act at one moment.
+#[derive(Debug)]
+struct Phase {
+    every: usize,
+    score: Box<dyn score::Score>,
+    budget: Box<dyn budget::Budget>,
+    allowance: Allowance,
+}
+
+impl Pipeline {
+    /// Parses and checks a spec. Errors name the column.
+    pub fn parse(spec: &str) -> Result<Self> {
+        parse::parse(spec)
+    }
+
+    /// The text it was made from.
+    pub fn spec(&self) -> &str {
+        &self.spec
+    }
+
+    /// What the engine has to hand over.
+    pub fn needs(&self) -> Needs {
+        let position = match self.position {
+            PositionMode::Keep => Needs::NONE,
+            PositionMode::CacheRelative => Needs::ROPE,
+        };
+        self.phases().fold(position, |needs, phase| needs.union(phase.score.needs()))
+    }
+
+    /// Queries of each head that have to be remembered.
+    pub fn query_window(&self) -> usize {
+        self.phases().map(|phase| phase.score.query_window()).max().unwrap_or(0)
+    }
+
+    /// The coarsest lanes that can express the keep sets, and the stage that demands it.
+    pub fn lane_width(&self) -> (LaneWidth, Option<&str>) {
+        (self.width.0, self.width.1.as_deref())
+    }
+
+    /// Quantizer specs of keys and values, where the spec names them.
+    pub fn quantizers(&self) -> (Option<&str>, Option<&str>) {
+        (self.quantizers.0.as_deref(), self.quantizers.1.as_deref())
+    }
+
+    /// How evicted gaps are treated.
+    pub fn position_mode(&self) -> PositionMode {
+        self.position
+    }
+
+    /// Whether anything happens at `event` at all.
+    pub fn acts_on(&self, event: Event) -> bool {
+        self.phase(event).is_some()
+    }
+
+    /// Whether `event` should run the pipeline now: `steps` decode steps are committed, and the
+    /// longest lane holds `len` of the `seen` tokens.
+    pub fn is_due(&self, event: Event, steps: usize, len: usize, seen: usize) -> bool {
+        self.phase(event).is_some_and(|phase| {
+            let due = event == Event::PrefillEnd || steps.is_multiple_of(phase.every);
+            due && phase.score.allowance(phase.allowance).of(len, seen) < len
+        })
+    }
+
+    /// The scores of a layer, for the phase of `event`.
+    pub fn score(&self, event: Event, layer: &LayerInput<'_>) -> Result<Vec<HeadScores>> {
+        match self.phase(event) {
+            Some(phase) => phase.score(layer),
+            None => Ok(layer.heads.iter().map(HeadScores::equal).collect()),
+        }
+    }
+
+    /// What stays: a set for each layer and KV head.
+    pub fn select(&self, event: Event, source: &mut dyn LayerSource) -> Result<Vec<Vec<KeepSet>>> {
+        let mut kept = Vec::with_capacity(source.num_layers());
+        for layer in 0..source.num_layers() {
+            source.visit(layer, &mut |input| {
+                kept.push(match self.phase(event) {
+                    Some(phase) => phase.select(input)?,
+                    None => {
+                        input.heads.iter().map(|head| KeepSet::all(head.positions.len())).collect()
+                    }
+                });
+                Ok(())
+            })?;
+        }
+        Ok(kept)
+    }
+
+    fn phase(&self, event: Event) -> Option<&Phase> {
+        match event {
+            Event::PrefillEnd => self.prefill.as_ref(),
+            Event::Step => self.decode.as_ref(),
+        }
+    }
+
+    fn phases(&self) -> impl Iterator<Item = &Phase> {
+        [&self.prefill, &self.decode].into_iter().flatten()
+    }
+}
+
+impl HeadScores {
+    /// The same score for every token of a head, nothing protected.
+    pub fn equal(head: &HeadInput<'_>) -> Self {
+        let len = head.positions.len();
+        Self { scores: vec![0.0; len], protected: vec![false; len] }
+    }
+}

@@ -1,0 +1,73 @@
+//! H2O, heavy hitters: tokens that received the most attention so far.
+//!
+//! ```text
+//! score[j] = sum over observed queries t and the group's query heads of P[t, j]
+//! keep     = the last `recent` tokens + the heaviest of the others
+//! ```
+//!
+//! With `heavy` the budget is `heavy + recent`, whatever `keep` says; without it `keep` decides and
+//! `recent` tokens of it are the window. Budgets are per KV head.
+
+use super::{Entry, Score};
+use crate::error::Result;
+use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
+use crate::registry::{Domain, Param};
+use crate::shape::{LaneWidth, Needs};
+
+pub(super) static ENTRY: Entry = Entry {
+    name: "h2o",
+    summary: "keeps heavy hitters of accumulated attention and a recent window",
+    paper: "H2O, arXiv 2306.14048",
+    params: &[
+        Param {
+            name: "recent",
+            help: "most recent tokens that stay",
+            domain: Domain::Int { default: 32, min: 0, max: 1 << 30 },
+        },
+        Param {
+            name: "heavy",
+            help: "heavy hitters that stay; 0: what keep leaves",
+            domain: Domain::Int { default: 0, min: 0, max: 1 << 30 },
+        },
+    ],
+    create: |args| Ok(Box::new(H2o { recent: args.count("recent"), heavy: args.count("heavy") })),
+};
+
+#[derive(Debug)]
+struct H2o {
+    recent: usize,
+    heavy: usize,
+}
+
+impl Score for H2o {
+    fn needs(&self) -> Needs {
+        Needs::COLUMN_SUM
+    }
+
+    fn lane_width(&self) -> LaneWidth {
+        LaneWidth::Head
+    }
+
+    fn events(&self) -> &'static [Event] {
+        &[Event::PrefillEnd, Event::Step]
+    }
+
+    fn allowance(&self, asked: Allowance) -> Allowance {
+        match self.heavy {
+            0 => asked,
+            heavy => Allowance::Tokens(heavy + self.recent),
+        }
+    }
+
+    fn score(&self, layer: &LayerInput<'_>, budget: &[usize]) -> Result<Vec<HeadScores>> {
+        let score = |(head, budget): (&HeadInput<'_>, &usize)| {
+            let len = head.positions.len();
+            let recent = self.recent.min(*budget);
+            let mut scores = head.column_sums.to_vec();
+            // Tokens that nobody attended yet have received nothing.
+            scores.resize(len, 0.0);
+            HeadScores { scores, protected: (0..len).map(|i| i + recent >= len).collect() }
+        };
+        Ok(layer.heads.iter().zip(budget).map(score).collect())
+    }
+}

@@ -1,0 +1,72 @@
+//! Scores: how important each cached token is.
+
+mod probability;
+
+use std::fmt::Debug;
+
+use super::{Allowance, Event, HeadScores, LayerInput};
+use crate::error::Result;
+use crate::registry::{Args, Member, Param, registry};
+use crate::shape::{LaneWidth, Needs};
+
+pub use probability::window_probabilities;
+
+registry! {
+    /// Every score, in the order of the documentation.
+    pub static SCORES: Entry = { full, stream, snapkv, h2o, }
+}
+
+/// How important tokens are.
+pub trait Score: Debug + Send + Sync {
+    /// What the engine has to hand over.
+    fn needs(&self) -> Needs;
+
+    /// Queries of each head to remember.
+    fn query_window(&self) -> usize {
+        0
+    }
+
+    /// The coarsest lanes that can express what this score chooses.
+    fn lane_width(&self) -> LaneWidth;
+
+    /// The moments at which it acts when the spec does not say.
+    fn events(&self) -> &'static [Event];
+
+    /// Whether survivors form a few runs, which lanes can trim without touching blocks.
+    fn keeps_runs(&self) -> bool {
+        false
+    }
+
+    /// Its own idea of the allowance, given what `keep` said.
+    fn allowance(&self, asked: Allowance) -> Allowance {
+        asked
+    }
+
+    /// Scores for every head of a layer, `budget[h]` tokens of which will stay.
+    fn score(&self, layer: &LayerInput<'_>, budget: &[usize]) -> Result<Vec<HeadScores>>;
+}
+
+/// How the registry describes a score.
+#[derive(Debug)]
+pub struct Entry {
+    /// Name in specs.
+    pub name: &'static str,
+    /// One line for the documentation.
+    pub summary: &'static str,
+    /// Where it is from.
+    pub paper: &'static str,
+    /// Parameters in positional order.
+    pub params: &'static [Param],
+    /// Makes the score.
+    pub create: fn(&Args) -> Result<Box<dyn Score>>,
+}
+
+impl Member for Entry {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn params(&self) -> &'static [Param] {
+        self.params
+    }
+}
