@@ -221,9 +221,9 @@ impl Parser<'_> {
             other => {
                 let unit = String::from_utf8_lossy(other).into_owned();
                 self.at = start;
-                return Err(self.error(&format!(
-                    "unknown unit {unit:?}; known: k, m, g, ki, mi, gi, %"
-                )));
+                return Err(
+                    self.error(&format!("unknown unit {unit:?}; known: k, m, g, ki, mi, gi, %"))
+                );
             }
         })
     }
@@ -289,7 +289,8 @@ mod tests {
 
     #[test]
     fn a_pipeline_with_every_kind_of_argument() {
-        let spec = "prefill: snapkv(64, kernel=5) | adakv(20%) ; decode: x(file=\"a b\", y(1)|z, 4ki)";
+        let spec =
+            "prefill: snapkv(64, kernel=5) | adakv(20%) ; decode: x(file=\"a b\", y(1)|z, 4ki)";
         let phases = parse(spec).unwrap();
         assert_eq!(phases.len(), 2);
         assert_eq!(phases[0].when, Some(When::Prefill));

@@ -63,7 +63,11 @@ impl Arena {
         assert!(offset + bytes <= self.bytes && offset.is_multiple_of(page_size()));
         // SAFETY: the range lies inside our own mapping.
         unsafe {
-            libc::madvise(self.base.as_ptr().wrapping_add(offset).cast(), bytes, libc::MADV_DONTNEED);
+            libc::madvise(
+                self.base.as_ptr().wrapping_add(offset).cast(),
+                bytes,
+                libc::MADV_DONTNEED,
+            );
         }
     }
 }

@@ -169,17 +169,15 @@ mod tests {
         let data: Vec<f16> = (0..24).map(|i| f16::from_f32(i as f32)).collect();
         // [tokens 2, heads 3, dim 4] stored head-major: token stride 4, head stride 8.
         // SAFETY: all rows lie inside `data`.
-        let view =
-            unsafe { Tensor::from_raw(data.as_ptr().cast(), DType::F16, [2, 3, 4], [4, 8]) };
+        let view = unsafe { Tensor::from_raw(data.as_ptr().cast(), DType::F16, [2, 3, 4], [4, 8]) };
         let mut row = [0.0; 4];
         view.read(1, 2, &mut row);
         assert_eq!(row, [20.0, 21.0, 22.0, 23.0]);
 
         let mut out = vec![bf16::ZERO; 8];
         // SAFETY: both rows lie inside `out`.
-        let view = unsafe {
-            TensorMut::from_raw(out.as_mut_ptr().cast(), DType::Bf16, [2, 1, 4], [4, 4])
-        };
+        let view =
+            unsafe { TensorMut::from_raw(out.as_mut_ptr().cast(), DType::Bf16, [2, 1, 4], [4, 4]) };
         view.write(1, 0, &[1.0, 2.0, 3.0, f32::NAN]);
         assert_eq!(out[4..7], [1.0, 2.0, 3.0].map(bf16::from_f32));
         assert!(out[7].is_nan() && out[..4].iter().all(|x| *x == bf16::ZERO));
