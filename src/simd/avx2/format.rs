@@ -142,12 +142,7 @@ impl Format for Codes4 {
     unsafe fn part(self, part: usize) -> __m256 {
         // SAFETY: values only.
         unsafe {
-            let bytes = match part {
-                0 => self.low,
-                1 => _mm_unpackhi_epi64(self.low, self.low),
-                2 => self.high,
-                _ => _mm_unpackhi_epi64(self.high, self.high),
-            };
+            let bytes = eight_of(self.low, self.high, part);
             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))
         }
     }
@@ -183,12 +178,12 @@ impl Format for Codes2 {
     no_tail!();
 }
 
-/// `d * (q - 8)`, as the equal `d * q + (-8 * d)`: both are exact.
+/// 32 centred nibbles and their scale.
 #[derive(Clone, Copy)]
 pub(super) struct Q4_0 {
-    codes: Codes4,
+    low: __m128i,
+    high: __m128i,
     d: __m256,
-    offset: __m256,
 }
 
 impl Format for Q4_0 {
@@ -197,16 +192,20 @@ impl Format for Q4_0 {
         // SAFETY: a block is 18 bytes: the f16 scale and 16 bytes of codes.
         unsafe {
             let at = row.add(block * 18);
-            let d = broadcast_f16(at);
-            let offset = _mm256_mul_ps(d, _mm256_set1_ps(-8.0));
-            Self { codes: Codes4::load(at.add(2)), d, offset }
+            let Codes4 { low, high } = Codes4::load(at.add(2));
+            let eight = _mm_set1_epi8(8);
+            let (low, high) = (_mm_sub_epi8(low, eight), _mm_sub_epi8(high, eight));
+            Self { low, high, d: broadcast_f16(at) }
         }
     }
 
     #[inline(always)]
     unsafe fn part(self, part: usize) -> __m256 {
         // SAFETY: values only.
-        unsafe { _mm256_fmadd_ps(self.codes.part(part), self.d, self.offset) }
+        unsafe {
+            let bytes = eight_of(self.low, self.high, part);
+            _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), self.d)
+        }
     }
 
     no_tail!();
@@ -257,6 +256,23 @@ impl<C: Format + Width> Format for Affine<C> {
     }
 
     no_tail!();
+}
+
+/// Bytes `8 * part..8 * part + 8` of 32 bytes, in the low half of the result.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn eight_of(low: __m128i, high: __m128i, part: usize) -> __m128i {
+    // SAFETY: by contract.
+    unsafe {
+        match part {
+            0 => low,
+            1 => _mm_unpackhi_epi64(low, low),
+            2 => high,
+            _ => _mm_unpackhi_epi64(high, high),
+        }
+    }
 }
 
 /// # Safety
