@@ -7,23 +7,34 @@
 //! rows f32 [tokens, dim] --encode--> bytes(tokens, dim) --decode / dot / axpy--> f32
 //! ```
 //!
-//! Encoded bytes are identical on every SIMD level. NaN encodes as 0 in formats that cannot hold
-//! it, infinities saturate; raw formats keep both.
+//! Encoded bytes and decoded values are identical on every SIMD level.
+//!
+//! # Values that a format cannot hold
+//! Raw formats follow IEEE 754: NaN and infinities are kept, and what exceeds f16 becomes infinite.
+//! Formats with a scale look at the values that share it (a block of 32, or a KIVI group; with
+//! `had+`, the row first): NaN becomes 0, an infinity becomes the largest finite magnitude among
+//! them with its sign, and finite magnitudes saturate where the f16 scale would overflow: 8.3e6 in
+//! `q8_0`, 5.2e5 in `q4_0`, 65504 in `kivi`. So one bad value cannot turn its neighbours into NaN.
+//! Values too small for an f16 scale decode to 0 (`kivi`: to the minimum of their group).
 //!
 //! To add a quantizer: one file with an `ENTRY`, and one word in the list below. Parsing, the
 //! listing from C, `tests/quantizers.rs`, the bench row and the README table follow from it.
+
+mod scratch;
+mod token;
 
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::Result;
-use crate::registry::{Args, Member, Param, registry};
-use crate::spec;
+use crate::error::{Result, ensure};
+use crate::registry::{Args, Member, Param, find, registry, resolve};
+use crate::simd::{self, Kernels};
+use crate::spec::{self, Stage};
 
 registry! {
     /// Every quantizer, in the order of the documentation.
-    pub static QUANTIZERS: Entry = { }
+    pub static QUANTIZERS: Entry = { raw_f32, raw_f16, raw_bf16, q8_0, q4_0, kivi, had }
 }
 
 /// Which side of the cache a quantizer stores. Some formats group K and V along different axes.
@@ -59,6 +70,8 @@ pub struct Cell<'a> {
 }
 
 /// A numeric format for one side of a cell.
+///
+/// Shapes must have passed [`Self::check`]; lengths that do not fit the shape panic.
 pub trait Quantizer: Debug + Send + Sync {
     /// The spec that makes this quantizer again, such as `had+q4_0` or `kivi(bits=2)`.
     fn spec(&self) -> String;
@@ -71,6 +84,11 @@ pub trait Quantizer: Debug + Send + Sync {
 
     /// Bytes of an encoded cell side of a checked shape.
     fn bytes(&self, tokens: usize, dim: usize) -> usize;
+
+    /// Bits that one element takes, metadata included, in a cell of a checked, non-empty shape.
+    fn bits_per_element(&self, tokens: usize, dim: usize) -> f64 {
+        (8 * self.bytes(tokens, dim)) as f64 / (tokens * dim) as f64
+    }
 
     /// Encodes `rows` (`[tokens, dim]`) into `out`, which is `bytes(tokens, dim)` long.
     fn encode(&self, rows: &[f32], dim: usize, out: &mut [u8]);
@@ -106,8 +124,10 @@ pub struct Entry {
     pub params: &'static [Param],
     /// Short names: `("kivi2", "kivi(bits=2)")`.
     pub aliases: &'static [(&'static str, &'static str)],
-    /// Makes the quantizer for one side.
-    pub create: fn(&Args, Side) -> Result<Arc<dyn Quantizer>>,
+    /// Specs that tests and benches visit.
+    pub examples: &'static [&'static str],
+    /// Makes the quantizer for one side, running on one level of kernels.
+    pub create: fn(&Args, Side, &'static Kernels) -> Result<Arc<dyn Quantizer>>,
 }
 
 impl Member for Entry {
@@ -122,12 +142,58 @@ impl Member for Entry {
 
 /// Makes the quantizer that `text` names, for one side: `q8_0`, `kivi(bits=2)`, `had+q4_0`.
 pub fn create(text: &str, side: Side) -> Result<Arc<dyn Quantizer>> {
-    let text = QUANTIZERS
-        .iter()
-        .flat_map(|entry| entry.aliases)
-        .find_map(|(alias, full)| (*alias == text.trim()).then_some(*full))
-        .unwrap_or(text);
-    let stage = spec::parse_stage(text)?;
-    let entry = crate::registry::find("quantizer", QUANTIZERS, &stage)?;
-    (entry.create)(&crate::registry::resolve(entry.params, &stage)?, side)
+    create_on(text, side, simd::active())
+}
+
+/// Like [`create`], on a chosen level of kernels.
+pub fn create_on(text: &str, side: Side, kernels: &'static Kernels) -> Result<Arc<dyn Quantizer>> {
+    create_stage(&spec::parse_stage(text)?, side, kernels)
+}
+
+fn create_stage(
+    stage: &Stage,
+    side: Side,
+    kernels: &'static Kernels,
+) -> Result<Arc<dyn Quantizer>> {
+    if let Some(inner) = had::inner(stage)? {
+        return Ok(had::wrap(create_stage(&inner, side, kernels)?, kernels));
+    }
+    let mut aliases = QUANTIZERS.iter().flat_map(|entry| entry.aliases);
+    if let Some((alias, full)) = aliases.find(|(alias, _)| *alias == stage.name) {
+        let column = stage.column;
+        ensure!(
+            stage.args.is_empty(),
+            InvalidArgument,
+            "column {column}: {alias:?} is short for {full:?} and takes no arguments"
+        );
+        return create_on(full, side, kernels);
+    }
+    let entry = find("quantizer", QUANTIZERS, stage)?;
+    (entry.create)(&resolve(entry.params, stage)?, side, kernels)
+}
+
+/// Most elements of a row: well above any head, small enough for any scratch buffer.
+pub const MAX_DIM: usize = 4096;
+
+/// Most rows of a cell.
+pub const MAX_TOKENS: usize = 1 << 20;
+
+/// The checks that every format shares; `dim` must be a multiple of `multiple`.
+fn check_shape(spec: &str, tokens: usize, dim: usize, multiple: usize) -> Result<()> {
+    ensure!(
+        (1..=MAX_DIM).contains(&dim),
+        InvalidArgument,
+        "{spec}: dim is {dim}, must be in 1..={MAX_DIM}"
+    );
+    ensure!(
+        dim.is_multiple_of(multiple),
+        InvalidArgument,
+        "{spec}: dim is {dim}, must be a multiple of {multiple}"
+    );
+    ensure!(
+        tokens <= MAX_TOKENS,
+        InvalidArgument,
+        "{spec}: tokens is {tokens}, must be at most {MAX_TOKENS}"
+    );
+    Ok(())
 }

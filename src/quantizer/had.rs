@@ -1,0 +1,126 @@
+//! `had+X`: rows are rotated by a Hadamard matrix before the quantizer X encodes them.
+//!
+//! ```text
+//! encode(k H)        q . k = (q H) . (k H)        sum w v = (sum w (v H)) H        H H = 1
+//! ```
+//!
+//! H is the orthonormal Sylvester matrix of the largest power of two that divides `dim`, repeated
+//! along the row. It spreads outlier channels over all others, which halves the error of formats
+//! that share a scale along the channels. Queries are rotated once a step, outputs once; stored rows
+//! are never rotated back, except by `decode`.
+
+use std::sync::Arc;
+
+use super::{Cell, Entry, Granularity, Quantizer, scratch};
+use crate::error::{Result, bail, ensure};
+use crate::simd::{Kernels, sanitize};
+use crate::spec::Stage;
+
+pub(super) static ENTRY: Entry = Entry {
+    name: PREFIX,
+    summary: "prefix: rotates rows by a Hadamard matrix before another quantizer encodes them",
+    paper: "QuaRot, arXiv 2404.00456",
+    params: &[],
+    aliases: &[],
+    examples: &["had+q8_0", "had+q4_0", "had+kivi(bits=2)", "had+f16"],
+    create: |_, _, _| bail!(InvalidArgument, "{NEEDS_INNER}"),
+};
+
+const PREFIX: &str = "had+";
+
+const NEEDS_INNER: &str = "had+ is a prefix of another quantizer, such as had+q4_0";
+
+/// The stage after the prefix; `None` without one.
+pub(super) fn inner(stage: &Stage) -> Result<Option<Stage>> {
+    let Some(name) = stage.name.strip_prefix(PREFIX) else {
+        return Ok(None);
+    };
+    let column = stage.column + PREFIX.len();
+    ensure!(!name.is_empty(), InvalidArgument, "column {column}: {NEEDS_INNER}");
+    ensure!(
+        !name.starts_with(PREFIX),
+        InvalidArgument,
+        "column {column}: had+ is given twice, which would undo it"
+    );
+    Ok(Some(Stage { name: name.into(), args: stage.args.clone(), column }))
+}
+
+/// Puts the rotation before `inner`.
+pub(super) fn wrap(inner: Arc<dyn Quantizer>, kernels: &'static Kernels) -> Arc<dyn Quantizer> {
+    Arc::new(Hadamard { inner, kernels })
+}
+
+#[derive(Debug)]
+struct Hadamard {
+    inner: Arc<dyn Quantizer>,
+    kernels: &'static Kernels,
+}
+
+/// Rows are limited to this before the rotation, whose sums then stay finite.
+const LIMIT: f32 = f32::MAX / 4096.0;
+
+impl Hadamard {
+    fn rotate(&self, dim: usize, rows: &mut [f32]) {
+        self.kernels.hadamard(rows, 1 << dim.trailing_zeros());
+    }
+}
+
+impl Quantizer for Hadamard {
+    fn spec(&self) -> String {
+        format!("{PREFIX}{}", self.inner.spec())
+    }
+
+    fn granularity(&self) -> Granularity {
+        self.inner.granularity()
+    }
+
+    fn check(&self, tokens: usize, dim: usize) -> Result<()> {
+        ensure!(
+            dim.is_multiple_of(2),
+            InvalidArgument,
+            "{}: dim is {dim}, must be even",
+            self.spec()
+        );
+        self.inner.check(tokens, dim)
+    }
+
+    fn bytes(&self, tokens: usize, dim: usize) -> usize {
+        self.inner.bytes(tokens, dim)
+    }
+
+    fn encode(&self, rows: &[f32], dim: usize, out: &mut [u8]) {
+        scratch::with(rows.len(), |rotated| {
+            rotated.copy_from_slice(rows);
+            for row in rotated.chunks_mut(dim) {
+                if !row.iter().all(|x| x.abs() <= LIMIT) {
+                    sanitize(row, LIMIT);
+                }
+            }
+            self.rotate(dim, rotated);
+            self.inner.encode(rotated, dim, out);
+        });
+    }
+
+    fn decode(&self, cell: &Cell<'_>, out: &mut [f32]) {
+        self.inner.decode(cell, out);
+        self.rotate(cell.dim, out);
+    }
+
+    fn prepare_queries(&self, dim: usize, queries: &mut [f32]) {
+        self.rotate(dim, queries);
+        self.inner.prepare_queries(dim, queries);
+    }
+
+    fn finish_outputs(&self, dim: usize, outputs: &mut [f32]) {
+        self.inner.finish_outputs(dim, outputs);
+        self.rotate(dim, outputs);
+    }
+
+    fn dot(&self, cell: &Cell<'_>, queries: &[f32], scores: &mut [f32]) {
+        self.inner.dot(cell, queries, scores);
+    }
+
+    fn axpy(&self, cell: &Cell<'_>, weights: &[f32], outputs: &mut [f32]) {
+        self.inner.axpy(cell, weights, outputs);
+    }
+}

@@ -1,0 +1,163 @@
+//! Encoding, bit for bit as the scalar level does it: multiplications and additions are not fused.
+
+use std::arch::x86_64::*;
+
+use crate::simd::rows::BLOCK;
+use crate::simd::sanitize;
+use crate::simd::scalar::{Q4_0_LIMIT, Q8_0_LIMIT, reciprocal};
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn f16(values: &[f32], out: &mut [u8]) {
+    let (vectors, rest) = values.as_chunks::<8>();
+    let (packed, packed_rest) = out.split_at_mut(vectors.len() * 16);
+    for (x, out) in vectors.iter().zip(packed.as_chunks_mut::<16>().0) {
+        let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(load(x));
+        store_128(out, halves);
+    }
+    for (x, out) in rest.iter().zip(packed_rest.as_chunks_mut().0) {
+        *out = half::f16::from_f32(*x).to_le_bytes();
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn bf16(values: &[f32], out: &mut [u8]) {
+    let (vectors, rest) = values.as_chunks::<8>();
+    let (packed, packed_rest) = out.split_at_mut(vectors.len() * 16);
+    for (x, out) in vectors.iter().zip(packed.as_chunks_mut::<16>().0) {
+        let x = load(x);
+        let bits = _mm256_castps_si256(x);
+        let upper = _mm256_srli_epi32::<16>(bits);
+        let odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+        let bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+        let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, bias));
+        let quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+        let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+        let words = _mm256_blendv_epi8(rounded, quiet, is_nan);
+        let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(words, words));
+        store_128(out, _mm256_castsi256_si128(packed));
+    }
+    for (x, out) in rest.iter().zip(packed_rest.as_chunks_mut().0) {
+        *out = half::bf16::from_f32(*x).to_le_bytes();
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn q8_0(values: &[f32], out: &mut [u8]) {
+    for (values, out) in values.as_chunks::<BLOCK>().0.iter().zip(out.as_chunks_mut::<34>().0) {
+        let (x, most) = load_block(values, Q8_0_LIMIT);
+        let d = most / 127.0;
+        let inverse = _mm256_set1_ps(reciprocal(d));
+        let [a, b, c, e] = x.map(|x| round_half_away(_mm256_mul_ps(x, inverse)));
+        let words = (_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, e));
+        // The packs work within 128-bit lanes; the permutation puts their dwords in order.
+        let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        let bytes = _mm256_packs_epi16(words.0, words.1);
+        let bytes = _mm256_permutevar8x32_epi32(bytes, order);
+        out[..2].copy_from_slice(&half::f16::from_f32(d).to_le_bytes());
+        // SAFETY: `out` has 32 bytes after the scale.
+        unsafe { _mm256_storeu_si256(out[2..].as_mut_ptr().cast(), bytes) };
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn q4_0(values: &[f32], out: &mut [u8]) {
+    for (values, out) in values.as_chunks::<BLOCK>().0.iter().zip(out.as_chunks_mut::<18>().0) {
+        let (x, most) = load_block(values, Q4_0_LIMIT);
+        let d = signed(&x, most) / -8.0;
+        let inverse = _mm256_set1_ps(reciprocal(d));
+        let [a, b, c, e] = x.map(|x| {
+            let code = _mm256_add_ps(_mm256_mul_ps(x, inverse), _mm256_set1_ps(8.5));
+            _mm256_min_epi32(_mm256_cvttps_epi32(code), _mm256_set1_epi32(15))
+        });
+        // Low nibbles are elements 0..16, high nibbles 16..32.
+        let first = _mm256_or_si256(a, _mm256_slli_epi32::<4>(c));
+        let second = _mm256_or_si256(b, _mm256_slli_epi32::<4>(e));
+        let words = _mm256_permute4x64_epi64::<0b1101_1000>(_mm256_packus_epi32(first, second));
+        let low = _mm256_castsi256_si128(words);
+        let bytes = _mm_packus_epi16(low, _mm256_extracti128_si256::<1>(words));
+        out[..2].copy_from_slice(&half::f16::from_f32(d).to_le_bytes());
+        // SAFETY: `out` has 16 bytes after the scale.
+        unsafe { _mm_storeu_si128(out[2..].as_mut_ptr().cast(), bytes) };
+    }
+}
+
+/// The block as vectors, made finite and limited, and its largest magnitude.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_block(values: &[f32; BLOCK], limit: f32) -> ([__m256; 4], f32) {
+    let x = vectors(values);
+    let magnitudes = x.map(|x| absolute(x));
+    // An ordered comparison is false for NaN, and max drops a NaN in its first operand only.
+    let fits = |x: __m256| _mm256_cmp_ps::<_CMP_LE_OQ>(x, _mm256_set1_ps(limit));
+    let [a, b, c, d] = magnitudes.map(fits);
+    let all = _mm256_and_ps(_mm256_and_ps(a, b), _mm256_and_ps(c, d));
+    if _mm256_movemask_ps(all) != 0xff {
+        let mut values = *values;
+        sanitize(&mut values, limit);
+        let x = vectors(&values);
+        return (x, largest(x.map(|x| absolute(x))));
+    }
+    (x, largest(magnitudes))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn vectors(values: &[f32; BLOCK]) -> [__m256; 4] {
+    let parts = values.as_chunks::<8>().0;
+    [load(&parts[0]), load(&parts[1]), load(&parts[2]), load(&parts[3])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn largest([a, b, c, d]: [__m256; 4]) -> f32 {
+    let most = _mm256_max_ps(_mm256_max_ps(a, b), _mm256_max_ps(c, d));
+    super::math::largest_lane(most)
+}
+
+/// The first element of magnitude `most`, with its sign; 0 for a zero block.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn signed(x: &[__m256; 4], most: f32) -> f32 {
+    if most == 0.0 {
+        return 0.0;
+    }
+    for x in x {
+        let equal = _mm256_cmp_ps::<_CMP_EQ_OQ>(absolute(*x), _mm256_set1_ps(most));
+        let lanes = _mm256_movemask_ps(equal);
+        if lanes != 0 {
+            let is_negative = _mm256_movemask_ps(*x) >> lanes.trailing_zeros() & 1 == 1;
+            return if is_negative { -most } else { most };
+        }
+    }
+    most
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn absolute(x: __m256) -> __m256 {
+    _mm256_andnot_ps(_mm256_set1_ps(-0.0), x)
+}
+
+/// Rounds half away from zero: the number just below one half is added in the direction of the
+/// sign, so that 0.49999997 stays below 1, and the sum is truncated.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn round_half_away(x: __m256) -> __m256i {
+    let sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0));
+    let half = _mm256_or_ps(_mm256_set1_ps(0.5f32.next_down()), sign);
+    _mm256_cvttps_epi32(_mm256_add_ps(x, half))
+}
+
+#[inline]
+#[target_feature(enable = "avx")]
+fn load(values: &[f32; 8]) -> __m256 {
+    // SAFETY: eight values.
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx")]
+fn store_128(out: &mut [u8; 16], bytes: __m128i) {
+    // SAFETY: sixteen bytes.
+    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), bytes) };
+}

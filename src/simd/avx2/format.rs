@@ -1,0 +1,287 @@
+//! How a block of 32 elements becomes four vectors of 8. A block is *opened* once (scale, packed
+//! bytes) and its parts are made one at a time, which keeps few registers alive.
+
+use std::arch::x86_64::*;
+
+use crate::simd::rows::{BLOCK, Rows};
+
+/// A format whose rows can be read as vectors of 8.
+pub(super) trait Format: Copy {
+    /// Opens block `block` of the row at `row`.
+    ///
+    /// # Safety
+    /// The CPU has AVX2, FMA and F16C, and `row` is a row of `rows`. Raw formats may be opened at a
+    /// last, incomplete block.
+    unsafe fn open(rows: &Rows<'_>, row: *const u8, block: usize) -> Self;
+
+    /// Elements `8 * part..8 * part + 8` of the block.
+    ///
+    /// # Safety
+    /// As for `open`; the part lies inside the row.
+    unsafe fn part(self, part: usize) -> __m256;
+
+    /// One element, for the tails of raw rows.
+    ///
+    /// # Safety
+    /// As for `open`; the column lies inside the row.
+    unsafe fn element(self, column: usize) -> f32;
+}
+
+/// A raw block is just where it starts.
+macro_rules! raw {
+    ($name:ident, $bytes:literal, $load:expr, $element:expr) => {
+        #[derive(Clone, Copy)]
+        pub(super) struct $name(*const u8);
+
+        impl Format for $name {
+            #[inline(always)]
+            unsafe fn open(_: &Rows<'_>, row: *const u8, block: usize) -> Self {
+                // SAFETY: `block` starts inside the row.
+                Self(unsafe { row.add(block * BLOCK * $bytes) })
+            }
+
+            #[inline(always)]
+            unsafe fn part(self, part: usize) -> __m256 {
+                // SAFETY: the part lies inside the row; loads are unaligned.
+                unsafe { $load(self.0.add(part * 8 * $bytes)) }
+            }
+
+            #[inline(always)]
+            unsafe fn element(self, column: usize) -> f32 {
+                // SAFETY: the column lies inside the row.
+                let bytes: [u8; $bytes] =
+                    unsafe { self.0.add(column * $bytes).cast::<[u8; $bytes]>().read() };
+                $element(bytes)
+            }
+        }
+    };
+}
+
+raw!(F32, 4, |at: *const u8| _mm256_loadu_ps(at.cast()), f32::from_le_bytes);
+raw!(F16, 2, |at: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(at.cast())), |bytes| {
+    half::f16::from_le_bytes(bytes).to_f32()
+});
+raw!(Bf16, 2, |at: *const u8| widen_bf16(_mm_loadu_si128(at.cast())), |bytes| {
+    half::bf16::from_le_bytes(bytes).to_f32()
+});
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen_bf16(halves: __m128i) -> __m256 {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+}
+
+/// Blocks never have tails: the elements of their rows are a multiple of 32.
+macro_rules! no_tail {
+    () => {
+        #[inline(always)]
+        unsafe fn element(self, _: usize) -> f32 {
+            unreachable!("a row of whole blocks has no tail")
+        }
+    };
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Q8_0 {
+    d: __m256,
+    codes: *const u8,
+}
+
+impl Format for Q8_0 {
+    #[inline(always)]
+    unsafe fn open(_: &Rows<'_>, row: *const u8, block: usize) -> Self {
+        // SAFETY: a block is 34 bytes: the f16 scale and 32 codes.
+        unsafe {
+            let at = row.add(block * 34);
+            Self { d: broadcast_f16(at), codes: at.add(2) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn part(self, part: usize) -> __m256 {
+        // SAFETY: 8 codes of the block.
+        unsafe {
+            let codes = _mm_loadl_epi64(self.codes.add(part * 8).cast());
+            _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), self.d)
+        }
+    }
+
+    no_tail!();
+}
+
+/// 32 nibbles as two runs of 16 bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Codes4 {
+    low: __m128i,
+    high: __m128i,
+}
+
+impl Codes4 {
+    /// # Safety
+    /// The CPU has AVX2 and `at` points to 16 bytes.
+    #[inline(always)]
+    unsafe fn load(at: *const u8) -> Self {
+        // SAFETY: by contract.
+        unsafe {
+            let packed = _mm_loadu_si128(at.cast());
+            let mask = _mm_set1_epi8(15);
+            let high = _mm_and_si128(_mm_srli_epi16::<4>(packed), mask);
+            Self { low: _mm_and_si128(packed, mask), high }
+        }
+    }
+}
+
+impl Format for Codes4 {
+    #[inline(always)]
+    unsafe fn open(_: &Rows<'_>, row: *const u8, block: usize) -> Self {
+        // SAFETY: a block is 16 bytes.
+        unsafe { Self::load(row.add(block * 16)) }
+    }
+
+    #[inline(always)]
+    unsafe fn part(self, part: usize) -> __m256 {
+        // SAFETY: values only.
+        unsafe {
+            let bytes = eight_of(self.low, self.high, part);
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))
+        }
+    }
+
+    no_tail!();
+}
+
+/// 32 codes of 2 bits: byte `j` in lane `j`.
+#[derive(Clone, Copy)]
+pub(super) struct Codes2(__m256i);
+
+impl Format for Codes2 {
+    #[inline(always)]
+    unsafe fn open(_: &Rows<'_>, row: *const u8, block: usize) -> Self {
+        // SAFETY: a block is 8 bytes.
+        unsafe { Self(_mm256_cvtepu8_epi32(_mm_loadl_epi64(row.add(block * 8).cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn part(self, part: usize) -> __m256 {
+        // SAFETY: values only.
+        unsafe {
+            let shifted = match part {
+                0 => self.0,
+                1 => _mm256_srli_epi32::<2>(self.0),
+                2 => _mm256_srli_epi32::<4>(self.0),
+                _ => _mm256_srli_epi32::<6>(self.0),
+            };
+            _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(3)))
+        }
+    }
+
+    no_tail!();
+}
+
+/// 32 centred nibbles and their scale.
+#[derive(Clone, Copy)]
+pub(super) struct Q4_0 {
+    low: __m128i,
+    high: __m128i,
+    d: __m256,
+}
+
+impl Format for Q4_0 {
+    #[inline(always)]
+    unsafe fn open(_: &Rows<'_>, row: *const u8, block: usize) -> Self {
+        // SAFETY: a block is 18 bytes: the f16 scale and 16 bytes of codes.
+        unsafe {
+            let at = row.add(block * 18);
+            let Codes4 { low, high } = Codes4::load(at.add(2));
+            let eight = _mm_set1_epi8(8);
+            let (low, high) = (_mm_sub_epi8(low, eight), _mm_sub_epi8(high, eight));
+            Self { low, high, d: broadcast_f16(at) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn part(self, part: usize) -> __m256 {
+        // SAFETY: values only.
+        unsafe {
+            let bytes = eight_of(self.low, self.high, part);
+            _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), self.d)
+        }
+    }
+
+    no_tail!();
+}
+
+/// Codes with the scale and the minimum of their group of channels.
+#[derive(Clone, Copy)]
+pub(super) struct Affine<C> {
+    codes: C,
+    s: __m256,
+    m: __m256,
+}
+
+pub(super) type Affine4 = Affine<Codes4>;
+pub(super) type Affine2 = Affine<Codes2>;
+
+/// Bits of a code.
+trait Width {
+    const BITS: usize;
+}
+
+impl Width for Codes4 {
+    const BITS: usize = 4;
+}
+
+impl Width for Codes2 {
+    const BITS: usize = 2;
+}
+
+impl<C: Format + Width> Format for Affine<C> {
+    #[inline(always)]
+    unsafe fn open(rows: &Rows<'_>, row: *const u8, block: usize) -> Self {
+        // A group is 32 times a power of two, so a shift divides by it.
+        let group = block >> (rows.group.trailing_zeros() - BLOCK.trailing_zeros());
+        // SAFETY: the metadata of all groups follow the codes of the row.
+        unsafe {
+            let pair = row.add(rows.dim * C::BITS / 8 + group * 4).cast::<i32>().read_unaligned();
+            let pair = _mm_cvtph_ps(_mm_cvtsi32_si128(pair));
+            let m = _mm256_broadcastss_ps(_mm_movehdup_ps(pair));
+            Self { codes: C::open(rows, row, block), s: _mm256_broadcastss_ps(pair), m }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn part(self, part: usize) -> __m256 {
+        // SAFETY: values only.
+        unsafe { _mm256_fmadd_ps(self.codes.part(part), self.s, self.m) }
+    }
+
+    no_tail!();
+}
+
+/// Bytes `8 * part..8 * part + 8` of 32 bytes, in the low half of the result.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn eight_of(low: __m128i, high: __m128i, part: usize) -> __m128i {
+    // SAFETY: by contract.
+    unsafe {
+        match part {
+            0 => low,
+            1 => _mm_unpackhi_epi64(low, low),
+            2 => high,
+            _ => _mm_unpackhi_epi64(high, high),
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has AVX2 and F16C, and `at` points to two bytes.
+#[inline(always)]
+unsafe fn broadcast_f16(at: *const u8) -> __m256 {
+    // SAFETY: by contract.
+    unsafe {
+        let bits = i32::from(at.cast::<u16>().read_unaligned());
+        _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))
+    }
+}

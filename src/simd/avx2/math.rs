@@ -1,0 +1,172 @@
+//! Loops over plain f32 vectors.
+
+use std::arch::x86_64::*;
+
+use crate::simd::scalar;
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (a_vectors, a_rest) = a.as_chunks::<8>();
+    let (b_vectors, b_rest) = b.as_chunks::<8>();
+    let mut sums = [_mm256_setzero_ps(); 4];
+    for (a, b) in a_vectors.chunks(4).zip(b_vectors.chunks(4)) {
+        for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum = _mm256_fmadd_ps(load(a), load(b), *sum);
+        }
+    }
+    let sum = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+    sum_lanes(sum) + scalar::dot_f32(a_rest, b_rest)
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn axpy(factor: f32, x: &[f32], y: &mut [f32]) {
+    let (x_vectors, x_rest) = x.as_chunks::<8>();
+    let (y_vectors, y_rest) = y.as_chunks_mut::<8>();
+    let factors = _mm256_set1_ps(factor);
+    for (x, y) in x_vectors.iter().zip(y_vectors) {
+        let sum = _mm256_fmadd_ps(factors, load(x), load(y));
+        store(y, sum);
+    }
+    scalar::axpy_f32(factor, x_rest, y_rest);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn scale(values: &mut [f32], factor: f32) {
+    let (vectors, rest) = values.as_chunks_mut::<8>();
+    let factors = _mm256_set1_ps(factor);
+    for x in vectors {
+        let product = _mm256_mul_ps(load(x), factors);
+        store(x, product);
+    }
+    rest.iter_mut().for_each(|x| *x *= factor);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn max(values: &[f32]) -> f32 {
+    let (vectors, rest) = values.as_chunks::<8>();
+    let mut most = _mm256_set1_ps(f32::NEG_INFINITY);
+    for x in vectors {
+        // With a NaN first, max answers its second operand: NaN is passed over.
+        most = _mm256_max_ps(load(x), most);
+    }
+    rest.iter().copied().fold(largest_lane(most), f32::max)
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn exp_sub(scores: &mut [f32], max: f32) -> f32 {
+    let (vectors, rest) = scores.as_chunks_mut::<8>();
+    let maxima = _mm256_set1_ps(max);
+    let mut sum = _mm256_setzero_ps();
+    for x in vectors {
+        let e = exp(_mm256_sub_ps(load(x), maxima));
+        store(x, e);
+        sum = _mm256_add_ps(sum, e);
+    }
+    sum_lanes(sum) + rest.iter_mut().map(|x| scalar::exp_one(x, max)).sum::<f32>()
+}
+
+/// `e^x` within 2 units in the last place: `x = n ln 2 + r` with `|r| <= ln 2 / 2`, and the
+/// polynomial of Cephes' `expf` for `e^r`. Below the smallest normal number the result is 0.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn exp(x: __m256) -> __m256 {
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    /// Logarithm of the smallest normal number.
+    const LOWEST: f32 = -87.336_54;
+    const HIGHEST: f32 = 88.0;
+    let underflows = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(LOWEST));
+    // The operand order keeps NaN.
+    let x = _mm256_max_ps(_mm256_set1_ps(LOWEST), x);
+    let x = _mm256_min_ps(_mm256_set1_ps(HIGHEST), x);
+    let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(_mm256_mul_ps(
+        x,
+        _mm256_set1_ps(std::f32::consts::LOG2_E),
+    ));
+    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(LN2_HIGH), x);
+    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(LN2_LOW), r);
+    let mut p = _mm256_set1_ps(1.987_569_1e-4);
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(coefficient));
+    }
+    let p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), _mm256_add_ps(r, _mm256_set1_ps(1.0)));
+    let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent));
+    _mm256_andnot_ps(underflows, _mm256_mul_ps(p, power))
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn hadamard(values: &mut [f32], size: usize) {
+    if size < 8 {
+        return scalar::hadamard(values, size);
+    }
+    let factor = _mm256_set1_ps(scalar::hadamard_factor(size));
+    for x in values.as_chunks_mut::<8>().0 {
+        let butterflies = hadamard_8(load(x));
+        store(x, butterflies);
+    }
+    let mut half = 8;
+    while half < size {
+        for pair in values.chunks_exact_mut(2 * half) {
+            let (low, high) = pair.split_at_mut(half);
+            for (a, b) in low.as_chunks_mut::<8>().0.iter_mut().zip(high.as_chunks_mut::<8>().0) {
+                let (x, y) = (load(a), load(b));
+                store(a, _mm256_add_ps(x, y));
+                store(b, _mm256_sub_ps(x, y));
+            }
+        }
+        half *= 2;
+    }
+    for x in values.as_chunks_mut::<8>().0 {
+        let scaled = _mm256_mul_ps(load(x), factor);
+        store(x, scaled);
+    }
+}
+
+/// The butterflies 1, 2 and 4 inside one vector: each lane adds its partner to itself, negated in
+/// the upper lane of a pair.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn hadamard_8(x: __m256) -> __m256 {
+    let upper = |bits: [i32; 8]| {
+        let [a, b, c, d, e, f, g, h] = bits.map(|bit| bit << 31);
+        _mm256_castsi256_ps(_mm256_setr_epi32(a, b, c, d, e, f, g, h))
+    };
+    let negate = |x, bits| _mm256_xor_ps(x, upper(bits));
+    let swapped = _mm256_permute_ps::<0b1011_0001>(x);
+    let x = _mm256_add_ps(swapped, negate(x, [0, 1, 0, 1, 0, 1, 0, 1]));
+    let swapped = _mm256_permute_ps::<0b0100_1110>(x);
+    let x = _mm256_add_ps(swapped, negate(x, [0, 0, 1, 1, 0, 0, 1, 1]));
+    let swapped = _mm256_permute2f128_ps::<1>(x, x);
+    _mm256_add_ps(swapped, negate(x, [0, 0, 0, 0, 1, 1, 1, 1]))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn largest_lane(x: __m256) -> f32 {
+    let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sum_lanes(x: __m256) -> f32 {
+    let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+}
+
+#[inline]
+#[target_feature(enable = "avx")]
+fn load(values: &[f32; 8]) -> __m256 {
+    // SAFETY: eight values.
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx")]
+fn store(out: &mut [f32; 8], x: __m256) {
+    // SAFETY: eight values.
+    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), x) };
+}

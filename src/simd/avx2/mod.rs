@@ -1,0 +1,64 @@
+//! AVX2 with FMA and F16C: every x86 server since 2013 (Intel) and 2015 (AMD).
+
+#![expect(unsafe_code, reason = "intrinsics and raw loads")]
+
+mod encode;
+mod format;
+mod math;
+mod rows;
+
+use super::Kernels;
+use super::rows::RowKernels;
+use format::{Affine2, Affine4, Bf16, Codes2, Codes4, F16, F32, Format, Q4_0, Q8_0};
+
+pub(super) static KERNELS: Kernels = Kernels {
+    name: "avx2",
+    is_available: || {
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+    },
+    rows: [
+        row_kernels::<F32>(),
+        row_kernels::<F16>(),
+        row_kernels::<Bf16>(),
+        row_kernels::<Q8_0>(),
+        row_kernels::<Q4_0>(),
+        row_kernels::<Affine4>(),
+        row_kernels::<Affine2>(),
+        row_kernels::<Codes4>(),
+        row_kernels::<Codes2>(),
+    ],
+    // SAFETY, here and below: a `Kernels` is handed out only after `is_available` said yes, and its
+    // methods have checked the lengths.
+    encode_f16: |values, out| unsafe { encode::f16(values, out) },
+    // SAFETY: as above.
+    encode_bf16: |values, out| unsafe { encode::bf16(values, out) },
+    // SAFETY: as above.
+    encode_q8_0: |values, out| unsafe { encode::q8_0(values, out) },
+    // SAFETY: as above.
+    encode_q4_0: |values, out| unsafe { encode::q4_0(values, out) },
+    // SAFETY: as above.
+    dot_f32: |a, b| unsafe { math::dot(a, b) },
+    // SAFETY: as above.
+    axpy_f32: |factor, x, y| unsafe { math::axpy(factor, x, y) },
+    // SAFETY: as above.
+    scale: |values, factor| unsafe { math::scale(values, factor) },
+    // SAFETY: as above.
+    max: |values| unsafe { math::max(values) },
+    // SAFETY: as above.
+    exp_sub: |scores, max| unsafe { math::exp_sub(scores, max) },
+    // SAFETY: as above.
+    hadamard: |values, size| unsafe { math::hadamard(values, size) },
+};
+
+const fn row_kernels<F: Format>() -> RowKernels {
+    RowKernels {
+        // SAFETY: as for `KERNELS`; `Rows::check` has proved that every row lies in the bytes.
+        dot: |rows, queries, scores| unsafe { rows::dot::<F>(rows, queries, scores) },
+        // SAFETY: as above.
+        axpy: |rows, weights, outputs| unsafe { rows::axpy::<F>(rows, weights, outputs) },
+        // SAFETY: as above.
+        decode: |rows, out| unsafe { rows::decode::<F>(rows, out) },
+    }
+}
