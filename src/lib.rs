@@ -1,12 +1,15 @@
 //! libkvmgr: the KV cache of an LLM inference engine behind one stable C ABI.
 
+pub mod attention;
 pub mod block;
 pub mod cache;
 pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod evictor;
+pub mod ffi;
 pub mod log;
+pub mod manager;
 pub mod policy;
 pub mod quantizer;
 pub mod registry;
@@ -15,3 +18,4 @@ pub mod shape;
 pub mod simd;
 pub mod spec;
 pub mod store;
+pub mod tier;

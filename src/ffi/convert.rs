@@ -28,11 +28,7 @@ pub(super) unsafe fn slice<'a, T>(data: *const T, len: usize, name: &str) -> Res
 ///
 /// # Safety
 /// If `data` is aligned and not NULL, `len` elements there belong to the caller alone for `'a`.
-pub(super) unsafe fn slice_mut<'a, T>(
-    data: *mut T,
-    len: usize,
-    name: &str,
-) -> Result<&'a mut [T]> {
+pub(super) unsafe fn slice_mut<'a, T>(data: *mut T, len: usize, name: &str) -> Result<&'a mut [T]> {
     check_pointer(data, len, name)?;
     if len == 0 {
         return Ok(&mut []);
@@ -239,12 +235,7 @@ unsafe fn tensor_parts(tensor: *const kvmgr_tensor, name: &str, ndim: u32) -> Re
         tensor.device_type.0
     );
     let dtype = tensor.dtype.parse(&format!("{name}.dtype"))?;
-    ensure!(
-        tensor.ndim == ndim,
-        InvalidArgument,
-        "{name}.ndim is {}, must be {ndim}",
-        tensor.ndim
-    );
+    ensure!(tensor.ndim == ndim, InvalidArgument, "{name}.ndim is {}, must be {ndim}", tensor.ndim);
     let mut shape = [1usize; 3];
     for (i, target) in shape.iter_mut().enumerate().take(ndim as usize) {
         let size = tensor.shape[i];

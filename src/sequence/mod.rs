@@ -321,13 +321,13 @@ impl Sequence {
     }
 
     /// Copies that an engine with its own tensors must make before it writes: (source, target).
-    pub fn take_copies(&mut self) -> Vec<(BlockId, BlockId)> {
-        std::mem::take(&mut self.copies)
+    pub fn copies(&self) -> &[(BlockId, BlockId)] {
+        &self.copies
     }
 
-    /// The same without taking them.
-    pub fn num_copies(&self) -> usize {
-        self.copies.len()
+    /// Forgets the copies, because the engine has taken them.
+    pub fn clear_copies(&mut self) {
+        self.copies.clear();
     }
 
     /// The error for a sequence whose bytes are in a store.

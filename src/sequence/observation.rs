@@ -63,19 +63,18 @@ impl Observation {
 }
 
 impl HeadObservation {
-    /// Remembers the query of one position, dropping the oldest beyond `window`.
+    /// Remembers the query of one position, dropping the oldest beyond `window`. Workers may bring
+    /// the tiles of one step in any order.
     pub fn push_query(&mut self, window: usize, position: i32, query: &[f32]) {
-        if window == 0 {
-            return;
+        let place = self.queries.partition_point(|(other, _)| *other < position);
+        if self.queries.len() < window {
+            self.queries.insert(place, (position, query.into()));
+        } else if place > 0 {
+            // The oldest makes room, and its allocation is used again.
+            self.queries[0].0 = position;
+            self.queries[0].1.copy_from_slice(query);
+            self.queries[..place].rotate_left(1);
         }
-        let mut slot = if self.queries.len() >= window {
-            // Reuse the oldest allocation: nothing is allocated once the window is full.
-            self.queries.remove(0).1
-        } else {
-            query.into()
-        };
-        slot.copy_from_slice(query);
-        self.queries.push((position, slot));
     }
 
     /// Queries remembered.

@@ -1,0 +1,173 @@
+//! Attention over block tables and quantized blocks, on the CPU.
+//!
+//! ```text
+//! plan, once a step:   sequences -> snapshot of spans, tasks and their costs
+//! append, each layer:  K, V      -> rows of open blocks
+//! run, each layer:     Q         -> attend per block format -> merge (o, lse) -> O, LSE
+//! ```
+//!
+//! A task is one KV head of one sequence and a tile of its queries: all query heads of the group
+//! go through K and V together, so each row is read and dequantized once for the tile. Tasks write
+//! disjoint rows of the output, which is what lets the engine's own threads share the work as
+//! `(worker, num_workers)`.
+//!
+//! Row `t` of a lane is visible to query `i` of `n` if `t <= len - n + i` and, with a sliding
+//! window, if their distance is below it. Distances are differences of original positions, or of
+//! indices inside the cache for sequences that are cache relative.
+
+mod cpu;
+mod plan;
+pub mod reference;
+mod state;
+mod write;
+
+use std::sync::Arc;
+
+pub use write::write_sequence;
+
+use self::plan::Plan;
+use crate::cache::Cache;
+use crate::device::tensor::{Tensor, TensorMut};
+use crate::error::{Result, ensure};
+use crate::sequence::Sequence;
+
+/// What a layer does to its logits. The default is plain scaled dot-product attention.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options<'a> {
+    /// Factor of `q . k`; 0 for `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// Logits become `cap * tanh(logit / cap)`; 0 for off.
+    pub softcap: f32,
+    /// Keys at this distance or further are invisible; 0 for off.
+    pub sliding_window: u32,
+    /// Learned logits, `[num_q_heads]`: an extra term of the softmax denominator and of the LSE.
+    pub sinks: Option<&'a [f32]>,
+    /// Slopes, `[num_q_heads]`: logits lose `slope * distance`.
+    pub alibi_slopes: Option<&'a [f32]>,
+}
+
+/// Plans and runs attention for the sequences of one cache.
+#[derive(Debug)]
+pub struct Attention {
+    cache: Arc<Cache>,
+    plan: Plan,
+}
+
+impl Attention {
+    /// An empty plan over `cache`, which must have memory.
+    pub fn new(cache: Arc<Cache>) -> Result<Self> {
+        ensure!(!cache.formats().is_empty(), Unsupported, "the cache has no memory to attend to");
+        Ok(Self { cache, plan: Plan::default() })
+    }
+
+    /// Plans one step: sequence `i` contributes its last `num_queries` tokens, reserved ones
+    /// included. The only call that allocates. On failure the previous plan is gone.
+    pub fn plan(&mut self, batch: &[(&Sequence, usize)]) -> Result<()> {
+        self.plan.clear();
+        let result = self.plan.fill(&self.cache, batch);
+        if result.is_err() {
+            self.plan.clear();
+        }
+        result
+    }
+
+    /// Tokens of the planned batch: rows of Q and O.
+    pub fn num_tokens(&self) -> usize {
+        self.plan.num_tokens
+    }
+
+    /// Writes K and V (`[num_tokens, num_kv_heads, head_dim]`, plan order) of the planned tokens
+    /// into their reserved rows of `layer`. Workers `0..num_workers` each do a part; the caller
+    /// waits for all of them before any runs.
+    pub fn append(
+        &self,
+        layer: usize,
+        key: &Tensor<'_>,
+        value: &Tensor<'_>,
+        worker: usize,
+        num_workers: usize,
+    ) -> Result<()> {
+        self.check(layer, worker, num_workers)?;
+        let shape = &self.cache.config().shape;
+        let expected = [self.plan.num_tokens, shape.num_kv_heads, shape.head_dim];
+        check_shape("key", key.shape(), expected)?;
+        check_shape("value", value.shape(), expected)?;
+        self.plan.append(&self.cache, layer, key, value, worker, num_workers)
+    }
+
+    /// Attends: `output[i] = softmax(query[i] . K) V` for `[num_tokens, num_q_heads, head_dim]`,
+    /// and the log-sum-exp of the logits into `lse` (`[num_tokens, num_q_heads, 1]`). A query that
+    /// sees nothing gets zeros and negative infinity. Workers `0..num_workers` each do a part.
+    pub fn run(
+        &self,
+        layer: usize,
+        query: &Tensor<'_>,
+        output: &TensorMut<'_>,
+        lse: Option<&TensorMut<'_>>,
+        options: &Options<'_>,
+        worker: usize,
+        num_workers: usize,
+    ) -> Result<()> {
+        self.check(layer, worker, num_workers)?;
+        let shape = &self.cache.config().shape;
+        let (tokens, heads) = (self.plan.num_tokens, shape.num_q_heads);
+        check_shape("query", query.shape(), [tokens, heads, shape.head_dim])?;
+        check_shape("output", output.shape(), [tokens, heads, shape.head_dim])?;
+        if let Some(lse) = lse {
+            check_shape("lse", lse.shape(), [tokens, heads, 1])?;
+        }
+        options.check(heads)?;
+        self.plan.check_written(layer, shape.num_kv_heads)?;
+        let call = cpu::Call { cache: &self.cache, plan: &self.plan, layer, options };
+        call.run(query, output, lse, worker, num_workers);
+        Ok(())
+    }
+
+    fn check(&self, layer: usize, worker: usize, num_workers: usize) -> Result<()> {
+        let layers = self.cache.config().shape.num_layers;
+        ensure!(layer < layers, InvalidArgument, "layer is {layer}, the model has {layers}");
+        ensure!(
+            worker < num_workers,
+            InvalidArgument,
+            "worker is {worker}, must be below num_workers {num_workers}"
+        );
+        self.plan.check_current()
+    }
+}
+
+impl Options<'_> {
+    fn check(&self, num_q_heads: usize) -> Result<()> {
+        for (name, value) in [("scale", self.scale), ("softcap", self.softcap)] {
+            ensure!(
+                value.is_finite() && value >= 0.0,
+                InvalidArgument,
+                "{name} is {value}, must be finite and not negative"
+            );
+        }
+        for (name, list) in [("sinks", self.sinks), ("alibi_slopes", self.alibi_slopes)] {
+            if let Some(list) = list {
+                ensure!(
+                    list.len() == num_q_heads,
+                    InvalidArgument,
+                    "{name} has {} values, must have one for each of {num_q_heads} query heads",
+                    list.len()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// The factor of `q . k` for vectors of `head_dim` elements.
+    pub(crate) fn scale_for(&self, head_dim: usize) -> f32 {
+        if self.scale == 0.0 { 1.0 / (head_dim as f32).sqrt() } else { self.scale }
+    }
+}
+
+fn check_shape(name: &str, found: [usize; 3], expected: [usize; 3]) -> Result<()> {
+    ensure!(
+        found == expected,
+        InvalidArgument,
+        "{name} has shape {found:?}, must have {expected:?}"
+    );
+    Ok(())
+}

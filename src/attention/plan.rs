@@ -1,0 +1,213 @@
+//! The plan of one step: a snapshot of block tables, and tasks with their costs.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::cache::Cache;
+use crate::error::{Result, ensure};
+use crate::sequence::{Observation, Sequence, Shared, Span};
+
+/// Queries of one task. Enough to reuse a dequantized row many times, few enough to keep the
+/// accumulators of a group in the first-level cache.
+const TILE: usize = 16;
+
+/// Everything `append` and `run` need. Buffers are reused from step to step.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    pub(super) sequences: Vec<Planned>,
+    pub(super) lanes: Vec<PlannedLane>,
+    pub(super) spans: Vec<Span>,
+    pub(super) tasks: Vec<Task>,
+    /// For each layer, the running sum of the costs of its tasks.
+    costs: Vec<u64>,
+    pub(super) num_tokens: usize,
+}
+
+/// One sequence of the batch.
+#[derive(Debug)]
+pub(super) struct Planned {
+    shared: Arc<Shared>,
+    epoch: u64,
+    /// First of its lanes in the plan.
+    first_lane: usize,
+    /// First of its rows in Q and O.
+    pub(super) first_token: usize,
+    pub(super) num_queries: usize,
+    pub(super) reserved: usize,
+    /// Tokens of the sequence, reserved ones included: the position after the last query.
+    pub(super) num_tokens: usize,
+    pub(super) cache_relative: bool,
+    pub(super) observation: Option<Arc<Observation>>,
+}
+
+/// One block table.
+#[derive(Debug, Clone)]
+pub(super) struct PlannedLane {
+    spans: Range<usize>,
+    /// Rows.
+    pub(super) len: usize,
+    pub(super) evicted: i32,
+}
+
+/// A KV head of a sequence and a tile of its queries.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Task {
+    pub(super) sequence: usize,
+    pub(super) kv_head: usize,
+    pub(super) first_query: usize,
+    pub(super) num_queries: usize,
+}
+
+impl Plan {
+    pub(super) fn clear(&mut self) {
+        self.sequences.clear();
+        self.lanes.clear();
+        self.spans.clear();
+        self.tasks.clear();
+        self.costs.clear();
+        self.num_tokens = 0;
+    }
+
+    pub(super) fn fill(&mut self, cache: &Arc<Cache>, batch: &[(&Sequence, usize)]) -> Result<()> {
+        for (i, (sequence, num_queries)) in batch.iter().enumerate() {
+            let check = self.check_sequence(cache, sequence, *num_queries);
+            check.map_err(|error| error.within(format!("sequence {i} of the batch")))?;
+            self.push_sequence(sequence, *num_queries);
+        }
+        self.push_tasks(cache);
+        Ok(())
+    }
+
+    fn check_sequence(&self, cache: &Arc<Cache>, sequence: &Sequence, n: usize) -> Result<()> {
+        sequence.ensure_present()?;
+        ensure!(Arc::ptr_eq(sequence.cache(), cache), InvalidArgument, "it is of another cache");
+        let repeated =
+            self.sequences.iter().any(|other| Arc::ptr_eq(&other.shared, sequence.shared()));
+        ensure!(!repeated, InvalidArgument, "it is in the batch twice");
+        let tokens = sequence.num_tokens() + sequence.num_reserved();
+        ensure!(
+            (1..=tokens).contains(&n),
+            InvalidArgument,
+            "num_queries is {n}, must be in 1..={tokens}"
+        );
+        for lane in sequence.lanes() {
+            let len = lane.len();
+            ensure!(
+                n <= len,
+                InvalidArgument,
+                "num_queries is {n}, a policy has left only {len} tokens to query from"
+            );
+        }
+        ensure!(
+            !sequence.config().cache_relative || cache.config().rope.is_some(),
+            Unsupported,
+            "cache relative positions need the rotation of the model (ROPE)"
+        );
+        Ok(())
+    }
+
+    fn push_sequence(&mut self, sequence: &Sequence, num_queries: usize) {
+        let first_lane = self.lanes.len();
+        for lane in sequence.lanes() {
+            let start = self.spans.len();
+            self.spans.extend(lane.spans.iter().cloned());
+            let spans = start..self.spans.len();
+            self.lanes.push(PlannedLane { spans, len: lane.len(), evicted: lane.evicted });
+        }
+        self.sequences.push(Planned {
+            shared: sequence.shared().clone(),
+            epoch: sequence.shared().epoch(),
+            first_lane,
+            first_token: self.num_tokens,
+            num_queries,
+            reserved: sequence.num_reserved(),
+            num_tokens: sequence.num_tokens() + sequence.num_reserved(),
+            cache_relative: sequence.config().cache_relative,
+            observation: sequence.observation().cloned(),
+        });
+        self.num_tokens += num_queries;
+    }
+
+    fn push_tasks(&mut self, cache: &Cache) {
+        let shape = &cache.config().shape;
+        for (i, sequence) in self.sequences.iter().enumerate() {
+            for kv_head in 0..shape.num_kv_heads {
+                for first_query in (0..sequence.num_queries).step_by(TILE) {
+                    let num_queries = TILE.min(sequence.num_queries - first_query);
+                    self.tasks.push(Task { sequence: i, kv_head, first_query, num_queries });
+                }
+            }
+        }
+        for layer in 0..shape.num_layers {
+            let mut sum = 0;
+            for task in &self.tasks {
+                let sequence = &self.sequences[task.sequence];
+                let (lane, _) = cache.config().lane_width.locate(shape, layer, task.kv_head);
+                let len = self.lanes[sequence.first_lane + lane].len;
+                let after = sequence.num_queries - task.first_query - task.num_queries;
+                sum += ((len - after) * task.num_queries) as u64 + 1;
+                self.costs.push(sum);
+            }
+        }
+    }
+
+    /// The tasks of `layer` that `worker` does: a run whose cost is close to its fair share.
+    pub(super) fn share(&self, layer: usize, worker: usize, num_workers: usize) -> Range<usize> {
+        let num_tasks = self.tasks.len();
+        let costs = &self.costs[layer * num_tasks..][..num_tasks];
+        let total = costs.last().copied().unwrap_or(0);
+        // Worker w does the tasks whose middle falls into its share.
+        let start_of = |worker: usize| {
+            let limit = u128::from(total) * worker as u128 * 2;
+            let middle = |i: usize| {
+                let before = if i == 0 { 0 } else { costs[i - 1] };
+                u128::from(before + costs[i]) * num_workers as u128
+            };
+            let (mut low, mut high) = (0, num_tasks);
+            while low < high {
+                let i = low.midpoint(high);
+                if middle(i) < limit { low = i + 1 } else { high = i }
+            }
+            low
+        };
+        start_of(worker)..start_of(worker + 1)
+    }
+
+    /// The spans of a lane of a sequence.
+    pub(super) fn lane(&self, sequence: &Planned, lane: usize) -> (&PlannedLane, &[Span]) {
+        let lane = &self.lanes[sequence.first_lane + lane];
+        (lane, &self.spans[lane.spans.clone()])
+    }
+
+    /// Fails if a sequence has changed or ended since the plan was made.
+    pub(super) fn check_current(&self) -> Result<()> {
+        for (i, sequence) in self.sequences.iter().enumerate() {
+            ensure!(
+                sequence.shared.epoch() == sequence.epoch,
+                InvalidState,
+                "sequence {i} of the batch has changed since the plan was made; plan again"
+            );
+        }
+        Ok(())
+    }
+
+    /// Fails if reserved rows of `layer` have not been written: they hold somebody else's bytes.
+    pub(super) fn check_written(&self, layer: usize, num_kv_heads: usize) -> Result<()> {
+        for (i, sequence) in self.sequences.iter().enumerate() {
+            let written = sequence.shared.written(layer) / num_kv_heads;
+            ensure!(
+                written >= sequence.reserved,
+                InvalidState,
+                "layer {layer} of sequence {i} of the batch has {written} of {} reserved tokens \
+                 written; append before run",
+                sequence.reserved
+            );
+        }
+        Ok(())
+    }
+
+    /// Notes written rows for `check_written`.
+    pub(super) fn note_written(&self, sequence: usize, layer: usize, rows: usize) {
+        self.sequences[sequence].shared.note_written(layer, rows);
+    }
+}

@@ -1,0 +1,333 @@
+//! Caches: memory, policies, sharing and tiers as one.
+
+use std::ffi::c_char;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::convert;
+use super::guard::{guard, guard_or};
+use super::handle::{self, Exclusive, Opaque};
+use super::policy::kvmgr_policy;
+use super::pool::to_usize;
+use super::sequence::{SequenceHandle, kvmgr_sequence};
+use super::store::kvmgr_store;
+use super::types::{
+    KVMGR_LANE_AUTO, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER, KVMGR_LANE_SEQUENCE, KVMGR_ROPE_HALF,
+    KVMGR_ROPE_INTERLEAVED, KVMGR_ROPE_NONE, kvmgr_dtype, kvmgr_lane_width, kvmgr_rope_style,
+    kvmgr_status,
+};
+use crate::dtype::DType;
+use crate::error::{Result, bail, ensure};
+use crate::log::{Level, log};
+use crate::manager::{Manager, ManagerConfig, Session};
+use crate::shape::{LaneWidth, MAX_HEAD_DIM, ModelShape, Rope, RopeStyle};
+use crate::simd;
+
+/// The KV cache of a model: block memory, formats, policies, prefix sharing and offload as one.
+/// Shared: retain and release, any thread.
+#[derive(Debug)]
+pub struct kvmgr_cache {
+    _opaque: [u8; 0],
+}
+
+/// What a kvmgr_cache holds.
+#[derive(Debug)]
+pub(super) struct CacheHandle(pub(super) Arc<Manager>);
+
+impl Opaque for kvmgr_cache {
+    type Inner = CacheHandle;
+    const NAME: &'static str = "kvmgr_cache";
+}
+
+/// Flag: full blocks are kept after their sequence ends and shared by prefix.
+pub const KVMGR_CACHE_PREFIX: u32 = 1;
+
+/// Settings of a cache. Set struct_size to its sizeof; every other zero means the default.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmgr_cache_config {
+    /// sizeof(kvmgr_cache_config).
+    pub struct_size: usize,
+    /// Layers with keys and values, 1 to 4096.
+    pub num_layers: u32,
+    /// Query heads of a layer, a multiple of num_kv_heads.
+    pub num_q_heads: u32,
+    /// Key/value heads of a layer, 1 to 4096.
+    pub num_kv_heads: u32,
+    /// Elements of a key and of a value, 1 to 1024.
+    pub head_dim: u32,
+    /// Tokens of a block, 1 to 1024; 0 means 32.
+    pub block_size: u32,
+    /// What one block table covers; 0 means the coarsest that the spec allows.
+    pub lane_width: kvmgr_lane_width,
+    /// Element type of blocks that still fill; 0 means KVMGR_DTYPE_F16.
+    pub dtype: kvmgr_dtype,
+    /// Workers of the library for calls with num_workers 0; 0 means one for each core.
+    pub num_threads: u32,
+    /// Blocks, over all lanes of all sequences; at least 1.
+    pub num_blocks: u64,
+    /// Bytes of block memory; 0 means num_blocks unquantized blocks. Addresses are reserved at
+    /// once, memory is taken as blocks are used.
+    pub memory_limit: u64,
+    /// The pipeline of new sequences; NULL means "full". Copied.
+    pub spec: *const c_char,
+    /// The evictor's spec; NULL means "lru". Copied.
+    pub evictor: *const c_char,
+    /// Where reclaimed prefixes go; may be NULL. The cache keeps a reference.
+    pub store: *mut kvmgr_store,
+    /// The operator's secret that separates tenants' prefixes.
+    pub hash_salt: u64,
+    /// KVMGR_CACHE_PREFIX or 0.
+    pub flags: u32,
+    /// How the model rotates queries and keys; needed by specs with pos(cache_relative).
+    pub rope_style: kvmgr_rope_style,
+    /// Rotated elements of a head, even; 0 means head_dim.
+    pub rope_dims: u32,
+    /// Base of the frequencies; 0 means 10000.
+    pub rope_base: f32,
+    /// rope_dims / 2 frequencies in radians for each position, or NULL for powers of rope_base.
+    /// Copied.
+    pub rope_inv_freq: *const f32,
+}
+
+/// What a cache holds and has done. Set struct_size before the call. Bytes are bytes of blocks as
+/// they are allocated.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct kvmgr_cache_stats {
+    /// sizeof(kvmgr_cache_stats).
+    pub struct_size: usize,
+    /// Blocks of the cache.
+    pub num_blocks: u64,
+    /// Blocks nobody refers to.
+    pub free_blocks: u64,
+    /// Blocks that sequences refer to.
+    pub used_blocks: u64,
+    /// Blocks that only the prefix index refers to; reclaimed when needed.
+    pub idle_blocks: u64,
+    /// Bytes of used blocks.
+    pub bytes_used: u64,
+    /// Bytes of idle blocks.
+    pub bytes_idle: u64,
+    /// Bytes taken from the system; pages that were never written cost nothing yet.
+    pub bytes_committed: u64,
+    /// Largest bytes_used since creation or kvmgr_cache_reset_peak.
+    pub bytes_peak: u64,
+    /// Prefixes in the index.
+    pub prefix_entries: u64,
+    /// Tokens asked for in kvmgr_sequence_match_prefix since creation.
+    pub prefix_query_tokens: u64,
+    /// Tokens found there since creation.
+    pub prefix_hit_tokens: u64,
+    /// Prefixes reclaimed since creation.
+    pub evictions: u64,
+    /// Prefixes offloaded to the store since creation.
+    pub store_puts: u64,
+    /// Prefixes fetched from the store since creation.
+    pub store_hits: u64,
+    /// Failures of the store since creation; each counted as a miss.
+    pub store_failures: u64,
+    /// Tokens committed since creation.
+    pub tokens_appended: u64,
+    /// (layer, KV head) rows that policies evicted since creation.
+    pub rows_evicted: u64,
+    /// Live sequences.
+    pub num_sequences: u64,
+}
+
+/// Makes a cache. A spec that needs what the engine cannot hand over is refused with the stage
+/// and what is missing.
+///
+/// @param config settings; the model's shape and num_blocks are required
+/// @param out_cache receives a handle with one reference; NULL on failure
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_cache_create(
+    config: *const kvmgr_cache_config,
+    out_cache: *mut *mut kvmgr_cache,
+) -> kvmgr_status {
+    guard(|| {
+        if let Some(error) = simd::forced_error() {
+            log(Level::Warn, format_args!("{error}"));
+        }
+        // SAFETY: the caller passes a place for a pointer.
+        let out = unsafe { convert::handle_output(out_cache, "out_cache") }?;
+        // SAFETY: the caller passes NULL or a struct that starts with its size.
+        let config = unsafe { convert::config(config, "kvmgr_cache_config") }?;
+        // SAFETY: the caller passes valid pointers inside the struct.
+        let config = unsafe { parse_config(&config) }?;
+        *out = handle::create(CacheHandle(Manager::new(config)?))?;
+        Ok(())
+    })
+}
+
+/// Adds a reference; answers the same handle, or NULL if it is not a live cache.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_cache_retain(cache: *mut kvmgr_cache) -> *mut kvmgr_cache {
+    guard_or(std::ptr::null_mut(), || handle::retain(cache))
+}
+
+/// Drops a reference. NULL is fine. Sequences and attention handles keep the cache alive.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_cache_release(cache: *mut kvmgr_cache) {
+    guard(|| handle::release(cache));
+}
+
+/// Numbers about a cache.
+///
+/// @param out_stats its struct_size must be set; receives the numbers
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_cache_get_stats(
+    cache: *const kvmgr_cache,
+    out_stats: *mut kvmgr_cache_stats,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle and a struct that starts with its size.
+    guard(|| unsafe {
+        handle::with(cache, |cache| {
+            convert::fill_struct(out_stats, &stats_of(&cache.0), "kvmgr_cache_stats")
+        })
+    })
+}
+
+/// Starts a new bytes_peak at what is used now.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_cache_reset_peak(cache: *mut kvmgr_cache) -> kvmgr_status {
+    guard(|| {
+        handle::with(cache.cast_const(), |cache| {
+            cache.0.cache().reset_peak();
+            Ok(())
+        })
+    })
+}
+
+/// Makes an empty sequence.
+///
+/// @param policy the policy of this sequence, without quant(...), or NULL for the cache's spec
+/// @param out_sequence receives an exclusive handle; NULL on failure
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_cache_sequence_create(
+    cache: *mut kvmgr_cache,
+    policy: *const kvmgr_policy,
+    out_sequence: *mut *mut kvmgr_sequence,
+) -> kvmgr_status {
+    // SAFETY: the caller passes handles and a place for a pointer.
+    guard(|| unsafe {
+        let out = convert::handle_output(out_sequence, "out_sequence")?;
+        handle::with(cache, |cache| {
+            let policy = match policy.is_null() {
+                true => None,
+                false => Some(handle::borrow(policy)?.0.clone()),
+            };
+            let session = Session::new(&cache.0, policy)?;
+            *out = handle::create(SequenceHandle(Exclusive::new(session)))?;
+            Ok(())
+        })
+    })
+}
+
+/// # Safety
+/// The pointers in `config` are NULL or valid for what their fields say.
+unsafe fn parse_config(config: &kvmgr_cache_config) -> Result<ManagerConfig> {
+    let shape = ModelShape {
+        num_layers: config.num_layers as usize,
+        num_q_heads: config.num_q_heads as usize,
+        num_kv_heads: config.num_kv_heads as usize,
+        head_dim: config.head_dim as usize,
+    };
+    shape.validate()?;
+    let lane_width = match config.lane_width {
+        KVMGR_LANE_AUTO => None,
+        KVMGR_LANE_SEQUENCE => Some(LaneWidth::Sequence),
+        KVMGR_LANE_LAYER => Some(LaneWidth::Layer),
+        KVMGR_LANE_HEAD => Some(LaneWidth::Head),
+        kvmgr_lane_width(value) => {
+            bail!(InvalidArgument, "lane_width is {value}, not a kvmgr_lane_width")
+        }
+    };
+    let dtype = match config.dtype {
+        kvmgr_dtype(0) => DType::F16,
+        dtype => dtype.parse("dtype")?,
+    };
+    let flags = config.flags;
+    ensure!(flags & !KVMGR_CACHE_PREFIX == 0, InvalidArgument, "flags has unknown bits {flags:#x}");
+    // SAFETY: the caller promises strings.
+    let (spec, evictor) =
+        unsafe { (convert::text(config.spec, "spec")?, convert::text(config.evictor, "evictor")?) };
+    let store = match config.store.is_null() {
+        true => None,
+        false => Some(handle::borrow(config.store.cast_const())?.0.clone()),
+    };
+    Ok(ManagerConfig {
+        shape,
+        block_size: if config.block_size == 0 { 32 } else { config.block_size as usize },
+        lane_width,
+        dtype,
+        num_threads: config.num_threads.min(1024) as usize,
+        num_blocks: to_usize(config.num_blocks, "num_blocks")?,
+        memory_limit: to_usize(config.memory_limit, "memory_limit")?,
+        spec: spec.unwrap_or("full").to_string(),
+        evictor: evictor.unwrap_or("lru").to_string(),
+        salt: config.hash_salt,
+        prefix: flags & KVMGR_CACHE_PREFIX != 0,
+        // SAFETY: the caller promises the frequencies.
+        rope: unsafe { parse_rope(config) }?,
+        store,
+    })
+}
+
+/// # Safety
+/// `rope_inv_freq` is NULL or has half as many elements as are rotated.
+unsafe fn parse_rope(config: &kvmgr_cache_config) -> Result<Option<Rope>> {
+    let style = match config.rope_style {
+        KVMGR_ROPE_NONE => return Ok(None),
+        KVMGR_ROPE_HALF => RopeStyle::Half,
+        KVMGR_ROPE_INTERLEAVED => RopeStyle::Interleaved,
+        kvmgr_rope_style(value) => {
+            bail!(InvalidArgument, "rope_style is {value}, not a kvmgr_rope_style")
+        }
+    };
+    let dims = if config.rope_dims == 0 { config.head_dim } else { config.rope_dims } as usize;
+    ensure!(
+        dims.is_multiple_of(2) && (2..=MAX_HEAD_DIM).contains(&dims),
+        InvalidArgument,
+        "rope_dims is {dims}, must be even and in 2..={MAX_HEAD_DIM}"
+    );
+    let base = if config.rope_base == 0.0 { 10_000.0 } else { config.rope_base };
+    ensure!(
+        base.is_finite() && base > 0.0,
+        InvalidArgument,
+        "rope_base is {base}, must be finite and positive"
+    );
+    if config.rope_inv_freq.is_null() {
+        return Ok(Some(Rope::new(style, dims, base)));
+    }
+    // SAFETY: the caller promises the frequencies.
+    let inv_freq = unsafe { convert::slice(config.rope_inv_freq, dims / 2, "rope_inv_freq") }?;
+    Ok(Some(Rope { style, inv_freq: inv_freq.to_vec() }))
+}
+
+fn stats_of(manager: &Manager) -> kvmgr_cache_stats {
+    let stats = manager.stats();
+    let counters = &manager.cache().counters;
+    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    kvmgr_cache_stats {
+        struct_size: 0,
+        num_blocks: stats.cache.num_blocks,
+        free_blocks: stats.cache.free_blocks,
+        used_blocks: stats.cache.used_blocks,
+        idle_blocks: stats.cache.idle_blocks,
+        bytes_used: stats.cache.bytes_used,
+        bytes_idle: stats.cache.bytes_idle,
+        bytes_committed: stats.cache.bytes_committed,
+        bytes_peak: stats.cache.bytes_peak,
+        prefix_entries: stats.cache.prefix_entries,
+        prefix_query_tokens: load(&counters.prefix_query_tokens),
+        prefix_hit_tokens: load(&counters.prefix_hit_tokens),
+        evictions: stats.cache.evictions,
+        store_puts: stats.store_puts,
+        store_hits: stats.store_hits,
+        store_failures: stats.store_failures,
+        tokens_appended: load(&counters.tokens_appended),
+        rows_evicted: load(&counters.tokens_evicted),
+        num_sequences: load(&counters.num_sequences),
+    }
+}

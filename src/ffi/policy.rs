@@ -1,0 +1,336 @@
+//! Policies alone: tell one what was observed, and it answers scores and keep sets.
+
+use std::ffi::c_char;
+use std::sync::{Arc, LazyLock};
+
+use super::convert;
+use super::guard::{guard, guard_or};
+use super::handle::{self, Opaque};
+use super::types::kvmgr_status;
+use super::version::{Listing, describe};
+use crate::error::{Result, bail, ensure};
+use crate::policy::{Event, HeadInput, LayerInput, LayerSource, Pipeline, STAGES};
+use crate::shape::{ModelShape, Needs};
+
+/// A token policy parsed from a spec. Immutable. Shared: retain and release, any thread.
+#[derive(Debug)]
+pub struct kvmgr_policy {
+    _opaque: [u8; 0],
+}
+
+/// What a kvmgr_policy holds.
+#[derive(Debug)]
+pub(super) struct PolicyHandle(pub(super) Arc<Pipeline>);
+
+impl Opaque for kvmgr_policy {
+    type Inner = PolicyHandle;
+    const NAME: &'static str = "kvmgr_policy";
+}
+
+/// The policy reads keys.
+pub const KVMGR_NEEDS_KEYS: u32 = 1;
+/// The policy reads values.
+pub const KVMGR_NEEDS_VALUES: u32 = 2;
+/// The policy reads the last queries of each head.
+pub const KVMGR_NEEDS_QUERY_WINDOW: u32 = 4;
+/// The policy reads attention probabilities summed over queries.
+pub const KVMGR_NEEDS_COLUMN_SUM: u32 = 8;
+/// The policy needs to know how the model rotates keys.
+pub const KVMGR_NEEDS_ROPE: u32 = 16;
+
+const _: () = {
+    assert!(KVMGR_NEEDS_KEYS == Needs::KEYS.0 && KVMGR_NEEDS_VALUES == Needs::VALUES.0);
+    assert!(KVMGR_NEEDS_QUERY_WINDOW == Needs::QUERY_WINDOW.0);
+    assert!(KVMGR_NEEDS_COLUMN_SUM == Needs::COLUMN_SUM.0 && KVMGR_NEEDS_ROPE == Needs::ROPE.0);
+};
+
+/// When a policy acts.
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct kvmgr_event(pub u32);
+/// The prompt has been read.
+pub const KVMGR_EVENT_PREFILL_END: kvmgr_event = kvmgr_event(0);
+/// A generated token was committed.
+pub const KVMGR_EVENT_STEP: kvmgr_event = kvmgr_event(1);
+
+/// What a policy is told about one layer. Set struct_size to its sizeof. Lists that the policy
+/// does not need (kvmgr_policy_needs) may be NULL.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmgr_policy_input {
+    /// sizeof(kvmgr_policy_input).
+    pub struct_size: usize,
+    /// Index of the layer.
+    pub layer: u32,
+    /// Layers of the model; 0 means layer + 1.
+    pub num_layers: u32,
+    /// Query heads, a multiple of num_kv_heads.
+    pub num_q_heads: u32,
+    /// Key/value heads.
+    pub num_kv_heads: u32,
+    /// Elements of a vector.
+    pub head_dim: u32,
+    /// Cached tokens T of each KV head, at least 1.
+    pub num_tokens: u32,
+    /// Queries w of each query head; the last belongs to the last token.
+    pub num_queries: u32,
+    /// What happened.
+    pub event: kvmgr_event,
+    /// [num_kv_heads, T, head_dim].
+    pub keys: *const f32,
+    /// [num_kv_heads, T, head_dim].
+    pub values: *const f32,
+    /// [num_q_heads, w, head_dim], oldest first.
+    pub queries: *const f32,
+    /// [num_kv_heads, T]: probability received, summed over queries and the group's heads.
+    pub column_sums: *const f32,
+    /// [T] original positions, ascending; NULL means 0 to T - 1.
+    pub positions: *const i32,
+}
+
+static LISTING: LazyLock<Listing> = LazyLock::new(|| {
+    Listing::new(STAGES.iter().map(|stage| {
+        let summary = format!("{:?}: {}", stage.class, stage.summary);
+        (stage.name.to_string(), describe(&summary, stage.params, stage.paper))
+    }))
+});
+
+/// Stages that a spec can name.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_policy_stage_count() -> usize {
+    guard_or(0, || Ok(LISTING.len()))
+}
+
+/// The name of stage index, in the order in which a spec writes them; NULL past the end. Static.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_policy_stage_name(index: usize) -> *const c_char {
+    guard_or(std::ptr::null(), || Ok(LISTING.name(index)))
+}
+
+/// A line about stage index: class, purpose, parameters, paper; NULL past the end. Static.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_policy_stage_help(index: usize) -> *const c_char {
+    guard_or(std::ptr::null(), || Ok(LISTING.help(index)))
+}
+
+/// Parses a policy, such as "snapkv(w=64) | adakv(0.2) | keep(0.25)". Errors name the column.
+///
+/// @param spec a NUL-terminated string
+/// @param out_policy receives a handle with one reference; NULL on failure
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_policy_create(
+    spec: *const c_char,
+    out_policy: *mut *mut kvmgr_policy,
+) -> kvmgr_status {
+    guard(|| {
+        // SAFETY: the caller passes a place for a pointer.
+        let out = unsafe { convert::handle_output(out_policy, "out_policy") }?;
+        // SAFETY: the caller passes NULL or a NUL-terminated string.
+        let spec = unsafe { convert::required_text(spec, "spec") }?;
+        let policy = Pipeline::parse(spec).map_err(|error| error.within("spec"))?;
+        *out = handle::create(PolicyHandle(Arc::new(policy)))?;
+        Ok(())
+    })
+}
+
+/// Adds a reference; answers the same handle, or NULL if it is not a live policy.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_policy_retain(policy: *mut kvmgr_policy) -> *mut kvmgr_policy {
+    guard_or(std::ptr::null_mut(), || handle::retain(policy))
+}
+
+/// Drops a reference. NULL is fine. Sequences keep their policy alive.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_policy_release(policy: *mut kvmgr_policy) {
+    guard(|| handle::release(policy));
+}
+
+/// What the engine has to hand over: KVMGR_NEEDS_ bits, and how many queries of each head.
+/// kvmgr_attention_run observes all of it by itself except the rotation.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_policy_needs(
+    policy: *const kvmgr_policy,
+    out_needs: *mut u32,
+    out_query_window: *mut u32,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle and places for numbers.
+    guard(|| unsafe {
+        handle::with(policy, |policy| {
+            let needs = convert::output(out_needs, "out_needs")?;
+            let window = convert::output(out_query_window, "out_query_window")?;
+            *needs = policy.0.needs().0;
+            *window = policy.0.query_window() as u32;
+            Ok(())
+        })
+    })
+}
+
+/// Scores the tokens of a layer: higher stays.
+///
+/// @param out_scores [num_kv_heads, T]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_policy_score(
+    policy: *const kvmgr_policy,
+    input: *const kvmgr_policy_input,
+    out_scores: *mut f32,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle, an input and room for the scores.
+    guard(|| unsafe {
+        handle::with(policy, |policy| {
+            let input = Input::new(input, policy.0.needs())?;
+            let out = convert::slice_mut(out_scores, input.heads * input.tokens, "out_scores")?;
+            let scores = policy.0.score(input.event, &input.layer())?;
+            for (out, head) in out.chunks_exact_mut(input.tokens).zip(&scores) {
+                out.copy_from_slice(&head.scores);
+            }
+            Ok(())
+        })
+    })
+}
+
+/// Chooses the tokens of a layer that stay.
+///
+/// @param out_kept [num_kv_heads, T]: for each KV head its kept indices, ascending, in front
+/// @param out_counts [num_kv_heads]: how many each KV head keeps
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_policy_select(
+    policy: *const kvmgr_policy,
+    input: *const kvmgr_policy_input,
+    out_kept: *mut u32,
+    out_counts: *mut u32,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle, an input and room for the results.
+    guard(|| unsafe {
+        handle::with(policy, |policy| {
+            let input = Input::new(input, policy.0.needs())?;
+            let kept = convert::slice_mut(out_kept, input.heads * input.tokens, "out_kept")?;
+            let counts = convert::slice_mut(out_counts, input.heads, "out_counts")?;
+            let sets = policy.0.select(input.event, &mut OneLayer(input.layer()))?;
+            for ((set, kept), count) in
+                sets[0].iter().zip(kept.chunks_exact_mut(input.tokens)).zip(counts)
+            {
+                *count = set.len() as u32;
+                kept.iter_mut().zip(set.iter()).for_each(|(out, index)| *out = index as u32);
+            }
+            Ok(())
+        })
+    })
+}
+
+/// A checked input.
+struct Input<'a> {
+    raw: kvmgr_policy_input,
+    event: Event,
+    heads: usize,
+    tokens: usize,
+    keys: &'a [f32],
+    values: &'a [f32],
+    queries: &'a [f32],
+    column_sums: &'a [f32],
+    positions: Vec<i32>,
+}
+
+impl<'a> Input<'a> {
+    /// # Safety
+    /// `input` is NULL or starts with its size; its lists are NULL or as long as it says.
+    unsafe fn new(input: *const kvmgr_policy_input, needs: Needs) -> Result<Self> {
+        // SAFETY: the caller promises it.
+        let raw = unsafe { convert::config(input, "kvmgr_policy_input") }?;
+        let shape = ModelShape {
+            num_layers: raw.num_layers.max(raw.layer.saturating_add(1)) as usize,
+            num_q_heads: raw.num_q_heads as usize,
+            num_kv_heads: raw.num_kv_heads as usize,
+            head_dim: raw.head_dim as usize,
+        };
+        shape.validate()?;
+        let (heads, tokens, dim) = (shape.num_kv_heads, raw.num_tokens as usize, shape.head_dim);
+        let queries = raw.num_queries as usize;
+        ensure!(tokens > 0, InvalidArgument, "num_tokens is 0, must be at least 1");
+        ensure!(
+            queries <= tokens,
+            InvalidArgument,
+            "num_queries is {queries}, must be at most num_tokens {tokens}"
+        );
+        let event = match raw.event {
+            KVMGR_EVENT_PREFILL_END => Event::PrefillEnd,
+            KVMGR_EVENT_STEP => Event::Step,
+            kvmgr_event(value) => bail!(InvalidArgument, "event is {value}, not a kvmgr_event"),
+        };
+        let list = |data: *const f32, len: usize, need: Needs, name: &str| {
+            if !needs.contains(need) {
+                return Ok(&[][..]);
+            }
+            // SAFETY: the caller promises it.
+            unsafe { convert::slice(data, len, name) }
+        };
+        let rows = heads * tokens;
+        let positions = if raw.positions.is_null() {
+            (0..tokens as i32).collect()
+        } else {
+            // SAFETY: the caller promises it.
+            unsafe { convert::slice(raw.positions, tokens, "positions") }?.to_vec()
+        };
+        Ok(Self {
+            event,
+            heads,
+            tokens,
+            keys: list(raw.keys, rows * dim, Needs::KEYS, "keys")?,
+            values: list(raw.values, rows * dim, Needs::VALUES, "values")?,
+            queries: list(
+                raw.queries,
+                shape.num_q_heads * queries * dim,
+                Needs::QUERY_WINDOW,
+                "queries",
+            )?,
+            column_sums: list(raw.column_sums, rows, Needs::COLUMN_SUM, "column_sums")?,
+            positions,
+            raw,
+        })
+    }
+
+    fn layer(&self) -> LayerInput<'_> {
+        let group = self.raw.num_q_heads as usize / self.heads;
+        let part = |list: &'a [f32], h: usize| {
+            &list[list.len() / self.heads * h..][..list.len() / self.heads]
+        };
+        LayerInput {
+            layer: self.raw.layer as usize,
+            num_layers: self.raw.num_layers.max(self.raw.layer + 1) as usize,
+            group,
+            head_dim: self.raw.head_dim as usize,
+            sequence_len: self.positions.last().map_or(0, |last| *last as usize + 1),
+            heads: (0..self.heads)
+                .map(|h| HeadInput {
+                    positions: &self.positions,
+                    keys: part(self.keys, h),
+                    values: part(self.values, h),
+                    queries: part(self.queries, h),
+                    num_queries: if self.queries.is_empty() {
+                        0
+                    } else {
+                        self.raw.num_queries as usize
+                    },
+                    column_sums: part(self.column_sums, h),
+                })
+                .collect(),
+            rope: None,
+        }
+    }
+}
+
+/// A source of a single layer.
+struct OneLayer<'a>(LayerInput<'a>);
+
+impl LayerSource for OneLayer<'_> {
+    fn num_layers(&self) -> usize {
+        1
+    }
+
+    fn visit(
+        &mut self,
+        _layer: usize,
+        f: &mut dyn FnMut(&LayerInput<'_>) -> Result<()>,
+    ) -> Result<()> {
+        f(&self.0)
+    }
+}

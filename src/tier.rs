@@ -1,0 +1,167 @@
+//! The tier: prefix entries that leave the cache go to a store and come back on a match.
+//!
+//! An object is a header and the bytes of the entry's block in every lane:
+//!
+//! ```text
+//! magic 8 | digest 32 | payload bytes u64 | crc64 of the payload u64 | payload
+//! ```
+//!
+//! The header is checked before a block becomes visible. A store that fails, or returns other
+//! bytes than it was given, costs a computation and a log line, never a wrong answer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::block::prefix::Digest;
+use crate::cache::{Block, Cache, Offload};
+use crate::error::{Error, Kind, Result, ensure};
+use crate::log::{Level, log};
+use crate::store::{Key, Store};
+
+const MAGIC: &[u8; 8] = b"KVMGR\x01\0\0";
+const HEADER: usize = 8 + 32 + 8 + 8;
+
+/// A store below a cache.
+#[derive(Debug)]
+pub struct Tier {
+    store: Arc<dyn Store>,
+    puts: AtomicU64,
+    hits: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl Tier {
+    /// A tier over `store`.
+    pub fn new(store: Arc<dyn Store>) -> Self {
+        let zero = AtomicU64::default;
+        Self { store, puts: zero(), hits: zero(), failures: zero() }
+    }
+
+    /// Entries offloaded, entries fetched, and failures, since creation.
+    pub fn counts(&self) -> (u64, u64, u64) {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (load(&self.puts), load(&self.hits), load(&self.failures))
+    }
+
+    /// Brings the entry `digest` into the prefix index of `cache`, if the store has it. Answers
+    /// whether it can be found there now. Failures are logged and count as absence.
+    pub fn fetch(&self, cache: &Cache, digest: &Digest) -> bool {
+        match self.try_fetch(cache, digest) {
+            Ok(found) => {
+                self.hits.fetch_add(u64::from(found), Ordering::Relaxed);
+                found
+            }
+            Err(error) => {
+                self.failures.fetch_add(1, Ordering::Relaxed);
+                log(Level::Warn, format_args!("prefix not fetched: {error}"));
+                false
+            }
+        }
+    }
+
+    fn try_fetch(&self, cache: &Cache, digest: &Digest) -> Result<bool> {
+        if !self.store.contains(digest)? {
+            return Ok(false);
+        }
+        let mut blocks: Vec<Block> = Vec::new();
+        cache.allocate(cache.config().num_lanes(), cache.sealed_format(), &mut blocks)?;
+        let result = self.read_into(&blocks, digest);
+        let ids = || blocks.iter().map(|block| block.id);
+        let entry = match result {
+            Ok(true) => cache.register(digest, &ids().collect::<Vec<_>>()),
+            _ => None,
+        };
+        cache.release(ids(), entry.into_iter());
+        result
+    }
+
+    fn read_into(&self, blocks: &[Block], digest: &Digest) -> Result<bool> {
+        let payload: usize = blocks.iter().map(|block| block.view.len()).sum();
+        let mut object = vec![0; HEADER + payload];
+        if !self.store.get(digest, &mut object)? {
+            return Ok(false);
+        }
+        let mut rest = verify(&object, digest)?;
+        for block in blocks {
+            let (bytes, tail) = rest.split_at(block.view.len());
+            block.view.write(0..bytes.len()).copy_from_slice(bytes);
+            rest = tail;
+        }
+        Ok(true)
+    }
+}
+
+impl Offload for Tier {
+    fn offload(&self, digest: &Digest, blocks: &[&[u8]]) {
+        match self.store.put(digest, &seal(digest, blocks)) {
+            Ok(()) => _ = self.puts.fetch_add(1, Ordering::Relaxed),
+            Err(error) => {
+                self.failures.fetch_add(1, Ordering::Relaxed);
+                log(Level::Warn, format_args!("prefix not offloaded: {error}"));
+            }
+        }
+    }
+}
+
+/// An object for `name` out of parts.
+pub fn seal(name: &Key, parts: &[&[u8]]) -> Vec<u8> {
+    let payload: usize = parts.iter().map(|part| part.len()).sum();
+    let mut object = Vec::with_capacity(HEADER + payload);
+    object.extend_from_slice(MAGIC);
+    object.extend_from_slice(name);
+    object.extend_from_slice(&(payload as u64).to_le_bytes());
+    object.extend_from_slice(&[0; 8]);
+    parts.iter().for_each(|part| object.extend_from_slice(part));
+    let checksum = checksum(&object[HEADER..]).to_le_bytes();
+    object[HEADER - 8..HEADER].copy_from_slice(&checksum);
+    object
+}
+
+/// The payload of an object that [`seal`] made for `name`, or `Corrupt`.
+pub fn verify<'a>(object: &'a [u8], name: &Key) -> Result<&'a [u8]> {
+    let corrupt = |what: &str| Error::new(Kind::Corrupt, format!("stored object: {what}"));
+    ensure!(object.len() >= HEADER, Corrupt, "stored object: {} bytes", object.len());
+    let (header, payload) = object.split_at(HEADER);
+    if header[..8] != *MAGIC {
+        return Err(corrupt("not an object of this library"));
+    }
+    if header[8..40] != *name {
+        return Err(corrupt("it belongs to another prefix"));
+    }
+    if header[40..48] != (payload.len() as u64).to_le_bytes() {
+        return Err(corrupt("the length is wrong"));
+    }
+    if header[48..] != checksum(payload).to_le_bytes() {
+        return Err(corrupt("the checksum is wrong"));
+    }
+    Ok(payload)
+}
+
+/// Bytes of an object with a payload of this size.
+pub fn object_len(payload: usize) -> usize {
+    HEADER + payload
+}
+
+fn checksum(payload: &[u8]) -> u64 {
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, payload)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_flipped_bit_is_noticed() {
+        let name = [7; 32];
+        let object = seal(&name, &[b"abc", b"", b"defg"]);
+        assert_eq!(object.len(), object_len(7));
+        assert_eq!(verify(&object, &name).unwrap(), b"abcdefg");
+        for bit in 0..object.len() * 8 {
+            let mut object = object.clone();
+            object[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(verify(&object, &name).unwrap_err().kind(), Kind::Corrupt, "bit {bit}");
+        }
+        assert!(verify(&object[..object.len() - 1], &name).is_err());
+        assert!(verify(&object, &[8; 32]).is_err());
+    }
+}
