@@ -1,0 +1,1446 @@
+/*
+ * kvmgr.h: the KV cache of an LLM inference engine.
+ *
+ * Five handles are useful alone and compose in a sixth:
+ *   kvmgr_pool       block bookkeeping without memory: block tables, forks, prefix sharing
+ *   kvmgr_policy     which tokens stay: scores and keep sets from what the engine observed
+ *   kvmgr_quantizer  encode, decode, dot and axpy of rows of keys or values
+ *   kvmgr_store      a place for sealed blocks: host memory or the engine's own
+ *   kvmgr_attention  plan and run attention over block tables and quantized blocks
+ *   kvmgr_cache      all of it as one, configured by one line of text, the spec:
+ *                    snapkv(w=64) | adakv(0.2) | keep(0.25) | quant(k=had+q4_0, v=q4_0)
+ *
+ * One step of an engine:
+ *   kvmgr_sequence_reserve(sequence, n)                    for each sequence of the batch
+ *   kvmgr_attention_plan(attention, sequences, n's, ...)   once
+ *   kvmgr_attention_append(...), kvmgr_attention_run(...)  for each layer
+ *   kvmgr_sequence_commit(sequence, tokens, n)             for each sequence
+ *   kvmgr_sequence_end_prefill(sequence)                   once, after the prompt
+ *
+ * Errors: every call that can fail answers a kvmgr_status, 0 for success.
+ * kvmgr_last_error_message() says which argument, which value and which limit. On failure handle
+ * outputs are NULL, other outputs are untouched, and objects are as they were.
+ *
+ * Ownership: shared handles (pool, cache, policy, quantizer, store) are made with one reference
+ * and end with the last release. Exclusive handles (sequence, attention) end with destroy.
+ * Children keep their parents alive. The library copies what it is given; it never frees or keeps
+ * the caller's memory beyond a call, except the user_data of callbacks. A stale or foreign handle
+ * is answered with KVMGR_INVALID_HANDLE.
+ *
+ * Threads: shared handles may be used from any thread at any time. An exclusive handle is used by
+ * one thread at a time, whichever; a second one gets KVMGR_BUSY.
+ *
+ * Structs whose first field is struct_size grow at the end in later versions: set it to sizeof,
+ * set everything else to zero, then what you need.
+ */
+
+
+#ifndef KVMGR_H
+#define KVMGR_H
+
+/* Generated from src/ffi by cbindgen. Do not edit: run BLESS=1 cargo test --test header */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__cplusplus) && __cplusplus >= 201703L
+#define KVMGR_NODISCARD [[nodiscard]]
+#elif defined(__GNUC__) || defined(__clang__)
+#define KVMGR_NODISCARD __attribute__((warn_unused_result))
+#else
+#define KVMGR_NODISCARD
+#endif
+
+/**
+ * Major version of the library this header belongs to.
+ */
+#define KVMGR_VERSION_MAJOR 0
+
+/**
+ * Minor version; before 1.0 it changes whenever the ABI breaks.
+ */
+#define KVMGR_VERSION_MINOR 1
+
+/**
+ * Patch version.
+ */
+#define KVMGR_VERSION_PATCH 0
+
+/**
+ * Bytes of a key of a store.
+ */
+#define KVMGR_STORE_KEY_SIZE 32
+
+/**
+ * The policy reads keys.
+ */
+#define KVMGR_NEEDS_KEYS 1
+
+/**
+ * The policy reads values.
+ */
+#define KVMGR_NEEDS_VALUES 2
+
+/**
+ * The policy reads the last queries of each head.
+ */
+#define KVMGR_NEEDS_QUERY_WINDOW 4
+
+/**
+ * The policy reads attention probabilities summed over queries.
+ */
+#define KVMGR_NEEDS_COLUMN_SUM 8
+
+/**
+ * The policy needs to know how the model rotates keys.
+ */
+#define KVMGR_NEEDS_ROPE 16
+
+/**
+ * Flag: full blocks are kept after their sequence ends and shared by prefix.
+ */
+#define KVMGR_POOL_PREFIX 1
+
+/**
+ * Flag: full blocks are kept after their sequence ends and shared by prefix.
+ */
+#define KVMGR_CACHE_PREFIX 1
+
+/**
+ * Plans and runs attention. kvmgr_attention_plan wants the handle alone; append and run may be
+ * called by many workers at once. A thread that breaks this gets KVMGR_BUSY.
+ */
+typedef struct kvmgr_attention kvmgr_attention;
+
+/**
+ * The KV cache of a model: block memory, formats, policies, prefix sharing and offload as one.
+ * Shared: retain and release, any thread.
+ */
+typedef struct kvmgr_cache kvmgr_cache;
+
+/**
+ * A token policy parsed from a spec. Immutable. Shared: retain and release, any thread.
+ */
+typedef struct kvmgr_policy kvmgr_policy;
+
+/**
+ * A paged block allocator with reference counts, copy-on-write forks and a prefix index, for an
+ * engine whose keys and values are in its own memory. Shared: retain and release, any thread.
+ */
+typedef struct kvmgr_pool kvmgr_pool;
+
+/**
+ * The numeric format of keys or of values. Immutable. Shared: retain and release, any thread.
+ */
+typedef struct kvmgr_quantizer kvmgr_quantizer;
+
+/**
+ * The tokens of one request and the rows that are kept of them. Exclusive: one thread at a time,
+ * any thread; a second one gets KVMGR_BUSY.
+ *
+ * The life of a step: reserve n tokens, append K and V to every layer, attend, commit. Every
+ * failing call leaves the sequence as it was, unless it says otherwise.
+ */
+typedef struct kvmgr_sequence kvmgr_sequence;
+
+/**
+ * A place for sealed blocks: host memory, or whatever the engine implements. Shared: retain and
+ * release, any thread.
+ */
+typedef struct kvmgr_store kvmgr_store;
+
+/**
+ * The result of every call that can fail: 0 or a negative number that never changes its meaning.
+ * After a failure `kvmgr_last_error_message` says which argument, which value and which limit.
+ */
+typedef int32_t kvmgr_status;
+
+/**
+ * How important a log message is.
+ */
+typedef uint32_t kvmgr_log_level;
+
+/**
+ * Receives log messages.
+ *
+ * Called on the thread that caused the message, possibly on several at once. It must not call the
+ * library back, throw or longjmp. `message` is valid during the call.
+ */
+typedef void (*kvmgr_log_fn)(void *user_data, kvmgr_log_level level, const char *message);
+
+/**
+ * The engine's own store. Set struct_size to sizeof(kvmgr_store_ops).
+ *
+ * The functions may be called from several threads at once. They must not call the library back,
+ * throw or longjmp; pointers are valid during the call. Every function but destroy is required.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_store_ops).
+   */
+  size_t struct_size;
+  /**
+   * Stores size bytes under a 32-byte key, replacing what was there. KVMGR_OUT_OF_MEMORY if full.
+   */
+  kvmgr_status (*put)(void *user_data, const uint8_t *key, const void *bytes, size_t size);
+  /**
+   * Fills out with the object, which has size bytes. KVMGR_NOT_FOUND if there is none.
+   */
+  kvmgr_status (*get)(void *user_data, const uint8_t *key, void *out, size_t size);
+  /**
+   * KVMGR_OK if the object exists, KVMGR_NOT_FOUND if not.
+   */
+  kvmgr_status (*contains)(void *user_data, const uint8_t *key);
+  /**
+   * Forgets the object; KVMGR_OK also if there is none.
+   */
+  kvmgr_status (*remove)(void *user_data, const uint8_t *key);
+  /**
+   * Called once when the last reference to the store is gone. May be NULL.
+   */
+  void (*destroy)(void *user_data);
+} kvmgr_store_ops;
+
+/**
+ * What a store holds and has done. Set struct_size before the call.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_store_stats).
+   */
+  size_t struct_size;
+  /**
+   * Objects held. 0 for an engine's own store.
+   */
+  uint64_t objects;
+  /**
+   * Bytes held. 0 for an engine's own store.
+   */
+  uint64_t bytes;
+  /**
+   * Objects put since creation.
+   */
+  uint64_t puts;
+  /**
+   * Objects found since creation.
+   */
+  uint64_t hits;
+  /**
+   * Objects not found since creation.
+   */
+  uint64_t misses;
+} kvmgr_store_stats;
+
+/**
+ * A side of the cache. Some quantizers group keys and values along different axes.
+ */
+typedef uint32_t kvmgr_side;
+
+/**
+ * When a policy acts.
+ */
+typedef uint32_t kvmgr_event;
+
+/**
+ * What a policy is told about one layer. Set struct_size to its sizeof. Lists that the policy
+ * does not need (kvmgr_policy_needs) may be NULL.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_policy_input).
+   */
+  size_t struct_size;
+  /**
+   * Index of the layer.
+   */
+  uint32_t layer;
+  /**
+   * Layers of the model; 0 means layer + 1.
+   */
+  uint32_t num_layers;
+  /**
+   * Query heads, a multiple of num_kv_heads.
+   */
+  uint32_t num_q_heads;
+  /**
+   * Key/value heads.
+   */
+  uint32_t num_kv_heads;
+  /**
+   * Elements of a vector.
+   */
+  uint32_t head_dim;
+  /**
+   * Cached tokens T of each KV head, at least 1.
+   */
+  uint32_t num_tokens;
+  /**
+   * Queries w of each query head; the last belongs to the last token.
+   */
+  uint32_t num_queries;
+  /**
+   * What happened.
+   */
+  kvmgr_event event;
+  /**
+   * [num_kv_heads, T, head_dim].
+   */
+  const float *keys;
+  /**
+   * [num_kv_heads, T, head_dim].
+   */
+  const float *values;
+  /**
+   * [num_q_heads, w, head_dim], oldest first.
+   */
+  const float *queries;
+  /**
+   * [num_kv_heads, T]: probability received, summed over queries and the group's heads.
+   */
+  const float *column_sums;
+  /**
+   * [T] original positions, ascending; NULL means 0 to T - 1.
+   */
+  const int32_t *positions;
+} kvmgr_policy_input;
+
+/**
+ * Settings of a pool. Set struct_size to its sizeof; every other zero means the default.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_pool_config).
+   */
+  size_t struct_size;
+  /**
+   * Blocks, at least 1.
+   */
+  uint64_t num_blocks;
+  /**
+   * Tokens of a block, 1 to 1024; 0 means 16.
+   */
+  uint32_t block_size;
+  /**
+   * KVMGR_POOL_PREFIX or 0.
+   */
+  uint32_t flags;
+  /**
+   * The evictor's spec; NULL means "lru".
+   */
+  const char *evictor;
+  /**
+   * The operator's secret that separates tenants' prefixes.
+   */
+  uint64_t hash_salt;
+} kvmgr_pool_config;
+
+/**
+ * What a pool holds. Set struct_size before the call.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_pool_stats).
+   */
+  size_t struct_size;
+  /**
+   * Blocks of the pool.
+   */
+  uint64_t num_blocks;
+  /**
+   * Blocks nobody refers to.
+   */
+  uint64_t free_blocks;
+  /**
+   * Blocks that sequences refer to.
+   */
+  uint64_t used_blocks;
+  /**
+   * Blocks that only the prefix index refers to; reclaimed when needed.
+   */
+  uint64_t idle_blocks;
+  /**
+   * Prefixes in the index.
+   */
+  uint64_t prefix_entries;
+  /**
+   * Tokens asked for in kvmgr_sequence_match_prefix since creation.
+   */
+  uint64_t prefix_query_tokens;
+  /**
+   * Tokens found there since creation.
+   */
+  uint64_t prefix_hit_tokens;
+  /**
+   * Prefixes reclaimed since creation.
+   */
+  uint64_t evictions;
+} kvmgr_pool_stats;
+
+/**
+ * What one block table of a sequence covers.
+ */
+typedef uint32_t kvmgr_lane_width;
+
+/**
+ * The element type of a tensor.
+ */
+typedef uint32_t kvmgr_dtype;
+
+/**
+ * Which elements of a head RoPE pairs.
+ */
+typedef uint32_t kvmgr_rope_style;
+
+/**
+ * Settings of a cache. Set struct_size to its sizeof; every other zero means the default.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_cache_config).
+   */
+  size_t struct_size;
+  /**
+   * Layers with keys and values, 1 to 4096.
+   */
+  uint32_t num_layers;
+  /**
+   * Query heads of a layer, a multiple of num_kv_heads.
+   */
+  uint32_t num_q_heads;
+  /**
+   * Key/value heads of a layer, 1 to 4096.
+   */
+  uint32_t num_kv_heads;
+  /**
+   * Elements of a key and of a value, 1 to 1024.
+   */
+  uint32_t head_dim;
+  /**
+   * Tokens of a block, 1 to 1024; 0 means 32.
+   */
+  uint32_t block_size;
+  /**
+   * What one block table covers; 0 means the coarsest that the spec allows.
+   */
+  kvmgr_lane_width lane_width;
+  /**
+   * Element type of blocks that still fill; 0 means KVMGR_DTYPE_F16.
+   */
+  kvmgr_dtype dtype;
+  /**
+   * Workers of the library for calls with num_workers 0; 0 means one for each core.
+   */
+  uint32_t num_threads;
+  /**
+   * Blocks, over all lanes of all sequences; at least 1.
+   */
+  uint64_t num_blocks;
+  /**
+   * Bytes of block memory; 0 means num_blocks unquantized blocks. Addresses are reserved at
+   * once, memory is taken as blocks are used.
+   */
+  uint64_t memory_limit;
+  /**
+   * The pipeline of new sequences; NULL means "full". Copied.
+   */
+  const char *spec;
+  /**
+   * The evictor's spec; NULL means "lru". Copied.
+   */
+  const char *evictor;
+  /**
+   * Where reclaimed prefixes go; may be NULL. The cache keeps a reference.
+   */
+  kvmgr_store *store;
+  /**
+   * The operator's secret that separates tenants' prefixes.
+   */
+  uint64_t hash_salt;
+  /**
+   * KVMGR_CACHE_PREFIX or 0.
+   */
+  uint32_t flags;
+  /**
+   * How the model rotates queries and keys; needed by specs with pos(cache_relative).
+   */
+  kvmgr_rope_style rope_style;
+  /**
+   * Rotated elements of a head, even; 0 means head_dim.
+   */
+  uint32_t rope_dims;
+  /**
+   * Base of the frequencies; 0 means 10000.
+   */
+  float rope_base;
+  /**
+   * rope_dims / 2 frequencies in radians for each position, or NULL for powers of rope_base.
+   * Copied.
+   */
+  const float *rope_inv_freq;
+} kvmgr_cache_config;
+
+/**
+ * What a cache holds and has done. Set struct_size before the call. Bytes are bytes of blocks as
+ * they are allocated.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_cache_stats).
+   */
+  size_t struct_size;
+  /**
+   * Blocks of the cache.
+   */
+  uint64_t num_blocks;
+  /**
+   * Blocks nobody refers to.
+   */
+  uint64_t free_blocks;
+  /**
+   * Blocks that sequences refer to.
+   */
+  uint64_t used_blocks;
+  /**
+   * Blocks that only the prefix index refers to; reclaimed when needed.
+   */
+  uint64_t idle_blocks;
+  /**
+   * Bytes of used blocks.
+   */
+  uint64_t bytes_used;
+  /**
+   * Bytes of idle blocks.
+   */
+  uint64_t bytes_idle;
+  /**
+   * Bytes taken from the system; pages that were never written cost nothing yet.
+   */
+  uint64_t bytes_committed;
+  /**
+   * Largest bytes_used since creation or kvmgr_cache_reset_peak.
+   */
+  uint64_t bytes_peak;
+  /**
+   * Prefixes in the index.
+   */
+  uint64_t prefix_entries;
+  /**
+   * Tokens asked for in kvmgr_sequence_match_prefix since creation.
+   */
+  uint64_t prefix_query_tokens;
+  /**
+   * Tokens found there since creation.
+   */
+  uint64_t prefix_hit_tokens;
+  /**
+   * Prefixes reclaimed since creation.
+   */
+  uint64_t evictions;
+  /**
+   * Prefixes offloaded to the store since creation.
+   */
+  uint64_t store_puts;
+  /**
+   * Prefixes fetched from the store since creation.
+   */
+  uint64_t store_hits;
+  /**
+   * Failures of the store since creation; each counted as a miss.
+   */
+  uint64_t store_failures;
+  /**
+   * Tokens committed since creation.
+   */
+  uint64_t tokens_appended;
+  /**
+   * (layer, KV head) rows that policies evicted since creation.
+   */
+  uint64_t rows_evicted;
+  /**
+   * Live sequences.
+   */
+  uint64_t num_sequences;
+} kvmgr_cache_stats;
+
+/**
+ * Where memory is, in DLPack's numbering; 0 means CPU too.
+ */
+typedef uint32_t kvmgr_device_type;
+
+/**
+ * A strided view of the caller's memory. The library never keeps it beyond the call.
+ *
+ * Shapes: Q and O are [tokens, q_heads, head_dim], K and V are [tokens, kv_heads, head_dim], LSE
+ * is [tokens, q_heads]. The innermost dimension is contiguous.
+ */
+typedef struct {
+  /**
+   * First element, aligned for `dtype`.
+   */
+  void *data;
+  /**
+   * Type of the elements.
+   */
+  kvmgr_dtype dtype;
+  /**
+   * Dimensions in use: 2 or 3.
+   */
+  uint32_t ndim;
+  /**
+   * Elements of each dimension.
+   */
+  int64_t shape[4];
+  /**
+   * Distance between neighbours in elements; all zero means contiguous.
+   */
+  int64_t strides[4];
+  /**
+   * Where the memory is; 0 means CPU.
+   */
+  kvmgr_device_type device_type;
+  /**
+   * Which device.
+   */
+  int32_t device_id;
+} kvmgr_tensor;
+
+/**
+ * A copy that an engine with its own tensors makes before it writes: a fork's open block.
+ */
+typedef struct {
+  /**
+   * Block to copy from.
+   */
+  uint32_t source;
+  /**
+   * Block to copy to.
+   */
+  uint32_t target;
+} kvmgr_block_copy;
+
+/**
+ * What a sequence holds. Set struct_size before the call.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_sequence_stats).
+   */
+  size_t struct_size;
+  /**
+   * Committed tokens, evicted ones included.
+   */
+  uint64_t num_tokens;
+  /**
+   * Reserved tokens.
+   */
+  uint64_t num_reserved;
+  /**
+   * Rows kept, summed over layers and KV heads.
+   */
+  uint64_t rows_kept;
+  /**
+   * Rows evicted, summed over layers and KV heads.
+   */
+  uint64_t rows_evicted;
+  /**
+   * Bytes of the blocks referred to, shared ones included.
+   */
+  uint64_t bytes;
+  /**
+   * Blocks referred to, shared ones included.
+   */
+  uint64_t num_blocks;
+} kvmgr_sequence_stats;
+
+/**
+ * What a layer does to its logits. Set struct_size to its sizeof; zeros, or NULL instead of the
+ * struct, mean plain softmax(q . k / sqrt(head_dim)).
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_attention_options).
+   */
+  size_t struct_size;
+  /**
+   * Factor of q . k; 0 means 1 / sqrt(head_dim).
+   */
+  float scale;
+  /**
+   * Logits become softcap * tanh(logit / softcap); 0 means off.
+   */
+  float softcap;
+  /**
+   * Keys at this distance or further are invisible; 0 means off.
+   */
+  uint32_t sliding_window;
+  /**
+   * Reserved, 0.
+   */
+  uint32_t flags;
+  /**
+   * num_q_heads learned logits, an extra term of the denominator and of the LSE; or NULL.
+   */
+  const float *sinks;
+  /**
+   * num_q_heads slopes: logits lose slope * distance; or NULL.
+   */
+  const float *alibi_slopes;
+} kvmgr_attention_options;
+
+/**
+ * Success.
+ */
+#define KVMGR_OK 0
+
+/**
+ * An argument is outside its documented range.
+ */
+#define KVMGR_INVALID_ARGUMENT -1
+
+/**
+ * A handle is NULL, of another type, or already released (as far as that can be told).
+ */
+#define KVMGR_INVALID_HANDLE -2
+
+/**
+ * The call is valid, but not in the current state of the object.
+ */
+#define KVMGR_INVALID_STATE -3
+
+/**
+ * An exclusive handle is in use by another thread.
+ */
+#define KVMGR_BUSY -4
+
+/**
+ * The named thing does not exist.
+ */
+#define KVMGR_NOT_FOUND -5
+
+/**
+ * No free block is left: a normal answer, preempt a sequence and retry.
+ */
+#define KVMGR_OUT_OF_BLOCKS -10
+
+/**
+ * A memory limit is reached or the system refused memory.
+ */
+#define KVMGR_OUT_OF_MEMORY -11
+
+/**
+ * This build, device or pipeline cannot do what was asked.
+ */
+#define KVMGR_UNSUPPORTED -20
+
+/**
+ * A device reported an error.
+ */
+#define KVMGR_DEVICE_ERROR -30
+
+/**
+ * A store failed.
+ */
+#define KVMGR_STORE_ERROR -31
+
+/**
+ * Bytes read back are not the bytes that were written.
+ */
+#define KVMGR_CORRUPT -32
+
+/**
+ * A bug in the library. The handle that was in use answers this from now on.
+ */
+#define KVMGR_INTERNAL -99
+
+/**
+ * IEEE 754 single precision.
+ */
+#define KVMGR_DTYPE_F32 1
+
+/**
+ * IEEE 754 half precision.
+ */
+#define KVMGR_DTYPE_F16 2
+
+/**
+ * bfloat16.
+ */
+#define KVMGR_DTYPE_BF16 3
+
+/**
+ * The coarsest width that the spec of the cache allows.
+ */
+#define KVMGR_LANE_AUTO 0
+
+/**
+ * One table for all layers and heads: the plain paged layout.
+ */
+#define KVMGR_LANE_SEQUENCE 1
+
+/**
+ * One table for each layer.
+ */
+#define KVMGR_LANE_LAYER 2
+
+/**
+ * One table for each layer and KV head: heads keep different tokens and really free the others.
+ */
+#define KVMGR_LANE_HEAD 3
+
+/**
+ * The engine does not tell; specs that rotate keys are refused.
+ */
+#define KVMGR_ROPE_NONE 0
+
+/**
+ * Pairs (i, i + dims/2): Hugging Face rotate_half, ggml NEOX.
+ */
+#define KVMGR_ROPE_HALF 1
+
+/**
+ * Pairs (2i, 2i + 1): RoFormer, ggml NORM.
+ */
+#define KVMGR_ROPE_INTERLEAVED 2
+
+/**
+ * Keys.
+ */
+#define KVMGR_SIDE_KEY 1
+
+/**
+ * Values.
+ */
+#define KVMGR_SIDE_VALUE 2
+
+/**
+ * Host memory.
+ */
+#define KVMGR_DEVICE_CPU 1
+
+/**
+ * CUDA device memory.
+ */
+#define KVMGR_DEVICE_CUDA 2
+
+/**
+ * No messages.
+ */
+#define KVMGR_LOG_OFF 0
+
+/**
+ * Something failed.
+ */
+#define KVMGR_LOG_ERROR 1
+
+/**
+ * Something works, but not as one would expect.
+ */
+#define KVMGR_LOG_WARN 2
+
+/**
+ * Rare events of interest.
+ */
+#define KVMGR_LOG_INFO 3
+
+/**
+ * For developers.
+ */
+#define KVMGR_LOG_DEBUG 4
+
+/**
+ * The prompt has been read.
+ */
+#define KVMGR_EVENT_PREFILL_END 0
+
+/**
+ * A generated token was committed.
+ */
+#define KVMGR_EVENT_STEP 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * The version of the loaded library: major << 16 | minor << 8 | patch.
+ */
+uint32_t kvmgr_version(void);
+
+/**
+ * The version of the loaded library as text, such as "0.1.0". Static.
+ */
+const char *kvmgr_version_string(void);
+
+/**
+ * Whether the loaded library can do something on this machine: "avx2" (kernels for this CPU),
+ * "cuda" (a device path). Unknown names are false. The exported symbols never depend on features.
+ *
+ * @param name a NUL-terminated string
+ */
+bool kvmgr_has_feature(const char *name);
+
+/**
+ * The instruction set of the CPU kernels in use: "scalar" or "avx2". Static. The environment
+ * variable KVMGR_CPU forces one; a value that cannot be honoured is logged by
+ * kvmgr_cache_create and ignored.
+ */
+const char *kvmgr_cpu_level(void);
+
+/**
+ * The name of a status, such as "OUT_OF_BLOCKS"; "UNKNOWN" for a number that is none. Static.
+ */
+const char *kvmgr_status_name(kvmgr_status status);
+
+/**
+ * What went wrong in the last failing call of this thread: which argument, which value, which
+ * limit. Empty before the first failure. The pointer is the same for the life of the thread; the
+ * text is replaced by the next failure, never freed.
+ */
+const char *kvmgr_last_error_message(void);
+
+/**
+ * Sets the log hook of the process. The library is silent without one.
+ *
+ * When the call returns, the previous hook is not running any more and its user_data may go.
+ *
+ * @param user_data passed to every call of `log`; must stay valid until the hook is replaced
+ * @param max_level least important level to report, KVMGR_LOG_OFF to KVMGR_LOG_DEBUG
+ * @param log the hook, or NULL for silence
+ */
+kvmgr_status kvmgr_set_log(void *user_data, kvmgr_log_level max_level, kvmgr_log_fn log);
+
+/**
+ * Kinds of stores that kvmgr_store_create knows.
+ */
+size_t kvmgr_store_count(void);
+
+/**
+ * The name of kind index; NULL past the end. Static.
+ */
+const char *kvmgr_store_name(size_t index);
+
+/**
+ * A line about kind index: purpose and parameters; NULL past the end. Static.
+ */
+const char *kvmgr_store_help(size_t index);
+
+/**
+ * Makes the store that spec names, such as "host(capacity=64mi)".
+ *
+ * @param spec a NUL-terminated string
+ * @param out_store receives a handle with one reference; NULL on failure
+ */
+kvmgr_status kvmgr_store_create(const char *spec, kvmgr_store **out_store);
+
+/**
+ * Makes a store out of the engine's functions. On failure destroy is not called.
+ *
+ * @param user_data passed to every function
+ * @param ops copied; need not outlive the call
+ * @param out_store receives a handle with one reference; NULL on failure
+ */
+kvmgr_status kvmgr_store_create_custom(void *user_data,
+                                       const kvmgr_store_ops *ops,
+                                       kvmgr_store **out_store);
+
+/**
+ * Adds a reference; answers the same handle, or NULL if it is not a live store.
+ */
+kvmgr_store *kvmgr_store_retain(kvmgr_store *store);
+
+/**
+ * Drops a reference. NULL is fine. Caches and preempted sequences keep their own.
+ */
+void kvmgr_store_release(kvmgr_store *store);
+
+/**
+ * Stores size bytes under a key of KVMGR_STORE_KEY_SIZE bytes, replacing what was there.
+ */
+kvmgr_status kvmgr_store_put(kvmgr_store *store,
+                             const uint8_t *key,
+                             const void *bytes,
+                             size_t size);
+
+/**
+ * Fills out, which has exactly the size of the object. KVMGR_NOT_FOUND if there is none.
+ */
+kvmgr_status kvmgr_store_get(kvmgr_store *store, const uint8_t *key, void *out, size_t size);
+
+/**
+ * KVMGR_OK if the object exists, KVMGR_NOT_FOUND if not.
+ */
+kvmgr_status kvmgr_store_contains(kvmgr_store *store, const uint8_t *key);
+
+/**
+ * Forgets an object; KVMGR_OK also if there is none.
+ */
+kvmgr_status kvmgr_store_remove(kvmgr_store *store, const uint8_t *key);
+
+/**
+ * Numbers about a store.
+ *
+ * @param out_stats its struct_size must be set; receives the numbers
+ */
+kvmgr_status kvmgr_store_get_stats(const kvmgr_store *store, kvmgr_store_stats *out_stats);
+
+/**
+ * Kinds of quantizers.
+ */
+size_t kvmgr_quantizer_count(void);
+
+/**
+ * The name of kind index; NULL past the end. Static.
+ */
+const char *kvmgr_quantizer_name(size_t index);
+
+/**
+ * A line about kind index: purpose, parameters, paper; NULL past the end. Static.
+ */
+const char *kvmgr_quantizer_help(size_t index);
+
+/**
+ * Makes the quantizer that spec names, such as "q8_0", "had+q4_0" or "kivi(bits=2)".
+ *
+ * @param spec a NUL-terminated string
+ * @param side which side it will store; some formats group keys and values differently
+ * @param out_quantizer receives a handle with one reference; NULL on failure
+ */
+kvmgr_status kvmgr_quantizer_create(const char *spec,
+                                    kvmgr_side side,
+                                    kvmgr_quantizer **out_quantizer);
+
+/**
+ * Adds a reference; answers the same handle, or NULL if it is not a live quantizer.
+ */
+kvmgr_quantizer *kvmgr_quantizer_retain(kvmgr_quantizer *quantizer);
+
+/**
+ * Drops a reference. NULL is fine.
+ */
+void kvmgr_quantizer_release(kvmgr_quantizer *quantizer);
+
+/**
+ * Bytes of num_tokens encoded rows of dim elements.
+ *
+ * @param num_tokens 1 to 1024
+ * @param dim 1 to 1024; formats with groups need a multiple of their group
+ */
+kvmgr_status kvmgr_quantizer_bytes(const kvmgr_quantizer *quantizer,
+                                   uint32_t num_tokens,
+                                   uint32_t dim,
+                                   size_t *out_bytes);
+
+/**
+ * Encodes rows [num_tokens, dim] into out, which has exactly kvmgr_quantizer_bytes bytes.
+ */
+kvmgr_status kvmgr_quantizer_encode(const kvmgr_quantizer *quantizer,
+                                    const float *rows,
+                                    uint32_t num_tokens,
+                                    uint32_t dim,
+                                    void *out,
+                                    size_t out_size);
+
+/**
+ * Decodes bytes, made by kvmgr_quantizer_encode with the same shape, into out_rows
+ * [num_tokens, dim].
+ */
+kvmgr_status kvmgr_quantizer_decode(const kvmgr_quantizer *quantizer,
+                                    const void *bytes,
+                                    size_t size,
+                                    uint32_t num_tokens,
+                                    uint32_t dim,
+                                    float *out_rows);
+
+/**
+ * out_scores[i, t] = queries[i] . row[t], without decoding to memory.
+ *
+ * @param queries [num_queries, dim]
+ * @param out_scores [num_queries, num_tokens]
+ */
+kvmgr_status kvmgr_quantizer_dot(const kvmgr_quantizer *quantizer,
+                                 const void *bytes,
+                                 size_t size,
+                                 uint32_t num_tokens,
+                                 uint32_t dim,
+                                 const float *queries,
+                                 uint32_t num_queries,
+                                 float *out_scores);
+
+/**
+ * outputs[i] += sum over t of weights[i, t] * row[t], without decoding to memory.
+ *
+ * @param weights [num_queries, num_tokens]
+ * @param outputs [num_queries, dim], added to
+ */
+kvmgr_status kvmgr_quantizer_axpy(const kvmgr_quantizer *quantizer,
+                                  const void *bytes,
+                                  size_t size,
+                                  uint32_t num_tokens,
+                                  uint32_t dim,
+                                  const float *weights,
+                                  uint32_t num_queries,
+                                  float *outputs);
+
+/**
+ * Stages that a spec can name.
+ */
+size_t kvmgr_policy_stage_count(void);
+
+/**
+ * The name of stage index, in the order in which a spec writes them; NULL past the end. Static.
+ */
+const char *kvmgr_policy_stage_name(size_t index);
+
+/**
+ * A line about stage index: class, purpose, parameters, paper; NULL past the end. Static.
+ */
+const char *kvmgr_policy_stage_help(size_t index);
+
+/**
+ * Parses a policy, such as "snapkv(w=64) | adakv(0.2) | keep(0.25)". Errors name the column.
+ *
+ * @param spec a NUL-terminated string
+ * @param out_policy receives a handle with one reference; NULL on failure
+ */
+kvmgr_status kvmgr_policy_create(const char *spec, kvmgr_policy **out_policy);
+
+/**
+ * Adds a reference; answers the same handle, or NULL if it is not a live policy.
+ */
+kvmgr_policy *kvmgr_policy_retain(kvmgr_policy *policy);
+
+/**
+ * Drops a reference. NULL is fine. Sequences keep their policy alive.
+ */
+void kvmgr_policy_release(kvmgr_policy *policy);
+
+/**
+ * What the engine has to hand over: KVMGR_NEEDS_ bits, and how many queries of each head.
+ * kvmgr_attention_run observes all of it by itself except the rotation.
+ */
+kvmgr_status kvmgr_policy_needs(const kvmgr_policy *policy,
+                                uint32_t *out_needs,
+                                uint32_t *out_query_window);
+
+/**
+ * Scores the tokens of a layer: higher stays.
+ *
+ * @param out_scores [num_kv_heads, T]
+ */
+kvmgr_status kvmgr_policy_score(const kvmgr_policy *policy,
+                                const kvmgr_policy_input *input,
+                                float *out_scores);
+
+/**
+ * Chooses the tokens of a layer that stay.
+ *
+ * @param out_kept [num_kv_heads, T]: for each KV head its kept indices, ascending, in front
+ * @param out_counts [num_kv_heads]: how many each KV head keeps
+ */
+kvmgr_status kvmgr_policy_select(const kvmgr_policy *policy,
+                                 const kvmgr_policy_input *input,
+                                 uint32_t *out_kept,
+                                 uint32_t *out_counts);
+
+/**
+ * Makes a pool.
+ *
+ * @param config settings; num_blocks is required
+ * @param out_pool receives a handle with one reference; NULL on failure
+ */
+kvmgr_status kvmgr_pool_create(const kvmgr_pool_config *config, kvmgr_pool **out_pool);
+
+/**
+ * Adds a reference; answers the same handle, or NULL if it is not a live pool.
+ */
+kvmgr_pool *kvmgr_pool_retain(kvmgr_pool *pool);
+
+/**
+ * Drops a reference. NULL is fine. Sequences keep the pool alive.
+ */
+void kvmgr_pool_release(kvmgr_pool *pool);
+
+/**
+ * Numbers about a pool.
+ *
+ * @param out_stats its struct_size must be set; receives the numbers
+ */
+kvmgr_status kvmgr_pool_get_stats(const kvmgr_pool *pool, kvmgr_pool_stats *out_stats);
+
+/**
+ * Makes an empty sequence whose block table the engine reads with kvmgr_sequence_block_table and
+ * kvmgr_sequence_slot_mapping (layer 0, KV head 0 for all layers and heads).
+ *
+ * @param out_sequence receives an exclusive handle; NULL on failure
+ */
+kvmgr_status kvmgr_pool_sequence_create(kvmgr_pool *pool, kvmgr_sequence **out_sequence);
+
+/**
+ * Makes a cache. A spec that needs what the engine cannot hand over is refused with the stage
+ * and what is missing.
+ *
+ * @param config settings; the model's shape and num_blocks are required
+ * @param out_cache receives a handle with one reference; NULL on failure
+ */
+kvmgr_status kvmgr_cache_create(const kvmgr_cache_config *config, kvmgr_cache **out_cache);
+
+/**
+ * Adds a reference; answers the same handle, or NULL if it is not a live cache.
+ */
+kvmgr_cache *kvmgr_cache_retain(kvmgr_cache *cache);
+
+/**
+ * Drops a reference. NULL is fine. Sequences and attention handles keep the cache alive.
+ */
+void kvmgr_cache_release(kvmgr_cache *cache);
+
+/**
+ * Numbers about a cache.
+ *
+ * @param out_stats its struct_size must be set; receives the numbers
+ */
+kvmgr_status kvmgr_cache_get_stats(const kvmgr_cache *cache, kvmgr_cache_stats *out_stats);
+
+/**
+ * Starts a new bytes_peak at what is used now.
+ */
+kvmgr_status kvmgr_cache_reset_peak(kvmgr_cache *cache);
+
+/**
+ * Makes an empty sequence.
+ *
+ * @param policy the policy of this sequence, without quant(...), or NULL for the cache's spec
+ * @param out_sequence receives an exclusive handle; NULL on failure
+ */
+kvmgr_status kvmgr_cache_sequence_create(kvmgr_cache *cache,
+                                         const kvmgr_policy *policy,
+                                         kvmgr_sequence **out_sequence);
+
+/**
+ * Ends a sequence and frees what only it refers to. NULL is fine.
+ */
+void kvmgr_sequence_destroy(kvmgr_sequence *sequence);
+
+/**
+ * Makes a second sequence with the same tokens. It shares every block; the block that still fills
+ * is copied by whoever writes first. KVMGR_INVALID_STATE while tokens are reserved.
+ *
+ * @param out_child receives an exclusive handle; NULL on failure
+ */
+kvmgr_status kvmgr_sequence_fork(const kvmgr_sequence *sequence, kvmgr_sequence **out_child);
+
+/**
+ * Takes over the cached blocks of the longest known prefix of a prompt, from the cache or its
+ * store, but always leaves at least one token to compute. The sequence must be empty. The matched
+ * tokens are committed: go on with the tokens after them.
+ *
+ * @param tokens the prompt
+ * @param out_num_matched receives the number of tokens taken over; 0 without the prefix flag
+ */
+kvmgr_status kvmgr_sequence_match_prefix(kvmgr_sequence *sequence,
+                                         const int32_t *tokens,
+                                         size_t num_tokens,
+                                         size_t *out_num_matched);
+
+/**
+ * Makes room for the next num_tokens tokens in every layer, or answers KVMGR_OUT_OF_BLOCKS and
+ * changes nothing. May be called again before a commit.
+ *
+ * @param num_tokens at least 1
+ */
+kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence, size_t num_tokens);
+
+/**
+ * Writes the keys and values of the next reserved tokens of one layer; several calls continue one
+ * another. kvmgr_attention_append does the same for a whole batch with several workers.
+ *
+ * @param layer below num_layers
+ * @param key [n, num_kv_heads, head_dim], rotated as the model wants it
+ * @param value [n, num_kv_heads, head_dim]
+ */
+kvmgr_status kvmgr_sequence_append(kvmgr_sequence *sequence,
+                                   uint32_t layer,
+                                   const kvmgr_tensor *key,
+                                   const kvmgr_tensor *value);
+
+/**
+ * Makes the first num_tokens reserved tokens real and drops the others, which is how rejected
+ * drafts are undone. Blocks that are full are encoded and, with the prefix flag, shared. After
+ * kvmgr_sequence_end_prefill this is a decode step and runs the decode phase of the policy; if
+ * that runs out of blocks the tokens are committed all the same and the next step tries again.
+ *
+ * @param tokens the ids of the tokens, or NULL: the sequence is not shared by prefix from then on
+ * @param num_tokens 0 to the number reserved
+ */
+kvmgr_status kvmgr_sequence_commit(kvmgr_sequence *sequence,
+                                   const int32_t *tokens,
+                                   size_t num_tokens);
+
+/**
+ * Says that the prompt, or one more piece of it, has been read: runs the prefill phase of the
+ * policy. Commits are decode steps from then on. If it runs out of blocks, lanes that were
+ * compacted already stay so, and the call may be repeated.
+ */
+kvmgr_status kvmgr_sequence_end_prefill(kvmgr_sequence *sequence);
+
+/**
+ * Forgets the tokens at position num_tokens and above, and any reservation.
+ *
+ * @param num_tokens 0 to the number of committed tokens
+ */
+kvmgr_status kvmgr_sequence_truncate(kvmgr_sequence *sequence, size_t num_tokens);
+
+/**
+ * The number of committed tokens, evicted ones included: the position of the next token.
+ */
+kvmgr_status kvmgr_sequence_length(const kvmgr_sequence *sequence, size_t *out_num_tokens);
+
+/**
+ * The number of rows that one KV head of one layer holds, reserved ones included.
+ */
+kvmgr_status kvmgr_sequence_kept(const kvmgr_sequence *sequence,
+                                 uint32_t layer,
+                                 uint32_t kv_head,
+                                 size_t *out_num_tokens);
+
+/**
+ * The original positions of the rows of one KV head, ascending.
+ *
+ * @param out_positions room for capacity numbers; NULL with capacity 0 asks for the length only
+ * @param out_num receives the length
+ */
+kvmgr_status kvmgr_sequence_positions(const kvmgr_sequence *sequence,
+                                      uint32_t layer,
+                                      uint32_t kv_head,
+                                      int32_t *out_positions,
+                                      size_t capacity,
+                                      size_t *out_num);
+
+/**
+ * The block table of one KV head.
+ *
+ * @param out_blocks room for capacity numbers; NULL with capacity 0 asks for the length only
+ * @param out_num receives the length
+ */
+kvmgr_status kvmgr_sequence_block_table(const kvmgr_sequence *sequence,
+                                        uint32_t layer,
+                                        uint32_t kv_head,
+                                        uint32_t *out_blocks,
+                                        size_t capacity,
+                                        size_t *out_num);
+
+/**
+ * Where the reserved tokens go: block * block_size + row, in order.
+ *
+ * @param out_slots room for capacity numbers; NULL with capacity 0 asks for the length only
+ * @param out_num receives the length
+ */
+kvmgr_status kvmgr_sequence_slot_mapping(const kvmgr_sequence *sequence,
+                                         uint32_t layer,
+                                         uint32_t kv_head,
+                                         int64_t *out_slots,
+                                         size_t capacity,
+                                         size_t *out_num);
+
+/**
+ * The copies that an engine with its own tensors must make before it writes to the reserved
+ * slots. They are handed out once. Caches with memory copy by themselves.
+ *
+ * @param out_copies room for capacity copies; NULL with capacity 0 asks for the length only
+ * @param out_num receives the length
+ */
+kvmgr_status kvmgr_sequence_take_copies(kvmgr_sequence *sequence,
+                                        kvmgr_block_copy *out_copies,
+                                        size_t capacity,
+                                        size_t *out_num);
+
+/**
+ * Moves the bytes of a sequence to a store and frees its blocks. Until it is resumed, calls that
+ * need them answer KVMGR_INVALID_STATE. The sequence keeps a reference to the store.
+ */
+kvmgr_status kvmgr_sequence_preempt(kvmgr_sequence *sequence, kvmgr_store *store);
+
+/**
+ * Brings the bytes of a preempted sequence back. On failure it stays preempted and the call may
+ * be repeated; KVMGR_OUT_OF_BLOCKS says that there is no room yet.
+ */
+kvmgr_status kvmgr_sequence_resume(kvmgr_sequence *sequence);
+
+/**
+ * Numbers about a sequence.
+ *
+ * @param out_stats its struct_size must be set; receives the numbers
+ */
+kvmgr_status kvmgr_sequence_get_stats(const kvmgr_sequence *sequence,
+                                      kvmgr_sequence_stats *out_stats);
+
+/**
+ * Makes an attention handle for the sequences of a cache.
+ *
+ * @param out_attention receives an exclusive handle; NULL on failure
+ */
+kvmgr_status kvmgr_attention_create(kvmgr_cache *cache, kvmgr_attention **out_attention);
+
+/**
+ * Ends an attention handle. NULL is fine.
+ */
+void kvmgr_attention_destroy(kvmgr_attention *attention);
+
+/**
+ * Plans one step: a snapshot of the block tables. Sequence i contributes its last num_queries[i]
+ * tokens, reserved ones included; their rows follow each other in Q, K, V, O and LSE. If one of
+ * the sequences changes afterwards, append and run answer KVMGR_INVALID_STATE. On failure the
+ * previous plan is gone. This is the only call that allocates.
+ *
+ * @param sequences num_sequences different sequences of the handle's cache
+ * @param num_queries num_sequences numbers, each at least 1
+ */
+kvmgr_status kvmgr_attention_plan(kvmgr_attention *attention,
+                                  kvmgr_sequence *const *sequences,
+                                  const uint32_t *num_queries,
+                                  size_t num_sequences);
+
+/**
+ * Writes K and V of the planned tokens into the rows that were reserved for them.
+ *
+ * @param layer below num_layers
+ * @param key [planned tokens, num_kv_heads, head_dim], rotated as the model wants it
+ * @param value [planned tokens, num_kv_heads, head_dim]
+ * @param worker which part of the work to do, below num_workers. The caller waits for all parts
+ *        before it runs the layer.
+ * @param num_workers parts; 0 (with worker 0) lets the library's own threads do all of them
+ */
+kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
+                                    uint32_t layer,
+                                    const kvmgr_tensor *key,
+                                    const kvmgr_tensor *value,
+                                    uint32_t worker,
+                                    uint32_t num_workers);
+
+/**
+ * Attends for the planned tokens: output = softmax(query . K) V. Token i of n of a sequence sees
+ * all earlier tokens that were kept and itself. A query that sees nothing gets zeros and -inf.
+ *
+ * @param layer below num_layers; all its reserved rows must have been appended
+ * @param query [planned tokens, num_q_heads, head_dim]
+ * @param output [planned tokens, num_q_heads, head_dim]
+ * @param lse [planned tokens, num_q_heads]: receives the log-sum-exp of the logits; may be NULL
+ * @param options may be NULL
+ * @param worker which part of the work to do, below num_workers
+ * @param num_workers parts; 0 (with worker 0) lets the library's own threads do all of them
+ */
+kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
+                                 uint32_t layer,
+                                 const kvmgr_tensor *query,
+                                 const kvmgr_tensor *output,
+                                 const kvmgr_tensor *lse,
+                                 const kvmgr_attention_options *options,
+                                 uint32_t worker,
+                                 uint32_t num_workers);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* KVMGR_H */

@@ -1,0 +1,248 @@
+//! Attention against its reference: random shapes, formats, lanes, options and workers.
+
+mod common;
+
+use common::{Engine, Random, Step, config, relative_error};
+use kvmgr::attention::Options;
+use kvmgr::attention::reference;
+use kvmgr::dtype::DType;
+use kvmgr::manager::Session;
+use kvmgr::shape::{KeepSet, LaneWidth, ModelShape};
+
+/// Compares every query of a step with the reference.
+fn check(
+    engine: &Engine,
+    sessions: &[&mut Session],
+    counts: &[usize],
+    steps: &[Step],
+    options: &Options<'_>,
+    tolerance: f64,
+) {
+    let shape = engine.shape();
+    for (layer, step) in steps.iter().enumerate() {
+        let mut token = 0;
+        for (session, n) in sessions.iter().zip(counts) {
+            for i in 0..*n {
+                for head in 0..shape.num_q_heads {
+                    let row = (token + i) * shape.num_q_heads + head;
+                    let query = &step.query[row * shape.head_dim..][..shape.head_dim];
+                    let expected =
+                        reference::attend(session.sequence(), layer, head, query, (i, *n), options);
+                    let output = &step.output[row * shape.head_dim..][..shape.head_dim];
+                    let error = relative_error(output, &expected.output);
+                    assert!(error < tolerance, "layer {layer} token {i}/{n} head {head}: {error}");
+                    let lse = f64::from(step.lse[row]);
+                    assert!(
+                        lse == expected.lse || (lse - expected.lse).abs() < tolerance * 10.0,
+                        "layer {layer} token {i}/{n} head {head}: lse {lse} {}",
+                        expected.lse
+                    );
+                }
+            }
+            token += n;
+        }
+    }
+}
+
+fn shape(random: &mut Random) -> ModelShape {
+    let num_kv_heads = random.within(1, 3);
+    ModelShape {
+        num_layers: random.within(1, 2),
+        num_q_heads: num_kv_heads * random.pick(&[1, 2, 4, 7]),
+        num_kv_heads,
+        head_dim: random.pick(&[32, 64, 96, 128]),
+    }
+}
+
+#[test]
+fn random_batches_agree_with_the_reference() {
+    let specs = [
+        "full",
+        "quant(q8_0)",
+        "quant(k=had+q4_0, v=q4_0)",
+        "quant(k=kivi2, v=kivi4)",
+        "quant(k=bf16, v=f32)",
+    ];
+    for seed in 0..30 {
+        let mut random = Random(seed);
+        let shape = shape(&mut random);
+        let mut config = config(shape, random.pick(&specs));
+        config.block_size = random.pick(&[1, 16, 32]);
+        if config.spec.contains("kivi") {
+            config.block_size = 32;
+        }
+        config.dtype = random.pick(&[DType::F32, DType::F16, DType::Bf16]);
+        config.lane_width =
+            Some(random.pick(&[LaneWidth::Sequence, LaneWidth::Layer, LaneWidth::Head]));
+        let mut engine = Engine::new(config, seed + 100);
+        engine.num_workers = random.within(1, 5);
+        let mut sessions: Vec<_> = (0..random.within(1, 3)).map(|_| engine.session()).collect();
+        for _ in 0..5 {
+            let mut refs: Vec<_> = sessions.iter_mut().collect();
+            let counts: Vec<_> =
+                refs.iter().map(|_| random.pick(&[1, 1, 2, 15, 16, 17, 33, 70])).collect();
+            let steps = engine.step(&mut refs, &counts);
+            check(&engine, &refs, &counts, &steps, &Options::default(), 1e-4);
+            for (session, n) in refs.iter_mut().zip(&counts) {
+                session.commit(*n, None).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn options_agree_with_the_reference() {
+    for seed in 0..20 {
+        let mut random = Random(1000 + seed);
+        let shape = shape(&mut random);
+        let mut engine = Engine::new(config(shape, "quant(q8_0)"), seed);
+        let mut session = engine.session();
+        let sinks = random.normals(shape.num_q_heads);
+        let slopes: Vec<f32> =
+            random.normals(shape.num_q_heads).iter().map(|x| x.abs() * 0.1).collect();
+        for n in [40, 1, 17, 1] {
+            let _ = engine.step(&mut [&mut session], &[n]);
+            let options = Options {
+                scale: random.pick(&[0.0, 0.3]),
+                softcap: random.pick(&[0.0, 2.0]),
+                sliding_window: random.pick(&[0, 1, 5, 30, 1000]),
+                sinks: random.chance(50).then_some(&sinks),
+                alibi_slopes: random.chance(50).then_some(&slopes),
+            };
+            let steps: Vec<_> = (0..shape.num_layers)
+                .map(|layer| {
+                    let query = random.normals(n * shape.num_q_heads * shape.head_dim);
+                    engine.run(layer, query, &options)
+                })
+                .collect();
+            check(&engine, &[&mut session], &[n], &steps, &options, 1e-4);
+            session.commit(n, None).unwrap();
+        }
+    }
+}
+
+#[test]
+fn compacted_forked_and_truncated_sequences_agree_with_the_reference() {
+    let specs = ["full", "quant(k=had+q4_0, v=q8_0)", "quant(kivi4)", "pos(cache_relative)"];
+    for seed in 0..32 {
+        let mut random = Random(2000 + seed);
+        let shape = shape(&mut random);
+        let mut config = config(shape, specs[seed as usize % specs.len()]);
+        config.lane_width = Some(random.pick(&[LaneWidth::Layer, LaneWidth::Head]));
+        config.block_size = 32;
+        config.dtype = DType::F32;
+        let mut engine = Engine::new(config, seed);
+        let mut session = engine.session();
+        let mut forks: Vec<Session> = Vec::new();
+        for round in 0..6 {
+            let n = random.pick(&[1, 5, 31, 64, 65]);
+            let steps = engine.step(&mut [&mut session], &[n]);
+            // Rotation of queries by f32 sines costs a little.
+            check(&engine, &[&mut session], &[n], &steps, &Options::default(), 1e-4);
+            session.commit(n - random.below(2).min(n - 1), None).unwrap();
+            for lane in 0..session.sequence().lanes().len() {
+                let len = session.sequence().lanes()[lane].len();
+                let keep = match random.below(3) {
+                    0 => KeepSet::all(len),
+                    1 => {
+                        let mut keep = KeepSet::default();
+                        keep.push_range(0..len.min(3));
+                        keep.push_range((len / 2).max(len.min(3))..len);
+                        keep
+                    }
+                    _ => {
+                        let kept: Vec<_> =
+                            (0..len).filter(|i| *i + 1 == len || random.chance(40)).collect();
+                        KeepSet::from_indices(kept)
+                    }
+                };
+                session.sequence_mut().compact(lane, &keep).unwrap();
+                assert_eq!(session.sequence().lanes()[lane].len(), keep.len());
+            }
+            if round % 2 == 0 {
+                forks.push(session.fork().unwrap());
+            }
+            if random.chance(30) {
+                let tokens = session.sequence().num_tokens();
+                session.sequence_mut().truncate(tokens - random.below(tokens.min(9))).unwrap();
+            }
+            for fork in &mut forks {
+                if fork.sequence().lanes().iter().all(|lane| !lane.is_empty()) {
+                    let steps = engine.step(&mut [fork], &[2]);
+                    check(&engine, &[fork], &[2], &steps, &Options::default(), 1e-4);
+                    fork.commit(1, None).unwrap();
+                }
+            }
+        }
+        engine.manager.cache().check_integrity();
+        drop(forks);
+        drop(session);
+        let stats = engine.manager.cache().stats();
+        assert_eq!((stats.free_blocks, stats.bytes_used), (stats.num_blocks, 0));
+        engine.manager.cache().check_integrity();
+    }
+}
+
+#[test]
+fn bad_numbers_stay_where_they_are() {
+    let shape = ModelShape { num_layers: 1, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+    let mut engine = Engine::new(config(shape, "full"), 7);
+    let mut session = engine.session();
+    session.sequence_mut().reserve(20).unwrap();
+    engine.attention.plan(&[(session.sequence(), 20)]).unwrap();
+    let mut key = engine.random.normals(20 * 2 * 32);
+    let value = engine.random.normals(20 * 2 * 32);
+    // Head 1 gets NaN and huge keys; head 0 must not notice.
+    key[3 * 64 + 32..3 * 64 + 64].fill(f32::NAN);
+    key[5 * 64 + 32..5 * 64 + 64].fill(1e30);
+    engine.append(0, &key, &value);
+    let query = engine.random.normals(20 * 4 * 32);
+    let step = engine.run(0, query, &Options::default());
+    for token in 0..20 {
+        for head in 0..2 {
+            let output = &step.output[(token * 4 + head) * 32..][..32];
+            assert!(output.iter().all(|x| x.is_finite()), "token {token} head {head}");
+        }
+    }
+}
+
+#[test]
+fn errors_name_what_is_wrong_and_change_nothing() {
+    use kvmgr::device::tensor::{Tensor, TensorMut};
+    let shape = ModelShape { num_layers: 2, num_q_heads: 2, num_kv_heads: 1, head_dim: 32 };
+    let mut engine = Engine::new(config(shape, "full"), 7);
+    let other = Engine::new(config(shape, "full"), 8);
+    let (mut a, b) = (engine.session(), other.session());
+    a.sequence_mut().reserve(3).unwrap();
+    let mut plan = |batch: &[(&kvmgr::sequence::Sequence, usize)]| {
+        engine.attention.plan(batch).unwrap_err().message().to_string()
+    };
+    assert!(plan(&[(a.sequence(), 4)]).contains("num_queries is 4, must be in 1..=3"));
+    assert!(plan(&[(a.sequence(), 0)]).contains("num_queries is 0"));
+    assert!(plan(&[(a.sequence(), 1), (a.sequence(), 1)]).contains("twice"));
+    assert!(plan(&[(b.sequence(), 1)]).contains("another cache"));
+
+    engine.attention.plan(&[(a.sequence(), 3)]).unwrap();
+    let (rows, wide) = (vec![0.0; 3 * 32], vec![0.0; 3 * 2 * 32]);
+    let mut out = wide.clone();
+    let key = Tensor::from_slice(&rows, [3, 1, 32]);
+    let query = Tensor::from_slice(&wide, [3, 2, 32]);
+    let output = TensorMut::from_slice(&mut out, [3, 2, 32]);
+    let options = Options::default();
+    let run = |layer, query: &Tensor<'_>, worker, workers| {
+        engine.attention.run(layer, query, &output, None, &options, worker, workers)
+    };
+    assert!(run(0, &query, 0, 1).unwrap_err().message().contains("has 0 of 3 reserved tokens"));
+    engine.attention.append(0, &key, &key, 0, 1).unwrap();
+    run(0, &query, 0, 1).unwrap();
+    assert!(run(2, &query, 0, 1).unwrap_err().message().contains("layer is 2"));
+    assert!(run(0, &query, 1, 1).unwrap_err().message().contains("worker is 1"));
+    assert!(run(0, &key, 0, 1).unwrap_err().message().contains("query has shape [3, 1, 32]"));
+    let bad = Options { softcap: f32::NAN, ..options };
+    let error = engine.attention.run(0, &query, &output, None, &bad, 0, 1).unwrap_err();
+    assert!(error.message().contains("softcap"));
+    assert!(a.commit(3, None).unwrap_err().message().contains("layer 1 has 0 of 3"));
+    engine.attention.append(1, &key, &key, 0, 1).unwrap();
+    a.commit(3, None).unwrap();
+    assert!(run(0, &query, 0, 1).unwrap_err().message().contains("has changed since"));
+}

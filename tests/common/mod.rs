@@ -1,0 +1,179 @@
+//! Shared by the integration tests: a seeded generator and small models.
+
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part")]
+
+use std::sync::Arc;
+
+use kvmgr::attention::Attention;
+use kvmgr::device::tensor::{Tensor, TensorMut};
+use kvmgr::dtype::DType;
+use kvmgr::manager::{Manager, ManagerConfig, Session};
+use kvmgr::shape::{ModelShape, Rope, RopeStyle};
+
+/// SplitMix64: the same numbers on every machine.
+#[derive(Debug, Clone)]
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// In `0..n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// In `low..=high`.
+    pub fn within(&mut self, low: usize, high: usize) -> usize {
+        low + self.below(high - low + 1)
+    }
+
+    pub fn pick<T: Copy>(&mut self, list: &[T]) -> T {
+        list[self.below(list.len())]
+    }
+
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.next() % 100 < percent
+    }
+
+    /// About normal, mean 0 and variance 1.
+    pub fn normal(&mut self) -> f32 {
+        let uniform = |random: &mut Self| (random.next() >> 11) as f64 / (1u64 << 53) as f64;
+        (0..12).map(|_| uniform(self)).sum::<f64>() as f32 - 6.0
+    }
+
+    pub fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+}
+
+/// A configuration with small defaults.
+pub fn config(shape: ModelShape, spec: &str) -> ManagerConfig {
+    ManagerConfig {
+        shape,
+        block_size: 16,
+        lane_width: None,
+        dtype: DType::F16,
+        num_threads: 2,
+        num_blocks: 4096,
+        memory_limit: 0,
+        spec: spec.to_string(),
+        evictor: "lru".to_string(),
+        salt: 0,
+        prefix: false,
+        rope: Some(Rope::new(RopeStyle::Half, shape.head_dim, 10_000.0)),
+        store: None,
+    }
+}
+
+/// A cache, its attention, and what a fake engine needs.
+pub struct Engine {
+    pub manager: Arc<Manager>,
+    pub attention: Attention,
+    pub random: Random,
+    pub num_workers: usize,
+}
+
+/// What one layer of one step produced.
+pub struct Step {
+    pub query: Vec<f32>,
+    pub output: Vec<f32>,
+    pub lse: Vec<f32>,
+}
+
+impl Engine {
+    pub fn new(config: ManagerConfig, seed: u64) -> Self {
+        let manager = Manager::new(config).unwrap();
+        let attention = Attention::new(manager.cache().clone()).unwrap();
+        Self { manager, attention, random: Random(seed), num_workers: 1 }
+    }
+
+    pub fn shape(&self) -> ModelShape {
+        self.manager.cache().config().shape
+    }
+
+    pub fn session(&self) -> Session {
+        Session::new(&self.manager, None).unwrap()
+    }
+
+    /// Reserves `counts[i]` tokens, appends random keys and values, attends; answers each layer.
+    pub fn step(&mut self, sessions: &mut [&mut Session], counts: &[usize]) -> Vec<Step> {
+        for (session, n) in sessions.iter_mut().zip(counts) {
+            session.sequence_mut().reserve(*n).unwrap();
+        }
+        self.attend(sessions, counts, true)
+    }
+
+    /// Attends with random queries for the last tokens; appends them first if `append`.
+    pub fn attend(
+        &mut self,
+        sessions: &[&mut Session],
+        counts: &[usize],
+        append: bool,
+    ) -> Vec<Step> {
+        let shape = self.shape();
+        let batch: Vec<_> =
+            sessions.iter().zip(counts).map(|(session, n)| (session.sequence(), *n)).collect();
+        self.attention.plan(&batch).unwrap();
+        let total: usize = counts.iter().sum();
+        assert_eq!(self.attention.num_tokens(), total);
+        (0..shape.num_layers)
+            .map(|layer| {
+                if append {
+                    let rows = total * shape.num_kv_heads * shape.head_dim;
+                    let (key, value) = (self.random.normals(rows), self.random.normals(rows));
+                    self.append(layer, &key, &value);
+                }
+                let query = self.random.normals(total * shape.num_q_heads * shape.head_dim);
+                self.run(layer, query, &kvmgr::attention::Options::default())
+            })
+            .collect()
+    }
+
+    pub fn append(&self, layer: usize, key: &[f32], value: &[f32]) {
+        let shape = self.shape();
+        let dims = [self.attention.num_tokens(), shape.num_kv_heads, shape.head_dim];
+        let (key, value) = (Tensor::from_slice(key, dims), Tensor::from_slice(value, dims));
+        for worker in 0..self.num_workers {
+            self.attention.append(layer, &key, &value, worker, self.num_workers).unwrap();
+        }
+    }
+
+    pub fn run(
+        &self,
+        layer: usize,
+        query: Vec<f32>,
+        options: &kvmgr::attention::Options<'_>,
+    ) -> Step {
+        let shape = self.shape();
+        let total = self.attention.num_tokens();
+        let dims = [total, shape.num_q_heads, shape.head_dim];
+        // NaN shows rows that no worker has written.
+        let mut output = vec![f32::NAN; query.len()];
+        let mut lse = vec![f32::NAN; total * shape.num_q_heads];
+        {
+            let query = Tensor::from_slice(&query, dims);
+            let output = TensorMut::from_slice(&mut output, dims);
+            let lse = TensorMut::from_slice(&mut lse, [total, shape.num_q_heads, 1]);
+            for worker in 0..self.num_workers {
+                let lse = Some(&lse);
+                self.attention
+                    .run(layer, &query, &output, lse, options, worker, self.num_workers)
+                    .unwrap();
+            }
+        }
+        Step { query, output, lse }
+    }
+}
+
+/// `||a - b|| / ||b||`.
+pub fn relative_error(a: &[f32], b: &[f64]) -> f64 {
+    let difference: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
+    let norm: f64 = b.iter().map(|b| b * b).sum();
+    difference.sqrt() / norm.sqrt().max(1e-9)
+}
