@@ -148,8 +148,8 @@ fn check_policy(cache: &Cache, policy: &Pipeline) -> Result<()> {
     ensure!(
         missing.is_empty(),
         Unsupported,
-        "spec {:?} needs {} from the engine: set rope_style in the cache configuration",
-        policy.spec(),
+        "{} needs {} from the engine: set rope_style in the cache configuration",
+        policy.needed_by(policy.needs().without(caps)).unwrap_or(policy.spec()),
         missing.join(", ")
     );
     let rank = |width: LaneWidth| width.num_lanes(&cache.config().shape);

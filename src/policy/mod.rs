@@ -12,8 +12,10 @@
 //! * *keep* says how large the allowance is;
 //! * what is absent takes its default. A spec without a score keeps everything.
 //!
-//! Phases (`prefill: ... ; decode: ...`) give the two moments different pipelines. A score without
-//! a phase acts at the moments it was made for: SnapKV when the prompt ends, H2O after each step.
+//! Phases (`prefill: ... ; decode: ...`) give the two moments different pipelines. Without a phase a
+//! trigger decides: `prefill_end` means once, `every(n)` means when the prompt ends and every `n`
+//! steps from then on. Without either a score acts at the moments it was made for: SnapKV when the
+//! prompt ends, H2O after each step too.
 //!
 //! To add a stage: one file with an `ENTRY` and one word in the list of its family.
 
@@ -49,11 +51,13 @@ pub struct HeadInput<'a> {
     /// Values `[T, head_dim]`; empty unless needed.
     pub values: &'a [f32],
     /// The last queries of each query head of the group, oldest first,
-    /// `[group, num_queries, head_dim]`, after RoPE. The last one belongs to the last cached token.
+    /// `[group, num_queries, head_dim]`, after RoPE. They belong to the last `num_queries` positions
+    /// of the sequence, the last of which is that of the last cached token.
     pub queries: &'a [f32],
     /// Queries of each query head.
     pub num_queries: usize,
-    /// Attention probability received by each token, summed over queries and group, `[T]`.
+    /// Attention probability that each token received so far, summed over all observed queries and
+    /// over the query heads of the group, `[T]`. Missing ones at the end count as 0.
     pub column_sums: &'a [f32],
 }
 
@@ -120,16 +124,16 @@ pub enum Allowance {
 }
 
 impl Allowance {
-    /// Tokens that stay of `len` present ones, after `seen` tokens in all. Never 0 for a lane that
-    /// has any.
-    pub fn of(self, len: usize, seen: usize) -> usize {
+    /// Tokens that may stay of `len` present ones, after `seen` tokens in all; possibly more than
+    /// are present. At least 1.
+    pub fn share(self, len: usize, seen: usize) -> usize {
         let tokens = match self {
             Self::All => len,
             // A ratio such as 0.29 times 100 must not come out as 28.999...
             Self::Ratio(ratio) => (seen as f64 * ratio + 1e-9) as usize,
             Self::Tokens(tokens) => tokens,
         };
-        tokens.clamp(len.min(1), len)
+        tokens.max(1)
     }
 }
 
@@ -147,6 +151,9 @@ pub struct Pipeline {
 /// The stages that act at one moment.
 #[derive(Debug)]
 struct Phase {
+    /// Name of the score.
+    name: String,
+    /// Steps between two runs; no matter when the prompt ends.
     every: usize,
     score: Box<dyn score::Score>,
     budget: Box<dyn budget::Budget>,
@@ -171,6 +178,14 @@ impl Pipeline {
             PositionMode::CacheRelative => Needs::ROPE,
         };
         self.phases().fold(position, |needs, phase| needs.union(phase.score.needs()))
+    }
+
+    /// The first stage that needs any of `bits`, to name it when an engine lacks them.
+    pub fn needed_by(&self, bits: Needs) -> Option<&str> {
+        let wants = |needs: Needs| needs.0 & bits.0 != 0;
+        let score = self.phases().find(|phase| wants(phase.score.needs()));
+        let position = self.position == PositionMode::CacheRelative && wants(Needs::ROPE);
+        score.map(|phase| phase.name.as_str()).or(position.then_some("pos"))
     }
 
     /// Queries of each head that have to be remembered.
@@ -198,12 +213,12 @@ impl Pipeline {
         self.phase(event).is_some()
     }
 
-    /// Whether `event` should run the pipeline now: `steps` decode steps are committed, and the
-    /// longest lane holds `len` of the `seen` tokens.
+    /// Whether `event` should run the pipeline now: `steps` decode steps are committed, this one
+    /// included, and the longest lane holds `len` of the `seen` tokens.
     pub fn is_due(&self, event: Event, steps: usize, len: usize, seen: usize) -> bool {
         self.phase(event).is_some_and(|phase| {
             let due = event == Event::PrefillEnd || steps.is_multiple_of(phase.every);
-            due && phase.score.allowance(phase.allowance).of(len, seen) < len
+            due && len > phase.score.keeps_whole() && phase.allowance.share(len, seen) < len
         })
     }
 

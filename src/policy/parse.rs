@@ -14,7 +14,7 @@ use crate::spec::{self, Stage, Value, When};
 pub(super) fn parse(text: &str) -> Result<Pipeline> {
     let mut builder = Builder::default();
     for phase in spec::parse(text)? {
-        builder.phase(phase)?;
+        builder.phase(&phase)?;
     }
     builder.finish(text)
 }
@@ -24,28 +24,35 @@ pub(super) fn parse(text: &str) -> Result<Pipeline> {
 struct Builder {
     prefill: Option<Phase>,
     decode: Option<Phase>,
-    position: Option<(PositionMode, usize)>,
-    quant: Option<(String, String, usize)>,
+    position: Option<PositionMode>,
+    /// Quantizer specs of keys and values, with the column of each.
+    quant: Option<[Option<(String, usize)>; 2]>,
     width: Option<(LaneWidth, String)>,
-    /// The stage that evicts single tokens at each step, if any.
+    /// The stage that evicts single tokens while decoding, if any.
     step_evictor: Option<String>,
 }
 
 /// What the stages of one phase have said so far.
 #[derive(Default)]
 struct Draft<'a> {
-    every: Option<usize>,
+    trigger: Option<(Trigger, &'a Stage)>,
     score: Option<(&'a Stage, &'static score::Entry, Args)>,
     budget: Option<(&'a Stage, &'static budget::Entry, Args)>,
     allowance: Option<(Allowance, &'a Stage)>,
 }
 
+#[derive(Clone, Copy)]
+enum Trigger {
+    PrefillEnd,
+    Every(usize),
+}
+
 impl Builder {
-    fn phase(&mut self, phase: spec::Phase) -> Result<()> {
+    fn phase(&mut self, phase: &spec::Phase) -> Result<()> {
         let mut draft = Draft::default();
+        let all: Vec<&StageInfo> = STAGES.iter().collect();
         let mut last: Option<(StageClass, &str)> = None;
         for stage in &phase.stages {
-            let all: Vec<&StageInfo> = STAGES.iter().collect();
             let info = registry::find("stage", &all, stage)?;
             if let Some((class, name)) = last {
                 ensure!(
@@ -72,7 +79,13 @@ impl Builder {
     ) -> Result<()> {
         let args = registry::resolve(info.params, &with_text_args(stage))?;
         match info.class {
-            StageClass::Trigger => draft.every = Some(args.count("n")),
+            StageClass::Trigger => {
+                let trigger = match info.name {
+                    "every" => Trigger::Every(args.count("n")),
+                    _ => Trigger::PrefillEnd,
+                };
+                draft.trigger = Some((trigger, stage));
+            }
             StageClass::Score => {
                 draft.score = Some((stage, registry::find("score", SCORES, stage)?, args));
             }
@@ -88,63 +101,44 @@ impl Builder {
             }
             StageClass::Position => {
                 ensure_first(self.position.is_none(), stage)?;
-                let mode = match args.text("mode") {
+                self.position = Some(match args.text("mode") {
                     "keep" => PositionMode::Keep,
                     _ => PositionMode::CacheRelative,
-                };
-                self.position = Some((mode, stage.column));
+                });
             }
             StageClass::Quant => {
                 ensure_first(self.quant.is_none(), stage)?;
-                let key = args.text("k").to_string();
-                let value = if args.is_given("v") { args.text("v").into() } else { key.clone() };
-                self.quant = Some((key, value, stage.column));
+                self.quant = Some(quantizers(stage, &args)?);
             }
         }
         Ok(())
     }
 
+    /// Turns a complete draft into phases.
     fn close(&mut self, when: Option<When>, draft: Draft<'_>) -> Result<()> {
-        let Some((stage, entry, args)) = draft.score else {
-            let orphan = draft.budget.map(|(stage, ..)| stage);
-            let orphan = orphan.or(draft.allowance.map(|(_, stage)| stage));
-            if let Some(stage) = orphan {
-                return Err(at(stage.column, format!("{} needs a score before it", stage.name)));
-            }
-            return Ok(());
-        };
-        let asked = draft.allowance.map_or(Allowance::All, |(allowance, _)| allowance);
-        let make = || -> Result<(Box<dyn Score>, Box<dyn Budget>)> {
-            let score = (entry.create)(&args).map_err(|error| in_column(stage.column, &error))?;
-            let budget = match &draft.budget {
-                Some((stage, entry, args)) => {
-                    (entry.create)(args).map_err(|error| in_column(stage.column, &error))?
+        let Some((stage, entry, args)) = &draft.score else {
+            return match draft.names().first() {
+                Some(other) => {
+                    Err(at(other.column, format!("{} needs a score such as snapkv", other.name)))
                 }
-                None => uniform()?,
+                None => Ok(()),
             };
-            Ok((score, budget))
         };
-        let (score, budget) = make()?;
-        if score.allowance(asked) == Allowance::All {
-            ensure!(
-                stage.name == "full" && draft.allowance.is_none(),
-                InvalidArgument,
-                "column {}: {} does not say how much stays; add keep(ratio) or keep_tokens(n)",
-                stage.column,
-                stage.name
-            );
-            return Ok(());
+        let score = (entry.create)(args).map_err(|error| in_column(stage.column, &error))?;
+        let allowance = draft.resolve_allowance(stage, score.own_allowance())?;
+        if allowance == Allowance::All {
+            return match draft.names().first() {
+                Some(other) => Err(at(
+                    other.column,
+                    format!("{} keeps everything, {} has no effect on it", stage.name, other.name),
+                )),
+                None => Ok(()),
+            };
         }
         self.widen(score.lane_width(), &stage.name);
-        if let Some((stage, ..)) = &draft.budget {
-            self.widen(budget.lane_width(), &stage.name);
-        }
-        let events: &[Event] = match when {
-            Some(When::Prefill) => &[Event::PrefillEnd],
-            Some(When::Decode) => &[Event::Step],
-            Some(When::All) => &[Event::PrefillEnd, Event::Step],
-            None => score.events(),
-        };
+        let budget = draft.make_budget()?;
+        self.widen(budget.lane_width(), draft.budget.as_ref().map_or("uniform", |b| &b.0.name));
+        let events = draft.events(when, score.events(allowance))?;
         if events.contains(&Event::Step) && !score.keeps_runs() {
             self.step_evictor = Some(stage.name.clone());
         }
@@ -153,15 +147,14 @@ impl Builder {
                 Event::PrefillEnd => &mut self.prefill,
                 Event::Step => &mut self.decode,
             };
-            ensure!(
-                slot.is_none(),
-                InvalidArgument,
-                "column {}: two phases act on {event:?}",
-                stage.column
-            );
-            let (score, budget) = make()?;
-            let every = draft.every.unwrap_or(1);
-            *slot = Some(Phase { every, score, budget, allowance: asked });
+            if let Some(other) = slot {
+                let text = format!(
+                    "{} and {} both act on {event:?}; write prefill: or decode: before them",
+                    other.name, stage.name
+                );
+                return Err(at(stage.column, text));
+            }
+            *slot = Some(draft.make_phase(allowance)?);
         }
         Ok(())
     }
@@ -180,45 +173,137 @@ impl Builder {
     }
 
     fn finish(self, text: &str) -> Result<Pipeline> {
-        let (key, value) = match self.quant {
-            None => (None, None),
-            Some((key, value, column)) => {
-                for (side, name) in [(Side::Key, &key), (Side::Value, &value)] {
-                    let quantizer = quantizer::create(name, side).map_err(|error| {
-                        in_column(column, &error.within(format!("quant {side:?}")))
-                    })?;
-                    if let Some(stage) = &self.step_evictor
-                        && quantizer.granularity() == Granularity::Block
-                    {
-                        let text = format!(
-                            "{name} encodes whole blocks, but {stage} evicts single tokens at each \
-                             step; use a token-granular quantizer for {side:?}"
-                        );
-                        return Err(at(column, text));
-                    }
-                }
-                (Some(key), Some(value))
+        let [key, value] = self.quant.unwrap_or_default();
+        for (side, asked) in [(Side::Key, &key), (Side::Value, &value)] {
+            if let Some((name, column)) = asked {
+                check_quantizer(name, side, *column, self.step_evictor.as_deref())?;
             }
-        };
-        let (width, stage) = match self.width {
-            Some((width, stage)) => (width, Some(stage)),
-            None => (LaneWidth::Sequence, None),
-        };
+        }
+        let (width, stage) = self.width.unzip();
+        let name = |asked: Option<(String, usize)>| asked.map(|(name, _)| name);
         Ok(Pipeline {
             spec: text.to_string(),
             prefill: self.prefill,
             decode: self.decode,
-            position: self.position.map_or(PositionMode::Keep, |(mode, _)| mode),
-            quantizers: (key, value),
-            width: (width, stage),
+            position: self.position.unwrap_or_default(),
+            quantizers: (name(key), name(value)),
+            width: (width.unwrap_or(LaneWidth::Sequence), stage),
         })
     }
 }
 
-fn uniform() -> Result<Box<dyn Budget>> {
-    let stage = spec::parse_stage("uniform")?;
-    let entry = registry::find("budget", BUDGETS, &stage)?;
-    (entry.create)(&registry::resolve(entry.params, &stage)?)
+impl<'a> Draft<'a> {
+    /// The stages that mean nothing without a score, in written order.
+    fn names(&self) -> Vec<&'a Stage> {
+        let trigger = self.trigger.as_ref().map(|(_, stage)| *stage);
+        let budget = self.budget.as_ref().map(|(stage, ..)| *stage);
+        let keep = self.allowance.as_ref().map(|(_, stage)| *stage);
+        [trigger, budget, keep].into_iter().flatten().collect()
+    }
+
+    /// How much stays: what the score says or what the spec says, but not both.
+    fn resolve_allowance(&self, score: &Stage, own: Option<Allowance>) -> Result<Allowance> {
+        match (own, &self.allowance) {
+            (None, None) => Err(at(
+                score.column,
+                format!(
+                    "{} does not say how much stays; add keep(ratio) or keep_tokens(n)",
+                    score.name
+                ),
+            )),
+            (Some(Allowance::Tokens(n)), Some((_, keep))) => Err(at(
+                keep.column,
+                format!(
+                    "{score} keeps {n} tokens already; leave out {} or the number in {}",
+                    keep.name, score.name
+                ),
+            )),
+            (Some(own), _) => Ok(own),
+            (None, Some((asked, _))) => Ok(*asked),
+        }
+    }
+
+    /// The moments at which the phase acts; `usual` ones if the spec says nothing.
+    fn events(&self, when: Option<When>, usual: &'static [Event]) -> Result<&'static [Event]> {
+        const BOTH: &[Event] = &[Event::PrefillEnd, Event::Step];
+        let events = match (when, self.trigger) {
+            (None, None) => usual,
+            (None | Some(When::Prefill), Some((Trigger::PrefillEnd, _)))
+            | (Some(When::Prefill), None) => &[Event::PrefillEnd],
+            (Some(When::Decode), None | Some((Trigger::Every(_), _))) => &[Event::Step],
+            (Some(When::All), None) | (None | Some(When::All), Some((Trigger::Every(_), _))) => {
+                BOTH
+            }
+            (Some(phase), Some((_, stage))) => {
+                let text = format!("{} cannot happen in a phase {phase:?}", stage.name);
+                return Err(at(stage.column, text));
+            }
+        };
+        Ok(events)
+    }
+
+    fn make_phase(&self, allowance: Allowance) -> Result<Phase> {
+        let Some((stage, entry, args)) = &self.score else {
+            return Err(Error::new(Kind::Internal, "a phase without a score"));
+        };
+        let every = match self.trigger {
+            Some((Trigger::Every(n), _)) => n,
+            _ => 1,
+        };
+        let score: Box<dyn Score> = (entry.create)(args)?;
+        Ok(Phase { name: stage.name.clone(), every, score, budget: self.make_budget()?, allowance })
+    }
+
+    fn make_budget(&self) -> Result<Box<dyn Budget>> {
+        match &self.budget {
+            Some((stage, entry, args)) => {
+                (entry.create)(args).map_err(|error| in_column(stage.column, &error))
+            }
+            None => {
+                let stage = spec::parse_stage("uniform")?;
+                let entry = registry::find("budget", BUDGETS, &stage)?;
+                (entry.create)(&registry::resolve(entry.params, &stage)?)
+            }
+        }
+    }
+}
+
+/// The quantizer specs of keys and values, with the columns of their arguments.
+fn quantizers(stage: &Stage, args: &Args) -> Result<[Option<(String, usize)>; 2]> {
+    let given = |name: &str, position: usize| {
+        let is_it = |arg: &&spec::Arg| arg.name.as_deref() == Some(name);
+        let arg = stage.args.iter().find(is_it).or(stage.args.get(position));
+        let column = arg.map_or(stage.column, |arg| arg.column);
+        args.is_given(name).then(|| (args.text(name).to_string(), column))
+    };
+    let (key, value) = (given("k", 0), given("v", 1));
+    if key.is_none() && value.is_none() {
+        return Err(at(stage.column, format!("{} names no quantizer", stage.name)));
+    }
+    let value = value.or_else(|| key.clone());
+    Ok([key, value])
+}
+
+/// Checks that a quantizer exists and can follow the policy.
+fn check_quantizer(
+    name: &str,
+    side: Side,
+    column: usize,
+    step_evictor: Option<&str>,
+) -> Result<()> {
+    let quantizer = quantizer::create(name, side)
+        .map_err(|error| in_column(column, &error.within(format!("{side:?} quantizer {name}"))))?;
+    if let Some(stage) = step_evictor
+        && quantizer.granularity() == Granularity::Block
+    {
+        // Evicting from such a block would encode its survivors again at every step.
+        let text = format!(
+            "{name} encodes whole blocks, but {stage} evicts single tokens while decoding; use a \
+             quantizer of single tokens for {side:?}"
+        );
+        return Err(at(column, text));
+    }
+    Ok(())
 }
 
 /// The stage with nested stages as text: quantizer specs are parsed by their own family.

@@ -1,54 +1,168 @@
 //! From scores to keep sets: shared by every pipeline.
 
 use super::{HeadInput, HeadScores, LayerInput, Phase};
-use crate::error::Result;
-use crate::shape::KeepSet;
+use crate::error::{Result, ensure};
+use crate::shape::{KeepSet, Needs};
 
 impl Phase {
     /// What each head of a layer keeps.
     pub(super) fn select(&self, layer: &LayerInput<'_>) -> Result<Vec<KeepSet>> {
-        let alone = self.alone(layer);
-        let scores = self.score.score(layer, &alone)?;
-        let budget = self.budget.spread(&scores, &alone);
-        let keep = |(head, n): (&HeadScores, &usize)| top(head, *n);
-        Ok(scores.iter().zip(&budget).map(keep).collect())
+        let scores = self.score(layer)?;
+        let budgets = self.budget.spread(&scores, &self.shares(layer));
+        Ok(scores.iter().zip(budgets).map(|(head, budget)| top(head, budget)).collect())
     }
 
     /// The scores of a layer.
     pub(super) fn score(&self, layer: &LayerInput<'_>) -> Result<Vec<HeadScores>> {
-        self.score.score(layer, &self.alone(layer))
+        let LayerInput { group, head_dim, .. } = *layer;
+        ensure!(
+            group > 0 && head_dim > 0,
+            InvalidArgument,
+            "group is {group} and head_dim is {head_dim}, must be at least 1"
+        );
+        for (h, head) in layer.heads.iter().enumerate() {
+            let place = || format!("layer {}, KV head {h}", layer.layer);
+            check(self.score.needs(), layer, head).map_err(|error| error.within(place()))?;
+        }
+        let shares = self.shares(layer).into_iter().zip(&layer.heads);
+        let budgets: Vec<_> = shares.map(|(share, head)| share.min(head.positions.len())).collect();
+        self.score.score(layer, &budgets)
     }
 
-    /// What each head would keep without a budget stage.
-    fn alone(&self, layer: &LayerInput<'_>) -> Vec<usize> {
-        let allowance = self.score.allowance(self.allowance);
-        let alone = |head: &HeadInput<'_>| allowance.of(head.positions.len(), layer.sequence_len);
-        layer.heads.iter().map(alone).collect()
+    /// The allowance of each head, which may be more than the head has.
+    fn shares(&self, layer: &LayerInput<'_>) -> Vec<usize> {
+        let whole = self.score.keeps_whole();
+        let share = |head: &HeadInput<'_>| {
+            let len = head.positions.len();
+            let share = self.allowance.share(len, layer.sequence_len);
+            if len <= whole { share.max(len) } else { share }
+        };
+        layer.heads.iter().map(share).collect()
     }
 }
 
-/// The `n` best tokens of a head, protected ones first.
+/// Refuses lists whose lengths do not fit together.
+fn check(needs: Needs, layer: &LayerInput<'_>, head: &HeadInput<'_>) -> Result<()> {
+    let (len, dim) = (head.positions.len(), layer.head_dim);
+    ensure!(
+        head.positions.is_sorted_by(|a, b| a < b),
+        InvalidArgument,
+        "positions must ascend without repeats"
+    );
+    let exact = |need: Needs, name: &str, found: usize, expected: usize| {
+        ensure!(
+            !needs.contains(need) || found == expected,
+            InvalidArgument,
+            "{name} has {found} elements, must have {expected}"
+        );
+        Ok(())
+    };
+    exact(Needs::KEYS, "keys", head.keys.len(), len * dim)?;
+    exact(Needs::VALUES, "values", head.values.len(), len * dim)?;
+    let queries = layer.group * head.num_queries * dim;
+    exact(Needs::QUERY_WINDOW, "queries", head.queries.len(), queries)?;
+    ensure!(
+        head.column_sums.len() <= len,
+        InvalidArgument,
+        "column_sums has {} elements, must have at most {len}",
+        head.column_sums.len()
+    );
+    Ok(())
+}
+
+/// The `n` best tokens of a head.
 fn top(head: &HeadScores, n: usize) -> KeepSet {
-    if n >= head.scores.len() {
-        return KeepSet::all(head.scores.len());
+    let len = head.scores.len();
+    if n >= len {
+        return KeepSet::all(len);
     }
-    let mut kept = ranked(head);
-    kept.truncate(n);
+    let mut ranks = ranks(head);
+    ranks.select_nth_unstable_by(n, |a, b| b.cmp(a));
+    ranks.truncate(n);
+    let mut kept: Vec<usize> = ranks.into_iter().map(Rank::index).collect();
     kept.sort_unstable();
     KeepSet::from_indices(kept)
 }
 
-/// Tokens from best to worst: protected ones, then by score, NaN last; ties go to the lower
-/// position, except among protected tokens, of which the latest matter most when not all fit.
-pub(super) fn ranked(head: &HeadScores) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..head.scores.len()).collect();
-    let key = |i: usize| {
-        let score = head.scores[i];
-        if score.is_nan() { f32::NEG_INFINITY } else { score }
+/// Orders the tokens of a head; greater is better. Protected tokens come first and the latest of
+/// them are the best, for when not all fit. The others follow by score, and ties go to the lower
+/// position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    is_protected: bool,
+    score: u32,
+    tie: u32,
+}
+
+impl Rank {
+    /// The token, as an index into its head.
+    pub(super) fn index(self) -> usize {
+        (if self.is_protected { self.tie } else { !self.tie }) as usize
+    }
+
+    /// The score as an integer of the same order.
+    pub(super) fn score(self) -> u32 {
+        self.score
+    }
+}
+
+/// The ranks of all tokens of a head, in the order of their positions.
+pub(super) fn ranks(head: &HeadScores) -> Vec<Rank> {
+    let rank = |(i, (score, is_protected)): (usize, (&f32, &bool))| match *is_protected {
+        true => Rank { is_protected: true, score: 0, tie: i as u32 },
+        false => Rank { is_protected: false, score: ordered(*score), tie: !(i as u32) },
     };
-    order.sort_unstable_by(|&a, &b| {
-        let by_score = || key(b).total_cmp(&key(a)).then(a.cmp(&b));
-        head.protected[b].cmp(&head.protected[a]).then_with(by_score)
-    });
-    order
+    head.scores.iter().zip(&head.protected).enumerate().map(rank).collect()
+}
+
+/// Maps floats to integers of the same order: NaN below everything, the two zeros equal.
+fn ordered(score: f32) -> u32 {
+    if score.is_nan() {
+        return 0;
+    }
+    let bits = (score + 0.0).to_bits();
+    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(scores: &[f32], protected: &[usize]) -> HeadScores {
+        let protected = (0..scores.len()).map(|i| protected.contains(&i)).collect();
+        HeadScores { scores: scores.to_vec(), protected }
+    }
+
+    fn kept(head: &HeadScores, n: usize) -> Vec<usize> {
+        top(head, n).iter().collect()
+    }
+
+    #[test]
+    fn floats_keep_their_order_as_integers() {
+        let ascending =
+            [f32::NEG_INFINITY, f32::MIN, -1.0, -1e-40, 0.0, 1e-40, 1.0, f32::MAX, f32::INFINITY];
+        assert!(ascending.is_sorted_by(|a, b| ordered(*a) < ordered(*b)));
+        assert_eq!(ordered(0.0), ordered(-0.0));
+        assert!(ordered(f32::NAN) < ordered(f32::NEG_INFINITY));
+        assert!(ordered(-f32::NAN) < ordered(f32::NEG_INFINITY));
+    }
+
+    #[test]
+    fn ties_go_to_the_lower_position_and_nan_comes_last() {
+        let head = head(&[f32::NAN, 1.0, -0.0, 0.0, 1.0, f32::NEG_INFINITY], &[]);
+        assert_eq!(kept(&head, 1), [1]);
+        assert_eq!(kept(&head, 3), [1, 2, 4]);
+        assert_eq!(kept(&head, 4), [1, 2, 3, 4]);
+        assert_eq!(kept(&head, 5), [1, 2, 3, 4, 5]);
+        assert_eq!(kept(&head, 6), [0, 1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn protected_tokens_come_first_the_latest_of_them_if_not_all_fit() {
+        let head = head(&[9.0, f32::NAN, 5.0, 0.0, -1.0], &[1, 3, 4]);
+        assert_eq!(kept(&head, 0), [0usize; 0]);
+        assert_eq!(kept(&head, 2), [3, 4]);
+        assert_eq!(kept(&head, 3), [1, 3, 4]);
+        assert_eq!(kept(&head, 4), [0, 1, 3, 4]);
+    }
 }

@@ -5,6 +5,7 @@ use std::sync::LazyLock;
 use super::budget::BUDGETS;
 use super::score::SCORES;
 use crate::registry::{Domain, Member, Param};
+use crate::shape::Needs;
 
 /// The classes of stages, in the order in which a spec must write them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -36,6 +37,10 @@ pub struct StageInfo {
     pub paper: &'static str,
     /// Parameters in positional order.
     pub params: &'static [Param],
+    /// What the engine may have to hand over for it, over all parameters.
+    pub needs: Needs,
+    /// Pipelines with this stage.
+    pub examples: &'static [&'static str],
 }
 
 impl Member for StageInfo {
@@ -56,6 +61,8 @@ pub static STAGES: LazyLock<Vec<StageInfo>> = LazyLock::new(|| {
         summary: entry.summary,
         paper: entry.paper,
         params: entry.params,
+        needs: entry.needs,
+        examples: entry.examples,
     });
     let budgets = BUDGETS.iter().map(|entry| StageInfo {
         class: StageClass::Budget,
@@ -63,6 +70,8 @@ pub static STAGES: LazyLock<Vec<StageInfo>> = LazyLock::new(|| {
         summary: entry.summary,
         paper: entry.paper,
         params: entry.params,
+        needs: Needs::NONE,
+        examples: entry.examples,
     });
     let before = PLUMBING.iter().filter(|stage| stage.class < StageClass::Score).copied();
     let after = PLUMBING.iter().filter(|stage| stage.class > StageClass::Budget).copied();
@@ -73,14 +82,26 @@ pub static STAGES: LazyLock<Vec<StageInfo>> = LazyLock::new(|| {
 const PLUMBING: &[StageInfo] = &[
     StageInfo {
         class: StageClass::Trigger,
+        name: "prefill_end",
+        summary: "runs once, when the prompt has been read",
+        paper: "",
+        params: &[],
+        needs: Needs::NONE,
+        examples: &["prefill_end | h2o(recent=32) | keep(0.5)"],
+    },
+    StageInfo {
+        class: StageClass::Trigger,
         name: "every",
-        summary: "decode phases run every n committed steps instead of each",
+        summary: "runs every n committed decode steps, and when the prompt has been read unless \
+                  the phase is decode",
         paper: "",
         params: &[Param {
             name: "n",
             help: "steps between two runs",
             domain: Domain::Int { default: 1, min: 1, max: 1 << 20 },
         }],
+        needs: Needs::NONE,
+        examples: &["decode: every(8) | h2o(recent=16) | keep_tokens(64)"],
     },
     StageInfo {
         class: StageClass::Keep,
@@ -92,6 +113,8 @@ const PLUMBING: &[StageInfo] = &[
             help: "0 to 1; of a head, on average over the heads of a layer",
             domain: Domain::Real { default: 1.0, min: 0.0, max: 1.0 },
         }],
+        needs: Needs::NONE,
+        examples: &["snapkv | keep(25%)"],
     },
     StageInfo {
         class: StageClass::Keep,
@@ -103,6 +126,8 @@ const PLUMBING: &[StageInfo] = &[
             help: "tokens of a head, on average over the heads of a layer",
             domain: Domain::Int { default: 1024, min: 1, max: 1 << 30 },
         }],
+        needs: Needs::NONE,
+        examples: &["snapkv | keep_tokens(1k)"],
     },
     StageInfo {
         class: StageClass::Position,
@@ -114,6 +139,8 @@ const PLUMBING: &[StageInfo] = &[
             help: "keep or cache_relative",
             domain: Domain::Choice(&["keep", "cache_relative"]),
         }],
+        needs: Needs::ROPE,
+        examples: &["stream(recent=60) | pos(cache_relative)", "stream(recent=60) | pos(keep)"],
     },
     StageInfo {
         class: StageClass::Quant,
@@ -121,12 +148,18 @@ const PLUMBING: &[StageInfo] = &[
         summary: "the formats of sealed blocks",
         paper: "",
         params: &[
-            Param { name: "k", help: "quantizer of keys", domain: Domain::Text { default: "f16" } },
+            Param {
+                name: "k",
+                help: "quantizer of keys; if absent they stay in the dtype of the cache",
+                domain: Domain::Text { default: "" },
+            },
             Param {
                 name: "v",
-                help: "quantizer of values; that of keys if absent",
+                help: "quantizer of values; if absent that of keys",
                 domain: Domain::Text { default: "" },
             },
         ],
+        needs: Needs::NONE,
+        examples: &["quant(q8_0)", "quant(k=had+q4_0, v=q4_0)", "quant(v=q8_0)"],
     },
 ];

@@ -5,11 +5,14 @@
 //! the rest of the H * n tokens are the best of all heads together
 //! ```
 //!
-//! This is the safeguard of kvpress; the authors' code blends budgets instead. Needs ragged lanes.
+//! This is the safeguard of kvpress; the authors' code blends budgets instead. Protected tokens are
+//! part of what a head keeps. Ties go to the lower head, then to the lower position. Needs ragged
+//! lanes. A head shorter than `n` leaves the difference to the others, so that running it again on
+//! its own result changes nothing.
 
 use super::{Budget, Entry};
 use crate::policy::HeadScores;
-use crate::policy::select::ranked;
+use crate::policy::select::ranks;
 use crate::registry::{Domain, Param};
 use crate::shape::LaneWidth;
 
@@ -22,6 +25,7 @@ pub(super) static ENTRY: Entry = Entry {
         help: "fraction of the uniform budget that every head keeps",
         domain: Domain::Real { default: 0.2, min: 0.0, max: 1.0 },
     }],
+    examples: &["snapkv | adakv(floor=0.2) | keep(0.25)", "h2o | adakv | keep_tokens(512)"],
     create: |args| Ok(Box::new(AdaKv { floor: args.real("floor") })),
 };
 
@@ -30,25 +34,33 @@ struct AdaKv {
     floor: f64,
 }
 
+/// A token outside the safeguard; greater is better.
+type Contender = (u32, std::cmp::Reverse<(usize, usize)>);
+
 impl Budget for AdaKv {
-    fn spread(&self, scores: &[HeadScores], alone: &[usize]) -> Vec<usize> {
-        let mut budget = Vec::with_capacity(scores.len());
-        let mut rest: Vec<(f32, usize, usize)> = Vec::new();
-        for (h, (head, alone)) in scores.iter().zip(alone).enumerate() {
-            let safe = ((*alone as f64 * self.floor) as usize).clamp((*alone).min(1), *alone);
-            let protected = head.protected.iter().filter(|protected| **protected).count();
-            let safe = safe.max(protected.min(*alone));
-            budget.push(safe);
-            let order = ranked(head);
-            // A head never receives more than the others leave; protected tokens rank first.
-            rest.extend(order[safe..].iter().map(|i| (key(head.scores[*i]), h, *i)));
+    fn spread(&self, scores: &[HeadScores], shares: &[usize]) -> Vec<usize> {
+        let lens = scores.iter().map(|head| head.scores.len());
+        let total = lens.sum::<usize>().min(shares.iter().sum());
+        let mut contenders: Vec<Contender> = Vec::new();
+        let mut budgets: Vec<usize> = Vec::with_capacity(scores.len());
+        for (h, (head, share)) in scores.iter().zip(shares).enumerate() {
+            let safe = self.safeguard(head, *share);
+            let mut ranks = ranks(head);
+            if safe < ranks.len() {
+                ranks.select_nth_unstable_by(safe, |a, b| b.cmp(a));
+                let rest = ranks[safe..].iter();
+                contenders.extend(
+                    rest.map(|rank| (rank.score(), std::cmp::Reverse((h, rank.index())))),
+                );
+            }
+            budgets.push(safe);
         }
-        let total: usize = alone.iter().sum();
-        let left = total - budget.iter().sum::<usize>();
-        // Higher scores first; ties go to the lower head, then the lower position.
-        rest.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-        rest.iter().take(left).for_each(|(_, h, _)| budget[*h] += 1);
-        budget
+        let left = total - budgets.iter().sum::<usize>();
+        if left > 0 && left < contenders.len() {
+            contenders.select_nth_unstable_by(left, |a, b| b.cmp(a));
+        }
+        contenders.iter().take(left).for_each(|(_, at)| budgets[at.0.0] += 1);
+        budgets
     }
 
     fn lane_width(&self) -> LaneWidth {
@@ -56,7 +68,55 @@ impl Budget for AdaKv {
     }
 }
 
-/// NaN ranks below everything.
-fn key(score: f32) -> f32 {
-    if score.is_nan() { f32::NEG_INFINITY } else { score }
+impl AdaKv {
+    /// Tokens that a head keeps whatever the others have: the floor, and what is protected.
+    fn safeguard(&self, head: &HeadScores, share: usize) -> usize {
+        let floor = ((share as f64 * self.floor + 1e-9) as usize).max(1);
+        let protected = head.protected.iter().filter(|protected| **protected).count();
+        floor.max(protected).min(share).min(head.scores.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(scores: &[f32]) -> HeadScores {
+        HeadScores { scores: scores.to_vec(), protected: vec![false; scores.len()] }
+    }
+
+    #[test]
+    fn the_better_head_gets_what_the_floor_leaves() {
+        let heads = [head(&[9.0; 10]), head(&[1.0; 10])];
+        assert_eq!(AdaKv { floor: 0.2 }.spread(&heads, &[5, 5]), [9, 1]);
+        assert_eq!(AdaKv { floor: 0.0 }.spread(&heads, &[5, 5]), [9, 1]);
+        assert_eq!(AdaKv { floor: 0.6 }.spread(&heads, &[5, 5]), [7, 3]);
+        assert_eq!(AdaKv { floor: 1.0 }.spread(&heads, &[5, 5]), [5, 5]);
+    }
+
+    #[test]
+    fn ties_go_to_the_lower_head() {
+        let heads = [head(&[1.0; 8]), head(&[1.0; 8])];
+        assert_eq!(AdaKv { floor: 0.25 }.spread(&heads, &[4, 4]), [7, 1]);
+    }
+
+    #[test]
+    fn ragged_heads_keep_the_total_of_the_layer() {
+        let heads = [head(&[9.0; 9]), head(&[1.0; 1]), head(&[2.0; 2])];
+        assert_eq!(AdaKv { floor: 0.2 }.spread(&heads, &[4, 4, 4]), [9, 1, 2]);
+        assert_eq!(AdaKv { floor: 0.2 }.spread(&heads, &[3, 3, 3]), [7, 1, 1]);
+    }
+
+    #[test]
+    fn protected_tokens_are_never_traded() {
+        let mut low = head(&[0.0; 10]);
+        low.protected[6..].fill(true);
+        assert_eq!(AdaKv { floor: 0.2 }.spread(&[head(&[9.0; 10]), low], &[5, 5]), [6, 4]);
+    }
+
+    #[test]
+    fn empty_heads_and_no_heads_are_fine() {
+        assert_eq!(AdaKv { floor: 0.2 }.spread(&[], &[]), [0usize; 0]);
+        assert_eq!(AdaKv { floor: 0.2 }.spread(&[head(&[]), head(&[1.0])], &[3, 3]), [0, 1]);
+    }
 }

@@ -14,8 +14,9 @@ registry! {
 
 /// Spreads an allowance.
 pub trait Budget: Debug + Send + Sync {
-    /// Tokens that each head keeps, given what each would keep alone. The sum stays the same.
-    fn spread(&self, scores: &[HeadScores], alone: &[usize]) -> Vec<usize>;
+    /// Tokens that each head keeps, at most as many as it has. `shares[h]` is the allowance of head
+    /// `h`, which may be more than it has; heads of different lengths may use what others leave.
+    fn spread(&self, scores: &[HeadScores], shares: &[usize]) -> Vec<usize>;
 
     /// The coarsest lanes that can express what this budget chooses.
     fn lane_width(&self) -> LaneWidth;
@@ -32,6 +33,8 @@ pub struct Entry {
     pub paper: &'static str,
     /// Parameters in positional order.
     pub params: &'static [Param],
+    /// Pipelines that tests and benches visit.
+    pub examples: &'static [&'static str],
     /// Makes the budget.
     pub create: fn(&Args) -> Result<Box<dyn Budget>>,
 }

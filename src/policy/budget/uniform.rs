@@ -9,6 +9,7 @@ pub(super) static ENTRY: Entry = Entry {
     summary: "the same number of tokens for every head",
     paper: "",
     params: &[],
+    examples: &["snapkv | uniform | keep(0.25)"],
     create: |_| Ok(Box::new(Uniform)),
 };
 
@@ -16,8 +17,8 @@ pub(super) static ENTRY: Entry = Entry {
 struct Uniform;
 
 impl Budget for Uniform {
-    fn spread(&self, _scores: &[HeadScores], alone: &[usize]) -> Vec<usize> {
-        alone.to_vec()
+    fn spread(&self, scores: &[HeadScores], shares: &[usize]) -> Vec<usize> {
+        scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect()
     }
 
     fn lane_width(&self) -> LaneWidth {

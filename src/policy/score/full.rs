@@ -10,6 +10,8 @@ pub(super) static ENTRY: Entry = Entry {
     summary: "keeps every token",
     paper: "",
     params: &[],
+    needs: Needs::NONE,
+    examples: &["full", "full | quant(k=had+q4_0, v=q4_0)"],
     create: |_| Ok(Box::new(Full)),
 };
 
@@ -25,15 +27,15 @@ impl Score for Full {
         LaneWidth::Sequence
     }
 
-    fn events(&self) -> &'static [Event] {
+    fn events(&self, _allowance: Allowance) -> &'static [Event] {
         &[]
     }
 
-    fn allowance(&self, _asked: Allowance) -> Allowance {
-        Allowance::All
+    fn own_allowance(&self) -> Option<Allowance> {
+        Some(Allowance::All)
     }
 
-    fn score(&self, layer: &LayerInput<'_>, _budget: &[usize]) -> Result<Vec<HeadScores>> {
+    fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {
         Ok(layer.heads.iter().map(HeadScores::equal).collect())
     }
 }

@@ -5,8 +5,9 @@
 //! keep     = the last `recent` tokens + the heaviest of the others
 //! ```
 //!
-//! With `heavy` the budget is `heavy + recent`, whatever `keep` says; without it `keep` decides and
-//! `recent` tokens of it are the window. Budgets are per KV head.
+//! With `heavy` the budget is `heavy + recent`; without it `keep` decides and `recent` tokens of it
+//! are the window. Budgets are per KV head. Column sums belong to tokens: they follow their token
+//! through eviction, and a token that nobody attended yet has none.
 
 use super::{Entry, Score};
 use crate::error::Result;
@@ -30,6 +31,12 @@ pub(super) static ENTRY: Entry = Entry {
             domain: Domain::Int { default: 0, min: 0, max: 1 << 30 },
         },
     ],
+    needs: Needs::COLUMN_SUM,
+    examples: &[
+        "h2o(recent=32, heavy=96)",
+        "h2o(recent=32) | keep(0.25)",
+        "decode: every(16) | h2o(recent=64) | keep_tokens(512)",
+    ],
     create: |args| Ok(Box::new(H2o { recent: args.count("recent"), heavy: args.count("heavy") })),
 };
 
@@ -48,26 +55,26 @@ impl Score for H2o {
         LaneWidth::Head
     }
 
-    fn events(&self) -> &'static [Event] {
+    fn events(&self, _allowance: Allowance) -> &'static [Event] {
         &[Event::PrefillEnd, Event::Step]
     }
 
-    fn allowance(&self, asked: Allowance) -> Allowance {
-        match self.heavy {
-            0 => asked,
-            heavy => Allowance::Tokens(heavy + self.recent),
-        }
+    fn own_allowance(&self) -> Option<Allowance> {
+        (self.heavy > 0).then(|| Allowance::Tokens(self.heavy + self.recent))
     }
 
-    fn score(&self, layer: &LayerInput<'_>, budget: &[usize]) -> Result<Vec<HeadScores>> {
+    fn keeps_whole(&self) -> usize {
+        self.recent
+    }
+
+    fn score(&self, layer: &LayerInput<'_>, budgets: &[usize]) -> Result<Vec<HeadScores>> {
         let score = |(head, budget): (&HeadInput<'_>, &usize)| {
             let len = head.positions.len();
             let recent = self.recent.min(*budget);
             let mut scores = head.column_sums.to_vec();
-            // Tokens that nobody attended yet have received nothing.
             scores.resize(len, 0.0);
             HeadScores { scores, protected: (0..len).map(|i| i + recent >= len).collect() }
         };
-        Ok(layer.heads.iter().zip(budget).map(score).collect())
+        Ok(layer.heads.iter().zip(budgets).map(score).collect())
     }
 }

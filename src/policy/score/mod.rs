@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::registry::{Args, Member, Param, registry};
 use crate::shape::{LaneWidth, Needs};
 
-pub use probability::window_probabilities;
+pub use probability::WindowProbabilities;
 
 registry! {
     /// Every score, in the order of the documentation.
@@ -29,21 +29,28 @@ pub trait Score: Debug + Send + Sync {
     /// The coarsest lanes that can express what this score chooses.
     fn lane_width(&self) -> LaneWidth;
 
-    /// The moments at which it acts when the spec does not say.
-    fn events(&self) -> &'static [Event];
+    /// The moments at which it acts with this allowance when the spec does not say.
+    fn events(&self, allowance: Allowance) -> &'static [Event];
 
     /// Whether survivors form a few runs, which lanes can trim without touching blocks.
     fn keeps_runs(&self) -> bool {
         false
     }
 
-    /// Its own idea of the allowance, given what `keep` said.
-    fn allowance(&self, asked: Allowance) -> Allowance {
-        asked
+    /// The allowance if the score has one of its own. A spec then may not say another one.
+    fn own_allowance(&self) -> Option<Allowance> {
+        None
     }
 
-    /// Scores for every head of a layer, `budget[h]` tokens of which will stay.
-    fn score(&self, layer: &LayerInput<'_>, budget: &[usize]) -> Result<Vec<HeadScores>>;
+    /// Lanes of at most so many tokens stay whole, whatever the allowance: a prompt inside the
+    /// protected window has nothing to lose.
+    fn keeps_whole(&self) -> usize {
+        0
+    }
+
+    /// Scores for every head of a layer. Lengths have been checked. `budgets[h]` is what head `h`
+    /// keeps if no budget stage moves it, at most its length: protect no more than that.
+    fn score(&self, layer: &LayerInput<'_>, budgets: &[usize]) -> Result<Vec<HeadScores>>;
 }
 
 /// How the registry describes a score.
@@ -57,6 +64,10 @@ pub struct Entry {
     pub paper: &'static str,
     /// Parameters in positional order.
     pub params: &'static [Param],
+    /// What the engine may have to hand over, over all parameters.
+    pub needs: Needs,
+    /// Pipelines that tests and benches visit.
+    pub examples: &'static [&'static str],
     /// Makes the score.
     pub create: fn(&Args) -> Result<Box<dyn Score>>,
 }

@@ -8,13 +8,15 @@
 //!
 //! The window itself is protected and counts towards the budget. Its columns are part of the
 //! softmax. `avg` pooling divides by the kernel also at the edges. A prompt of at most `w` tokens
-//! stays whole.
+//! stays whole. If fewer queries were observed (the rest of the prompt came from a shared prefix),
+//! the window is as short as they are. Computed in f32 on the SIMD kernels of the library.
 
-use super::{Entry, Score, window_probabilities};
+use super::{Entry, Score, WindowProbabilities};
 use crate::error::{Result, ensure};
-use crate::policy::{Event, HeadInput, HeadScores, LayerInput};
+use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
 use crate::shape::{LaneWidth, Needs};
+use crate::simd;
 
 pub(super) static ENTRY: Entry = Entry {
     name: "snapkv",
@@ -42,6 +44,12 @@ pub(super) static ENTRY: Entry = Entry {
             domain: Domain::Choice(&["mean", "max"]),
         },
     ],
+    needs: Needs::KEYS.union(Needs::QUERY_WINDOW),
+    examples: &[
+        "snapkv | keep(0.25)",
+        "snapkv(w=32, kernel=7, pool=max, agg=max) | keep_tokens(128)",
+        "every(16) | snapkv(w=16) | keep(0.5)",
+    ],
     create: |args| {
         let kernel = args.count("kernel");
         ensure!(kernel % 2 == 1, InvalidArgument, "snapkv: kernel is {kernel}, must be odd");
@@ -64,7 +72,7 @@ struct SnapKv {
 
 impl Score for SnapKv {
     fn needs(&self) -> Needs {
-        Needs::KEYS.union(Needs::QUERY_WINDOW)
+        ENTRY.needs
     }
 
     fn query_window(&self) -> usize {
@@ -75,34 +83,51 @@ impl Score for SnapKv {
         LaneWidth::Head
     }
 
-    fn events(&self) -> &'static [Event] {
+    fn events(&self, _allowance: Allowance) -> &'static [Event] {
         &[Event::PrefillEnd]
     }
 
-    fn score(&self, layer: &LayerInput<'_>, _budget: &[usize]) -> Result<Vec<HeadScores>> {
-        Ok(layer.heads.iter().map(|head| self.score_head(layer, head)).collect())
+    fn keeps_whole(&self) -> usize {
+        self.window
+    }
+
+    fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {
+        let mut probabilities = WindowProbabilities::new(simd::active());
+        layer.heads.iter().map(|head| self.score_head(layer, head, &mut probabilities)).collect()
     }
 }
 
 impl SnapKv {
-    fn score_head(&self, layer: &LayerInput<'_>, head: &HeadInput<'_>) -> HeadScores {
-        let len = head.positions.len();
-        let window = head.num_queries.min(self.window);
-        if len <= window {
-            return HeadScores { scores: vec![0.0; len], protected: vec![true; len] };
+    fn score_head(
+        &self,
+        layer: &LayerInput<'_>,
+        head: &HeadInput<'_>,
+        probabilities: &mut WindowProbabilities,
+    ) -> Result<HeadScores> {
+        let (positions, len) = (head.positions, head.positions.len());
+        if len <= self.window {
+            return Ok(HeadScores { scores: vec![0.0; len], protected: vec![true; len] });
         }
-        let old = len - window;
+        let window = head.num_queries.min(self.window);
+        ensure!(window > 0, InvalidState, "snapkv has observed no queries of the last tokens");
+        // Tokens of the window may have been evicted, so what a query sees goes by position.
+        let up_to = |back: usize| {
+            let last = i64::from(positions[len - 1]) - back as i64;
+            positions.partition_point(|position| i64::from(*position) <= last)
+        };
+        let old = up_to(window);
+        let dim = layer.head_dim;
         let mut scores = vec![0.0f32; len];
-        let mut mean = vec![0.0f32; old];
-        let mut pooled = vec![0.0f32; old];
-        for g in 0..layer.group {
+        let (mut mean, mut pooled) = (vec![0.0f32; old], vec![0.0f32; old]);
+        for (g, queries) in head.queries.chunks_exact(head.num_queries * dim).enumerate() {
+            let queries = &queries[(head.num_queries - window) * dim..];
+            let rows =
+                probabilities.compute(head.keys, queries, dim, |t| up_to(window - 1 - t));
             mean.fill(0.0);
-            let queries = &head.queries[g * head.num_queries * layer.head_dim..]
-                [..head.num_queries * layer.head_dim];
-            let queries = &queries[(head.num_queries - window) * layer.head_dim..];
-            window_probabilities(head.keys, queries, layer.head_dim, |_, row| {
-                mean.iter_mut().zip(row).for_each(|(sum, p)| *sum += p / window as f32);
-            });
+            for row in rows.chunks_exact(len) {
+                mean.iter_mut().zip(row).for_each(|(sum, p)| *sum += p);
+            }
+            mean.iter_mut().for_each(|sum| *sum /= window as f32);
             self.pool(&mean, &mut pooled);
             for (score, value) in scores.iter_mut().zip(&pooled) {
                 *score = if self.max_agg && g > 0 { score.max(*value) } else { *score + value };
@@ -111,7 +136,7 @@ impl SnapKv {
         if !self.max_agg {
             scores.iter_mut().for_each(|score| *score /= layer.group as f32);
         }
-        HeadScores { scores, protected: (0..len).map(|i| i >= old).collect() }
+        Ok(HeadScores { scores, protected: (0..len).map(|i| i >= old).collect() })
     }
 
     fn pool(&self, values: &[f32], out: &mut [f32]) {

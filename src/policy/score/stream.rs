@@ -5,11 +5,12 @@
 //! ```
 //!
 //! Without positions of its own (`pos(keep)`) this is what kvpress does; the paper's method is
-//! `stream(...) | pos(cache_relative)`.
+//! `stream(...) | pos(cache_relative)`. If `n` is at most `sink`, the first `n` tokens stay. A
+//! number of tokens is kept up at each step; a ratio is applied once, when the prompt ends.
 
 use super::{Entry, Score};
 use crate::error::Result;
-use crate::policy::{Allowance, Event, HeadScores, LayerInput};
+use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
 use crate::shape::{LaneWidth, Needs};
 
@@ -28,6 +29,13 @@ pub(super) static ENTRY: Entry = Entry {
             help: "most recent tokens that stay, the current one included; 0: what keep leaves",
             domain: Domain::Int { default: 0, min: 0, max: 1 << 30 },
         },
+    ],
+    needs: Needs::NONE,
+    examples: &[
+        "stream(sink=4, recent=124)",
+        "stream(sink=4, recent=124) | pos(cache_relative)",
+        "stream | keep(0.5)",
+        "stream | keep_tokens(256) | quant(k=kivi2)",
     ],
     create: |args| {
         Ok(Box::new(Stream { sink: args.count("sink"), recent: args.count("recent") }))
@@ -49,24 +57,28 @@ impl Score for Stream {
         LaneWidth::Sequence
     }
 
-    fn events(&self) -> &'static [Event] {
-        &[Event::PrefillEnd, Event::Step]
+    fn events(&self, allowance: Allowance) -> &'static [Event] {
+        match allowance {
+            Allowance::Ratio(_) => &[Event::PrefillEnd],
+            _ => &[Event::PrefillEnd, Event::Step],
+        }
     }
 
     fn keeps_runs(&self) -> bool {
         true
     }
 
-    fn allowance(&self, asked: Allowance) -> Allowance {
-        match (asked, self.recent) {
-            (Allowance::All, recent) if recent > 0 => Allowance::Tokens(self.sink + recent),
-            _ => asked,
-        }
+    fn own_allowance(&self) -> Option<Allowance> {
+        (self.recent > 0).then(|| Allowance::Tokens(self.sink + self.recent))
+    }
+
+    fn keeps_whole(&self) -> usize {
+        self.sink
     }
 
     /// Recency is the score: the sinks are protected, and later tokens score higher.
-    fn score(&self, layer: &LayerInput<'_>, budget: &[usize]) -> Result<Vec<HeadScores>> {
-        let score = |(head, budget): (&crate::policy::HeadInput<'_>, &usize)| {
+    fn score(&self, layer: &LayerInput<'_>, budgets: &[usize]) -> Result<Vec<HeadScores>> {
+        let score = |(head, budget): (&HeadInput<'_>, &usize)| {
             let len = head.positions.len();
             let sink = self.sink.min(*budget);
             HeadScores {
@@ -74,6 +86,6 @@ impl Score for Stream {
                 protected: (0..len).map(|i| i < sink).collect(),
             }
         };
-        Ok(layer.heads.iter().zip(budget).map(score).collect())
+        Ok(layer.heads.iter().zip(budgets).map(score).collect())
     }
 }

@@ -1,0 +1,47 @@
+"""Cuts policy_subset.safetensors out of the full set of policy vectors (see README.md).
+
+usage: python3 extract_policy.py path/to/folder
+needs: numpy, safetensors
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+LAYERS = ("l0", "l1")
+STATES = ("q", "k", "v", "dec_q", "dec_k", "dec_v")
+PRESSES = [
+    *(f"{press}@{ratio}" for press in ("streaming_llm", "snapkv", "adakv_snapkv") for ratio in ("0.25", "0.5", "0.75")),
+    "snapkv_w32_k7@0.5",
+]
+TRACES = ("h2o_hh96_r32", "h2o_hh32_r96", "streaming_s4_r124_orig_pos", "streaming_s4_r124_cache_pos")
+
+
+def main():
+    folder = Path(sys.argv[1])
+    states = load_file(folder / "states_T512.safetensors")
+    presses = load_file(folder / "press_T512.safetensors")
+    traces = load_file(folder / "decode_T512.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())["cases"]["T512"]["presses"]
+    margins = {press["key"]: press.get("min_margin") for press in manifest}
+
+    subset = {f"states/{layer}.{name}": states[f"{layer}.{name}"] for layer in LAYERS for name in STATES}
+    for layer in LAYERS:
+        columns = states[f"{layer}.attn_colsum"]
+        subset[f"states/{layer}.column_sums"] = columns.reshape(2, 4, -1).sum(axis=1)
+        for head in (0, 1):
+            name = f"{layer}.h{head}.kept"
+            subset[f"h2o_prefill/{name}"] = traces[f"d2o_like/{name}"]
+    for press in PRESSES:
+        subset |= {name: tensor for name, tensor in presses.items() if name.startswith(f"{press}/")}
+        if margins[press] is not None:
+            subset[f"{press}/min_margin"] = np.array([margins[press]], np.float32)
+    subset |= {name: tensor for name, tensor in traces.items() if name.split("/")[0] in TRACES}
+    subset = {name: np.ascontiguousarray(tensor) for name, tensor in subset.items()}
+    save_file(subset, Path(__file__).with_name("policy_subset.safetensors"))
+
+
+main()

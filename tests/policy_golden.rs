@@ -1,0 +1,351 @@
+//! Policies against vectors that other programs made; `tests/golden/README.md` names them.
+
+use kvmgr::error::Result;
+use kvmgr::policy::{Event, HeadInput, LayerInput, LayerSource, Pipeline};
+use kvmgr::shape::{KeepSet, Rope, RopeStyle};
+use safetensors::SafeTensors;
+
+static FILE: &[u8] = include_bytes!("golden/policy_subset.safetensors");
+
+const LAYERS: usize = 2;
+const HEADS: usize = 2;
+const GROUP: usize = 4;
+const DIM: usize = 64;
+const LEN: usize = 512;
+/// Tokens of the prompt of a decode trace.
+const PROMPT: usize = 256;
+/// Scores agree up to this relative error.
+const TOLERANCE: f64 = 2e-5;
+
+struct Golden(SafeTensors<'static>);
+
+impl Golden {
+    fn open() -> Self {
+        Self(SafeTensors::deserialize(FILE).unwrap())
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.0.tensor(name).is_ok()
+    }
+
+    fn bytes(&self, name: &str) -> &'static [[u8; 4]] {
+        let tensor = self.0.tensor(name).unwrap_or_else(|error| panic!("{name}: {error}"));
+        tensor.data().as_chunks().0
+    }
+
+    fn floats(&self, name: &str) -> Vec<f32> {
+        self.bytes(name).iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+    }
+
+    fn indices(&self, name: &str) -> Vec<usize> {
+        self.bytes(name).iter().map(|bytes| i32::from_le_bytes(*bytes) as usize).collect()
+    }
+
+    /// The kept indices of one head of a press.
+    fn kept(&self, press: &str, layer: usize, head: usize) -> Vec<usize> {
+        let place = format!("{press}/l{layer}");
+        if self.has(&format!("{place}.kept")) {
+            let kept = self.indices(&format!("{place}.kept"));
+            return kept.chunks(kept.len() / HEADS).nth(head).unwrap().to_vec();
+        }
+        let ends = self.indices(&format!("{place}.kept_cu"));
+        self.indices(&format!("{place}.kept_flat"))[ends[head]..ends[head + 1]].to_vec()
+    }
+}
+
+/// The model states after the whole prompt.
+struct Prompt {
+    positions: Vec<i32>,
+    keys: Vec<Vec<f32>>,
+    queries: Vec<Vec<f32>>,
+    column_sums: Vec<Vec<f32>>,
+}
+
+impl Prompt {
+    fn new(golden: &Golden) -> Self {
+        let each = |name: &str| {
+            (0..LAYERS).map(|l| golden.floats(&format!("states/l{l}.{name}"))).collect()
+        };
+        Self {
+            positions: (0..LEN as i32).collect(),
+            keys: each("k"),
+            queries: each("q"),
+            column_sums: each("column_sums"),
+        }
+    }
+}
+
+impl LayerSource for Prompt {
+    fn num_layers(&self) -> usize {
+        LAYERS
+    }
+
+    fn visit(
+        &mut self,
+        layer: usize,
+        f: &mut dyn FnMut(&LayerInput<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let rows = |list: &'static str, h: usize, width: usize| match list {
+            "keys" => &self.keys[layer][h * LEN * width..][..LEN * width],
+            "queries" => &self.queries[layer][h * GROUP * LEN * width..][..GROUP * LEN * width],
+            _ => &self.column_sums[layer][h * LEN..][..LEN],
+        };
+        let head = |h: usize| HeadInput {
+            positions: &self.positions,
+            keys: rows("keys", h, DIM),
+            values: &[],
+            queries: rows("queries", h, DIM),
+            num_queries: LEN,
+            column_sums: rows("column_sums", h, 1),
+        };
+        f(&LayerInput {
+            layer,
+            num_layers: LAYERS,
+            group: GROUP,
+            head_dim: DIM,
+            sequence_len: LEN,
+            heads: (0..HEADS).map(head).collect(),
+            rope: None,
+        })
+    }
+}
+
+fn indices(set: &KeepSet) -> Vec<usize> {
+    set.iter().collect()
+}
+
+fn assert_close(found: impl Iterator<Item = f32>, expected: &[f32], tolerance: f64, name: &str) {
+    for (i, (found, expected)) in found.zip(expected).enumerate() {
+        let error = f64::from((found - expected).abs());
+        let limit = tolerance * f64::from(expected.abs());
+        assert!(error <= limit, "{name}: element {i} is {found}, must be {expected}");
+    }
+}
+
+/// Runs `spec` on the prompt and compares its keep sets, and its scores outside the window.
+fn check_press(golden: &Golden, press: &str, spec: &str, window: Option<usize>) {
+    let pipeline = Pipeline::parse(spec).unwrap();
+    let mut prompt = Prompt::new(golden);
+    let kept = pipeline.select(Event::PrefillEnd, &mut prompt).unwrap();
+    let margin = format!("{press}/min_margin");
+    let decisive = !golden.has(&margin) || golden.floats(&margin)[0] > 1e-6;
+    for (layer, heads) in kept.iter().enumerate() {
+        for (head, set) in heads.iter().enumerate() {
+            let expected = golden.kept(press, layer, head);
+            assert_eq!(set.len(), expected.len(), "{press} layer {layer} head {head}");
+            if decisive {
+                assert_eq!(indices(set), expected, "{press} layer {layer} head {head}");
+            }
+        }
+        let Some(window) = window else { continue };
+        let expected = golden.floats(&format!("{press}/l{layer}.score"));
+        let mut check = |input: &LayerInput<'_>| {
+            let scores = pipeline.score(Event::PrefillEnd, input)?;
+            for (found, expected) in scores.iter().zip(expected.chunks_exact(LEN)) {
+                let old = found.scores[..LEN - window].iter().copied();
+                assert_close(old, &expected[..LEN - window], TOLERANCE, press);
+                assert!(found.protected.iter().enumerate().all(|(i, p)| *p == (i + window >= LEN)));
+            }
+            Ok(())
+        };
+        prompt.visit(layer, &mut check).unwrap();
+    }
+}
+
+#[test]
+fn prompts_are_compressed_as_kvpress_does() {
+    let golden = Golden::open();
+    for (removed, kept) in [("0.25", "75%"), ("0.5", "0.5"), ("0.75", "0.25")] {
+        let press = |name: &str| format!("{name}@{removed}");
+        check_press(&golden, &press("streaming_llm"), &format!("stream(4) | keep({kept})"), None);
+        check_press(&golden, &press("snapkv"), &format!("snapkv | keep({kept})"), Some(64));
+        let spec = format!("snapkv(64, 5) | adakv(0.2) | keep({kept})");
+        check_press(&golden, &press("adakv_snapkv"), &spec, Some(64));
+    }
+    let spec = "snapkv(w=32, kernel=7) | keep_tokens(256)";
+    check_press(&golden, "snapkv_w32_k7@0.5", spec, Some(32));
+}
+
+#[test]
+fn heavy_hitters_of_a_prompt_are_the_top_column_sums() {
+    let golden = Golden::open();
+    let pipeline = Pipeline::parse("h2o(recent=64, heavy=192)").unwrap();
+    let kept = pipeline.select(Event::PrefillEnd, &mut Prompt::new(&golden)).unwrap();
+    for (layer, heads) in kept.iter().enumerate() {
+        for (head, set) in heads.iter().enumerate() {
+            let expected = golden.indices(&format!("h2o_prefill/l{layer}.h{head}.kept"));
+            assert_eq!(indices(set), expected, "layer {layer} head {head}");
+        }
+    }
+}
+
+/// One KV head that decodes tokens `PROMPT..LEN`, with attention computed in f64.
+struct Decoder<'a> {
+    keys: &'a [f32],
+    values: &'a [f32],
+    /// `[GROUP, LEN, DIM]`.
+    queries: &'a [f32],
+    kept: Vec<i32>,
+    column_sums: Vec<f64>,
+    /// Attention sees tokens at their index among the kept ones.
+    cache_relative: Option<Rope>,
+}
+
+impl Decoder<'_> {
+    /// Attention of the query at `position` over what is kept; adds to the column sums.
+    fn attend(&mut self, position: usize) -> Vec<f64> {
+        let row = |list: &[f32], i: usize| list[i * DIM..][..DIM].to_vec();
+        let turned = |mut row: Vec<f32>, delta: usize| {
+            if let Some(rope) = &self.cache_relative {
+                rope.rotate(&mut row, -(delta as i32));
+            }
+            row
+        };
+        let mut out = Vec::new();
+        for g in 0..GROUP {
+            let query = row(self.queries, g * LEN + position);
+            let query = turned(query, position + 1 - self.kept.len());
+            let logit = |(i, p): (usize, &i32)| {
+                let key = turned(row(self.keys, *p as usize), *p as usize - i);
+                let products = key.iter().zip(&query).map(|(a, b)| f64::from(*a) * f64::from(*b));
+                products.sum::<f64>() / (DIM as f64).sqrt()
+            };
+            let logits: Vec<f64> = self.kept.iter().enumerate().map(logit).collect();
+            let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = logits.iter().map(|x| (x - max).exp()).sum();
+            let mut output = vec![0.0; DIM];
+            for ((x, p), total) in logits.iter().zip(&self.kept).zip(&mut self.column_sums) {
+                let probability = (x - max).exp() / sum;
+                *total += probability;
+                let value = row(self.values, *p as usize);
+                output.iter_mut().zip(value).for_each(|(o, v)| *o += probability * f64::from(v));
+            }
+            out.extend(output);
+        }
+        out
+    }
+
+    fn push(&mut self, position: usize) {
+        self.kept.push(position as i32);
+        self.column_sums.push(0.0);
+    }
+
+    fn select(&mut self, pipeline: &Pipeline, event: Event) {
+        let set = pipeline.select(event, self).unwrap().remove(0).remove(0);
+        self.kept = set.iter().map(|i| self.kept[i]).collect();
+        self.column_sums = set.iter().map(|i| self.column_sums[i]).collect();
+    }
+}
+
+impl LayerSource for Decoder<'_> {
+    fn num_layers(&self) -> usize {
+        1
+    }
+
+    fn visit(&mut self, _: usize, f: &mut dyn FnMut(&LayerInput<'_>) -> Result<()>) -> Result<()> {
+        let column_sums: Vec<f32> = self.column_sums.iter().map(|sum| *sum as f32).collect();
+        let head =
+            HeadInput { positions: &self.kept, column_sums: &column_sums, ..HeadInput::default() };
+        f(&LayerInput {
+            num_layers: 1,
+            group: GROUP,
+            head_dim: DIM,
+            sequence_len: self.kept.last().map_or(0, |last| *last as usize + 1),
+            heads: vec![head],
+            ..LayerInput::default()
+        })
+    }
+}
+
+/// Calls `run(layer, head, decoder)` for every head, with nothing decoded yet.
+fn for_each_decoder(golden: &Golden, mut run: impl FnMut(usize, usize, Decoder<'_>)) {
+    for layer in 0..LAYERS {
+        let load = |name: &str| golden.floats(&format!("states/l{layer}.{name}"));
+        let (keys, values, queries) = (load("k"), load("v"), load("q"));
+        for head in 0..HEADS {
+            let decoder = Decoder {
+                keys: &keys[head * LEN * DIM..][..LEN * DIM],
+                values: &values[head * LEN * DIM..][..LEN * DIM],
+                queries: &queries[head * GROUP * LEN * DIM..][..GROUP * LEN * DIM],
+                kept: Vec::new(),
+                column_sums: Vec::new(),
+                cache_relative: None,
+            };
+            run(layer, head, decoder);
+        }
+    }
+}
+
+/// Compares the output of a step with the trace, for the steps that the trace has.
+fn check_output(golden: &Golden, name: &str, head: usize, step: usize, out: &[f64], limit: f64) {
+    let Some(row) = [0, 1, 16, 64, 128, 255].iter().position(|s| *s == step) else { return };
+    let expected = golden.floats(&format!("{name}.attn_out"));
+    let expected = &expected[(row * HEADS + head) * GROUP * DIM..][..GROUP * DIM];
+    for (found, expected) in out.iter().zip(expected) {
+        let error = (found - f64::from(*expected)).abs();
+        assert!(error < limit, "{name} head {head} step {step}: {found}, must be {expected}");
+    }
+}
+
+#[test]
+fn h2o_follows_the_reference_step_by_step() {
+    let golden = Golden::open();
+    for (trace, spec) in [
+        ("h2o_hh96_r32", "h2o(recent=32, heavy=96)"),
+        ("h2o_hh32_r96", "h2o(recent=96) | keep_tokens(128)"),
+    ] {
+        let pipeline = Pipeline::parse(spec).unwrap();
+        for_each_decoder(&golden, |layer, head, mut decoder| {
+            let name = format!("{trace}/l{layer}.h{head}");
+            for position in 0..PROMPT {
+                decoder.push(position);
+                decoder.attend(position);
+            }
+            decoder.select(&pipeline, Event::PrefillEnd);
+            check_kept(&golden, &format!("{name}.kept_prefill"), &decoder);
+            for step in 0..LEN - PROMPT {
+                decoder.push(PROMPT + step);
+                let out = decoder.attend(PROMPT + step);
+                check_output(&golden, &format!("{trace}/l{layer}"), head, step, &out, 1e-5);
+                assert!(pipeline.is_due(Event::Step, step + 1, 129, PROMPT + step + 1));
+                decoder.select(&pipeline, Event::Step);
+                assert_eq!(decoder.kept.len(), 128);
+                check_kept(&golden, &format!("{name}.kept_{step}"), &decoder);
+            }
+            let scores = decoder.column_sums.iter().map(|sum| *sum as f32);
+            assert_close(scores, &golden.floats(&format!("{name}.final_score")), TOLERANCE, &name);
+        });
+    }
+}
+
+/// Compares what is kept with the trace, if the trace has this step.
+fn check_kept(golden: &Golden, name: &str, decoder: &Decoder<'_>) {
+    if golden.has(name) {
+        let kept: Vec<usize> = decoder.kept.iter().map(|position| *position as usize).collect();
+        assert_eq!(kept, golden.indices(name), "{name}");
+    }
+}
+
+#[test]
+fn streaming_follows_the_reference_in_both_position_modes() {
+    let golden = Golden::open();
+    // The states hold keys after RoPE with angles in f32; turning them back costs some accuracy.
+    let modes = [("orig", "", None, 1e-5), ("cache", " | pos(cache_relative)", Some(()), 2e-3)];
+    for (mode, suffix, relative, limit) in modes {
+        let pipeline = Pipeline::parse(&format!("stream(sink=4, recent=124){suffix}")).unwrap();
+        let trace = format!("streaming_s4_r124_{mode}_pos");
+        for_each_decoder(&golden, |layer, head, mut decoder| {
+            decoder.cache_relative = relative.map(|()| Rope::new(RopeStyle::Half, DIM, 1e4));
+            (0..PROMPT).for_each(|position| decoder.push(position));
+            decoder.select(&pipeline, Event::PrefillEnd);
+            for step in 0..LEN - PROMPT {
+                // The reference makes room before the token attends.
+                decoder.push(PROMPT + step);
+                decoder.select(&pipeline, Event::Step);
+                assert_eq!(decoder.kept.len(), 128);
+                let out = decoder.attend(PROMPT + step);
+                check_output(&golden, &format!("{trace}/l{layer}"), head, step, &out, limit);
+            }
+        });
+    }
+}
