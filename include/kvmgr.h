@@ -908,7 +908,10 @@ const char *kvmgr_last_error_message(void);
  * @param max_level least important level to report, KVMGR_LOG_OFF to KVMGR_LOG_DEBUG
  * @param log the hook, or NULL for silence
  */
-kvmgr_status kvmgr_set_log(void *user_data, kvmgr_log_level max_level, kvmgr_log_fn log);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_set_log(void *user_data,
+                           kvmgr_log_level max_level,
+                           kvmgr_log_fn log);
 
 /**
  * Kinds of stores that kvmgr_store_create knows.
@@ -931,7 +934,7 @@ const char *kvmgr_store_help(size_t index);
  * @param spec a NUL-terminated string
  * @param out_store receives a handle with one reference; NULL on failure
  */
-kvmgr_status kvmgr_store_create(const char *spec, kvmgr_store **out_store);
+KVMGR_NODISCARD kvmgr_status kvmgr_store_create(const char *spec, kvmgr_store **out_store);
 
 /**
  * Makes a store out of the engine's functions. On failure destroy is not called.
@@ -940,6 +943,7 @@ kvmgr_status kvmgr_store_create(const char *spec, kvmgr_store **out_store);
  * @param ops copied; need not outlive the call
  * @param out_store receives a handle with one reference; NULL on failure
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_store_create_custom(void *user_data,
                                        const kvmgr_store_ops *ops,
                                        kvmgr_store **out_store);
@@ -957,6 +961,7 @@ void kvmgr_store_release(kvmgr_store *store);
 /**
  * Stores size bytes under a key of KVMGR_STORE_KEY_SIZE bytes, replacing what was there.
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_store_put(kvmgr_store *store,
                              const uint8_t *key,
                              const void *bytes,
@@ -965,24 +970,30 @@ kvmgr_status kvmgr_store_put(kvmgr_store *store,
 /**
  * Fills out, which has exactly the size of the object. KVMGR_NOT_FOUND if there is none.
  */
-kvmgr_status kvmgr_store_get(kvmgr_store *store, const uint8_t *key, void *out, size_t size);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_store_get(kvmgr_store *store,
+                             const uint8_t *key,
+                             void *out,
+                             size_t size);
 
 /**
  * KVMGR_OK if the object exists, KVMGR_NOT_FOUND if not.
  */
-kvmgr_status kvmgr_store_contains(kvmgr_store *store, const uint8_t *key);
+KVMGR_NODISCARD kvmgr_status kvmgr_store_contains(kvmgr_store *store, const uint8_t *key);
 
 /**
  * Forgets an object; KVMGR_OK also if there is none.
  */
-kvmgr_status kvmgr_store_remove(kvmgr_store *store, const uint8_t *key);
+KVMGR_NODISCARD kvmgr_status kvmgr_store_remove(kvmgr_store *store, const uint8_t *key);
 
 /**
  * Numbers about a store.
  *
  * @param out_stats its struct_size must be set; receives the numbers
  */
-kvmgr_status kvmgr_store_get_stats(const kvmgr_store *store, kvmgr_store_stats *out_stats);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_store_get_stats(const kvmgr_store *store,
+                                   kvmgr_store_stats *out_stats);
 
 /**
  * Kinds of quantizers.
@@ -1006,6 +1017,7 @@ const char *kvmgr_quantizer_help(size_t index);
  * @param side which side it will store; some formats group keys and values differently
  * @param out_quantizer receives a handle with one reference; NULL on failure
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_quantizer_create(const char *spec,
                                     kvmgr_side side,
                                     kvmgr_quantizer **out_quantizer);
@@ -1026,6 +1038,7 @@ void kvmgr_quantizer_release(kvmgr_quantizer *quantizer);
  * @param num_tokens 1 to 1024
  * @param dim 1 to 1024; formats with groups need a multiple of their group
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_quantizer_bytes(const kvmgr_quantizer *quantizer,
                                    uint32_t num_tokens,
                                    uint32_t dim,
@@ -1034,6 +1047,7 @@ kvmgr_status kvmgr_quantizer_bytes(const kvmgr_quantizer *quantizer,
 /**
  * Encodes rows [num_tokens, dim] into out, which has exactly kvmgr_quantizer_bytes bytes.
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_quantizer_encode(const kvmgr_quantizer *quantizer,
                                     const float *rows,
                                     uint32_t num_tokens,
@@ -1045,6 +1059,7 @@ kvmgr_status kvmgr_quantizer_encode(const kvmgr_quantizer *quantizer,
  * Decodes bytes, made by kvmgr_quantizer_encode with the same shape, into out_rows
  * [num_tokens, dim].
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_quantizer_decode(const kvmgr_quantizer *quantizer,
                                     const void *bytes,
                                     size_t size,
@@ -1058,6 +1073,7 @@ kvmgr_status kvmgr_quantizer_decode(const kvmgr_quantizer *quantizer,
  * @param queries [num_queries, dim]
  * @param out_scores [num_queries, num_tokens]
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_quantizer_dot(const kvmgr_quantizer *quantizer,
                                  const void *bytes,
                                  size_t size,
@@ -1073,6 +1089,7 @@ kvmgr_status kvmgr_quantizer_dot(const kvmgr_quantizer *quantizer,
  * @param weights [num_queries, num_tokens]
  * @param outputs [num_queries, dim], added to
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_quantizer_axpy(const kvmgr_quantizer *quantizer,
                                   const void *bytes,
                                   size_t size,
@@ -1103,7 +1120,7 @@ const char *kvmgr_policy_stage_help(size_t index);
  * @param spec a NUL-terminated string
  * @param out_policy receives a handle with one reference; NULL on failure
  */
-kvmgr_status kvmgr_policy_create(const char *spec, kvmgr_policy **out_policy);
+KVMGR_NODISCARD kvmgr_status kvmgr_policy_create(const char *spec, kvmgr_policy **out_policy);
 
 /**
  * Adds a reference; answers the same handle, or NULL if it is not a live policy.
@@ -1119,6 +1136,7 @@ void kvmgr_policy_release(kvmgr_policy *policy);
  * What the engine has to hand over: KVMGR_NEEDS_ bits, and how many queries of each head.
  * kvmgr_attention_run observes all of it by itself except the rotation.
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_policy_needs(const kvmgr_policy *policy,
                                 uint32_t *out_needs,
                                 uint32_t *out_query_window);
@@ -1128,6 +1146,7 @@ kvmgr_status kvmgr_policy_needs(const kvmgr_policy *policy,
  *
  * @param out_scores [num_kv_heads, T]
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_policy_score(const kvmgr_policy *policy,
                                 const kvmgr_policy_input *input,
                                 float *out_scores);
@@ -1138,6 +1157,7 @@ kvmgr_status kvmgr_policy_score(const kvmgr_policy *policy,
  * @param out_kept [num_kv_heads, T]: for each KV head its kept indices, ascending, in front
  * @param out_counts [num_kv_heads]: how many each KV head keeps
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_policy_select(const kvmgr_policy *policy,
                                  const kvmgr_policy_input *input,
                                  uint32_t *out_kept,
@@ -1149,7 +1169,9 @@ kvmgr_status kvmgr_policy_select(const kvmgr_policy *policy,
  * @param config settings; num_blocks is required
  * @param out_pool receives a handle with one reference; NULL on failure
  */
-kvmgr_status kvmgr_pool_create(const kvmgr_pool_config *config, kvmgr_pool **out_pool);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_create(const kvmgr_pool_config *config,
+                               kvmgr_pool **out_pool);
 
 /**
  * Adds a reference; answers the same handle, or NULL if it is not a live pool.
@@ -1166,7 +1188,9 @@ void kvmgr_pool_release(kvmgr_pool *pool);
  *
  * @param out_stats its struct_size must be set; receives the numbers
  */
-kvmgr_status kvmgr_pool_get_stats(const kvmgr_pool *pool, kvmgr_pool_stats *out_stats);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_get_stats(const kvmgr_pool *pool,
+                                  kvmgr_pool_stats *out_stats);
 
 /**
  * Makes an empty sequence whose block table the engine reads with kvmgr_sequence_block_table and
@@ -1174,7 +1198,9 @@ kvmgr_status kvmgr_pool_get_stats(const kvmgr_pool *pool, kvmgr_pool_stats *out_
  *
  * @param out_sequence receives an exclusive handle; NULL on failure
  */
-kvmgr_status kvmgr_pool_sequence_create(kvmgr_pool *pool, kvmgr_sequence **out_sequence);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_sequence_create(kvmgr_pool *pool,
+                                        kvmgr_sequence **out_sequence);
 
 /**
  * Makes a cache. A spec that needs what the engine cannot hand over is refused with the stage
@@ -1183,7 +1209,9 @@ kvmgr_status kvmgr_pool_sequence_create(kvmgr_pool *pool, kvmgr_sequence **out_s
  * @param config settings; the model's shape and num_blocks are required
  * @param out_cache receives a handle with one reference; NULL on failure
  */
-kvmgr_status kvmgr_cache_create(const kvmgr_cache_config *config, kvmgr_cache **out_cache);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_cache_create(const kvmgr_cache_config *config,
+                                kvmgr_cache **out_cache);
 
 /**
  * Adds a reference; answers the same handle, or NULL if it is not a live cache.
@@ -1200,12 +1228,14 @@ void kvmgr_cache_release(kvmgr_cache *cache);
  *
  * @param out_stats its struct_size must be set; receives the numbers
  */
-kvmgr_status kvmgr_cache_get_stats(const kvmgr_cache *cache, kvmgr_cache_stats *out_stats);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_cache_get_stats(const kvmgr_cache *cache,
+                                   kvmgr_cache_stats *out_stats);
 
 /**
  * Starts a new bytes_peak at what is used now.
  */
-kvmgr_status kvmgr_cache_reset_peak(kvmgr_cache *cache);
+KVMGR_NODISCARD kvmgr_status kvmgr_cache_reset_peak(kvmgr_cache *cache);
 
 /**
  * Makes an empty sequence.
@@ -1213,6 +1243,7 @@ kvmgr_status kvmgr_cache_reset_peak(kvmgr_cache *cache);
  * @param policy the policy of this sequence, without quant(...), or NULL for the cache's spec
  * @param out_sequence receives an exclusive handle; NULL on failure
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_cache_sequence_create(kvmgr_cache *cache,
                                          const kvmgr_policy *policy,
                                          kvmgr_sequence **out_sequence);
@@ -1228,7 +1259,9 @@ void kvmgr_sequence_destroy(kvmgr_sequence *sequence);
  *
  * @param out_child receives an exclusive handle; NULL on failure
  */
-kvmgr_status kvmgr_sequence_fork(const kvmgr_sequence *sequence, kvmgr_sequence **out_child);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_fork(const kvmgr_sequence *sequence,
+                                 kvmgr_sequence **out_child);
 
 /**
  * Takes over the cached blocks of the longest known prefix of a prompt, from the cache or its
@@ -1238,6 +1271,7 @@ kvmgr_status kvmgr_sequence_fork(const kvmgr_sequence *sequence, kvmgr_sequence 
  * @param tokens the prompt
  * @param out_num_matched receives the number of tokens taken over; 0 without the prefix flag
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_match_prefix(kvmgr_sequence *sequence,
                                          const int32_t *tokens,
                                          size_t num_tokens,
@@ -1249,7 +1283,7 @@ kvmgr_status kvmgr_sequence_match_prefix(kvmgr_sequence *sequence,
  *
  * @param num_tokens at least 1
  */
-kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence, size_t num_tokens);
+KVMGR_NODISCARD kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence, size_t num_tokens);
 
 /**
  * Writes the keys and values of the next reserved tokens of one layer; several calls continue one
@@ -1259,6 +1293,7 @@ kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence, size_t num_tokens)
  * @param key [n, num_kv_heads, head_dim], rotated as the model wants it
  * @param value [n, num_kv_heads, head_dim]
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_append(kvmgr_sequence *sequence,
                                    uint32_t layer,
                                    const kvmgr_tensor *key,
@@ -1273,6 +1308,7 @@ kvmgr_status kvmgr_sequence_append(kvmgr_sequence *sequence,
  * @param tokens the ids of the tokens, or NULL: the sequence is not shared by prefix from then on
  * @param num_tokens 0 to the number reserved
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_commit(kvmgr_sequence *sequence,
                                    const int32_t *tokens,
                                    size_t num_tokens);
@@ -1282,23 +1318,26 @@ kvmgr_status kvmgr_sequence_commit(kvmgr_sequence *sequence,
  * policy. Commits are decode steps from then on. If it runs out of blocks, lanes that were
  * compacted already stay so, and the call may be repeated.
  */
-kvmgr_status kvmgr_sequence_end_prefill(kvmgr_sequence *sequence);
+KVMGR_NODISCARD kvmgr_status kvmgr_sequence_end_prefill(kvmgr_sequence *sequence);
 
 /**
  * Forgets the tokens at position num_tokens and above, and any reservation.
  *
  * @param num_tokens 0 to the number of committed tokens
  */
-kvmgr_status kvmgr_sequence_truncate(kvmgr_sequence *sequence, size_t num_tokens);
+KVMGR_NODISCARD kvmgr_status kvmgr_sequence_truncate(kvmgr_sequence *sequence, size_t num_tokens);
 
 /**
  * The number of committed tokens, evicted ones included: the position of the next token.
  */
-kvmgr_status kvmgr_sequence_length(const kvmgr_sequence *sequence, size_t *out_num_tokens);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_length(const kvmgr_sequence *sequence,
+                                   size_t *out_num_tokens);
 
 /**
  * The number of rows that one KV head of one layer holds, reserved ones included.
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_kept(const kvmgr_sequence *sequence,
                                  uint32_t layer,
                                  uint32_t kv_head,
@@ -1310,6 +1349,7 @@ kvmgr_status kvmgr_sequence_kept(const kvmgr_sequence *sequence,
  * @param out_positions room for capacity numbers; NULL with capacity 0 asks for the length only
  * @param out_num receives the length
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_positions(const kvmgr_sequence *sequence,
                                       uint32_t layer,
                                       uint32_t kv_head,
@@ -1323,6 +1363,7 @@ kvmgr_status kvmgr_sequence_positions(const kvmgr_sequence *sequence,
  * @param out_blocks room for capacity numbers; NULL with capacity 0 asks for the length only
  * @param out_num receives the length
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_block_table(const kvmgr_sequence *sequence,
                                         uint32_t layer,
                                         uint32_t kv_head,
@@ -1336,6 +1377,7 @@ kvmgr_status kvmgr_sequence_block_table(const kvmgr_sequence *sequence,
  * @param out_slots room for capacity numbers; NULL with capacity 0 asks for the length only
  * @param out_num receives the length
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_slot_mapping(const kvmgr_sequence *sequence,
                                          uint32_t layer,
                                          uint32_t kv_head,
@@ -1350,6 +1392,7 @@ kvmgr_status kvmgr_sequence_slot_mapping(const kvmgr_sequence *sequence,
  * @param out_copies room for capacity copies; NULL with capacity 0 asks for the length only
  * @param out_num receives the length
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_take_copies(kvmgr_sequence *sequence,
                                         kvmgr_block_copy *out_copies,
                                         size_t capacity,
@@ -1359,19 +1402,20 @@ kvmgr_status kvmgr_sequence_take_copies(kvmgr_sequence *sequence,
  * Moves the bytes of a sequence to a store and frees its blocks. Until it is resumed, calls that
  * need them answer KVMGR_INVALID_STATE. The sequence keeps a reference to the store.
  */
-kvmgr_status kvmgr_sequence_preempt(kvmgr_sequence *sequence, kvmgr_store *store);
+KVMGR_NODISCARD kvmgr_status kvmgr_sequence_preempt(kvmgr_sequence *sequence, kvmgr_store *store);
 
 /**
  * Brings the bytes of a preempted sequence back. On failure it stays preempted and the call may
  * be repeated; KVMGR_OUT_OF_BLOCKS says that there is no room yet.
  */
-kvmgr_status kvmgr_sequence_resume(kvmgr_sequence *sequence);
+KVMGR_NODISCARD kvmgr_status kvmgr_sequence_resume(kvmgr_sequence *sequence);
 
 /**
  * Numbers about a sequence.
  *
  * @param out_stats its struct_size must be set; receives the numbers
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_get_stats(const kvmgr_sequence *sequence,
                                       kvmgr_sequence_stats *out_stats);
 
@@ -1380,7 +1424,9 @@ kvmgr_status kvmgr_sequence_get_stats(const kvmgr_sequence *sequence,
  *
  * @param out_attention receives an exclusive handle; NULL on failure
  */
-kvmgr_status kvmgr_attention_create(kvmgr_cache *cache, kvmgr_attention **out_attention);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_attention_create(kvmgr_cache *cache,
+                                    kvmgr_attention **out_attention);
 
 /**
  * Ends an attention handle. NULL is fine.
@@ -1396,6 +1442,7 @@ void kvmgr_attention_destroy(kvmgr_attention *attention);
  * @param sequences num_sequences different sequences of the handle's cache
  * @param num_queries num_sequences numbers, each at least 1
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_attention_plan(kvmgr_attention *attention,
                                   kvmgr_sequence *const *sequences,
                                   const uint32_t *num_queries,
@@ -1411,6 +1458,7 @@ kvmgr_status kvmgr_attention_plan(kvmgr_attention *attention,
  *        before it runs the layer.
  * @param num_workers parts; 0 (with worker 0) lets the library's own threads do all of them
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
                                     uint32_t layer,
                                     const kvmgr_tensor *key,
@@ -1430,6 +1478,7 @@ kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
  * @param worker which part of the work to do, below num_workers
  * @param num_workers parts; 0 (with worker 0) lets the library's own threads do all of them
  */
+KVMGR_NODISCARD
 kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
                                  uint32_t layer,
                                  const kvmgr_tensor *query,

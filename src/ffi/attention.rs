@@ -57,6 +57,7 @@ pub struct kvmgr_attention_options {
 /// Makes an attention handle for the sequences of a cache.
 ///
 /// @param out_attention receives an exclusive handle; NULL on failure
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_attention_create(
     cache: *mut kvmgr_cache,
@@ -87,6 +88,7 @@ pub extern "C" fn kvmgr_attention_destroy(attention: *mut kvmgr_attention) {
 ///
 /// @param sequences num_sequences different sequences of the handle's cache
 /// @param num_queries num_sequences numbers, each at least 1
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_attention_plan(
     attention: *mut kvmgr_attention,
@@ -126,6 +128,7 @@ pub unsafe extern "C" fn kvmgr_attention_plan(
 /// @param worker which part of the work to do, below num_workers. The caller waits for all parts
 ///        before it runs the layer.
 /// @param num_workers parts; 0 (with worker 0) lets the library's own threads do all of them
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_attention_append(
     attention: *const kvmgr_attention,
@@ -158,6 +161,7 @@ pub unsafe extern "C" fn kvmgr_attention_append(
 /// @param options may be NULL
 /// @param worker which part of the work to do, below num_workers
 /// @param num_workers parts; 0 (with worker 0) lets the library's own threads do all of them
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_attention_run(
     attention: *const kvmgr_attention,

@@ -140,6 +140,7 @@ pub struct kvmgr_cache_stats {
 ///
 /// @param config settings; the model's shape and num_blocks are required
 /// @param out_cache receives a handle with one reference; NULL on failure
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_cache_create(
     config: *const kvmgr_cache_config,
@@ -175,6 +176,7 @@ pub extern "C" fn kvmgr_cache_release(cache: *mut kvmgr_cache) {
 /// Numbers about a cache.
 ///
 /// @param out_stats its struct_size must be set; receives the numbers
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_cache_get_stats(
     cache: *const kvmgr_cache,
@@ -189,6 +191,7 @@ pub unsafe extern "C" fn kvmgr_cache_get_stats(
 }
 
 /// Starts a new bytes_peak at what is used now.
+#[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_cache_reset_peak(cache: *mut kvmgr_cache) -> kvmgr_status {
     guard(|| {
@@ -203,6 +206,7 @@ pub extern "C" fn kvmgr_cache_reset_peak(cache: *mut kvmgr_cache) -> kvmgr_statu
 ///
 /// @param policy the policy of this sequence, without quant(...), or NULL for the cache's spec
 /// @param out_sequence receives an exclusive handle; NULL on failure
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_cache_sequence_create(
     cache: *mut kvmgr_cache,

@@ -117,6 +117,7 @@ pub extern "C" fn kvmgr_policy_stage_help(index: usize) -> *const c_char {
 ///
 /// @param spec a NUL-terminated string
 /// @param out_policy receives a handle with one reference; NULL on failure
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_policy_create(
     spec: *const c_char,
@@ -147,6 +148,7 @@ pub extern "C" fn kvmgr_policy_release(policy: *mut kvmgr_policy) {
 
 /// What the engine has to hand over: KVMGR_NEEDS_ bits, and how many queries of each head.
 /// kvmgr_attention_run observes all of it by itself except the rotation.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_policy_needs(
     policy: *const kvmgr_policy,
@@ -168,6 +170,7 @@ pub unsafe extern "C" fn kvmgr_policy_needs(
 /// Scores the tokens of a layer: higher stays.
 ///
 /// @param out_scores [num_kv_heads, T]
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_policy_score(
     policy: *const kvmgr_policy,
@@ -192,6 +195,7 @@ pub unsafe extern "C" fn kvmgr_policy_score(
 ///
 /// @param out_kept [num_kv_heads, T]: for each KV head its kept indices, ascending, in front
 /// @param out_counts [num_kv_heads]: how many each KV head keeps
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_policy_select(
     policy: *const kvmgr_policy,

@@ -79,6 +79,7 @@ pub struct kvmgr_pool_stats {
 ///
 /// @param config settings; num_blocks is required
 /// @param out_pool receives a handle with one reference; NULL on failure
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_pool_create(
     config: *const kvmgr_pool_config,
@@ -129,6 +130,7 @@ pub extern "C" fn kvmgr_pool_release(pool: *mut kvmgr_pool) {
 /// Numbers about a pool.
 ///
 /// @param out_stats its struct_size must be set; receives the numbers
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_pool_get_stats(
     pool: *const kvmgr_pool,
@@ -158,6 +160,7 @@ pub unsafe extern "C" fn kvmgr_pool_get_stats(
 /// kvmgr_sequence_slot_mapping (layer 0, KV head 0 for all layers and heads).
 ///
 /// @param out_sequence receives an exclusive handle; NULL on failure
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_pool_sequence_create(
     pool: *mut kvmgr_pool,

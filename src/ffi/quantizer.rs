@@ -57,6 +57,7 @@ pub extern "C" fn kvmgr_quantizer_help(index: usize) -> *const c_char {
 /// @param spec a NUL-terminated string
 /// @param side which side it will store; some formats group keys and values differently
 /// @param out_quantizer receives a handle with one reference; NULL on failure
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_quantizer_create(
     spec: *const c_char,
@@ -91,6 +92,7 @@ pub extern "C" fn kvmgr_quantizer_release(quantizer: *mut kvmgr_quantizer) {
 ///
 /// @param num_tokens 1 to 1024
 /// @param dim 1 to 1024; formats with groups need a multiple of their group
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_quantizer_bytes(
     quantizer: *const kvmgr_quantizer,
@@ -109,6 +111,7 @@ pub unsafe extern "C" fn kvmgr_quantizer_bytes(
 }
 
 /// Encodes rows [num_tokens, dim] into out, which has exactly kvmgr_quantizer_bytes bytes.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_quantizer_encode(
     quantizer: *const kvmgr_quantizer,
@@ -132,6 +135,7 @@ pub unsafe extern "C" fn kvmgr_quantizer_encode(
 
 /// Decodes bytes, made by kvmgr_quantizer_encode with the same shape, into out_rows
 /// [num_tokens, dim].
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_quantizer_decode(
     quantizer: *const kvmgr_quantizer,
@@ -156,6 +160,7 @@ pub unsafe extern "C" fn kvmgr_quantizer_decode(
 ///
 /// @param queries [num_queries, dim]
 /// @param out_scores [num_queries, num_tokens]
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_quantizer_dot(
     quantizer: *const kvmgr_quantizer,
@@ -186,6 +191,7 @@ pub unsafe extern "C" fn kvmgr_quantizer_dot(
 ///
 /// @param weights [num_queries, num_tokens]
 /// @param outputs [num_queries, dim], added to
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_quantizer_axpy(
     quantizer: *const kvmgr_quantizer,

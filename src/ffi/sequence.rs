@@ -71,6 +71,7 @@ pub extern "C" fn kvmgr_sequence_destroy(sequence: *mut kvmgr_sequence) {
 /// is copied by whoever writes first. KVMGR_INVALID_STATE while tokens are reserved.
 ///
 /// @param out_child receives an exclusive handle; NULL on failure
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_fork(
     sequence: *const kvmgr_sequence,
@@ -92,6 +93,7 @@ pub unsafe extern "C" fn kvmgr_sequence_fork(
 ///
 /// @param tokens the prompt
 /// @param out_num_matched receives the number of tokens taken over; 0 without the prefix flag
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_match_prefix(
     sequence: *mut kvmgr_sequence,
@@ -114,6 +116,7 @@ pub unsafe extern "C" fn kvmgr_sequence_match_prefix(
 /// changes nothing. May be called again before a commit.
 ///
 /// @param num_tokens at least 1
+#[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_sequence_reserve(
     sequence: *mut kvmgr_sequence,
@@ -128,6 +131,7 @@ pub extern "C" fn kvmgr_sequence_reserve(
 /// @param layer below num_layers
 /// @param key [n, num_kv_heads, head_dim], rotated as the model wants it
 /// @param value [n, num_kv_heads, head_dim]
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_append(
     sequence: *mut kvmgr_sequence,
@@ -152,6 +156,7 @@ pub unsafe extern "C" fn kvmgr_sequence_append(
 ///
 /// @param tokens the ids of the tokens, or NULL: the sequence is not shared by prefix from then on
 /// @param num_tokens 0 to the number reserved
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_commit(
     sequence: *mut kvmgr_sequence,
@@ -180,6 +185,7 @@ pub unsafe extern "C" fn kvmgr_sequence_commit(
 /// Says that the prompt, or one more piece of it, has been read: runs the prefill phase of the
 /// policy. Commits are decode steps from then on. If it runs out of blocks, lanes that were
 /// compacted already stay so, and the call may be repeated.
+#[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_sequence_end_prefill(sequence: *mut kvmgr_sequence) -> kvmgr_status {
     guard(|| write(sequence, Session::end_prefill))
@@ -188,6 +194,7 @@ pub extern "C" fn kvmgr_sequence_end_prefill(sequence: *mut kvmgr_sequence) -> k
 /// Forgets the tokens at position num_tokens and above, and any reservation.
 ///
 /// @param num_tokens 0 to the number of committed tokens
+#[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_sequence_truncate(
     sequence: *mut kvmgr_sequence,
@@ -197,6 +204,7 @@ pub extern "C" fn kvmgr_sequence_truncate(
 }
 
 /// The number of committed tokens, evicted ones included: the position of the next token.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_length(
     sequence: *const kvmgr_sequence,
@@ -212,6 +220,7 @@ pub unsafe extern "C" fn kvmgr_sequence_length(
 }
 
 /// The number of rows that one KV head of one layer holds, reserved ones included.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_kept(
     sequence: *const kvmgr_sequence,
@@ -233,6 +242,7 @@ pub unsafe extern "C" fn kvmgr_sequence_kept(
 ///
 /// @param out_positions room for capacity numbers; NULL with capacity 0 asks for the length only
 /// @param out_num receives the length
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_positions(
     sequence: *const kvmgr_sequence,
@@ -257,6 +267,7 @@ pub unsafe extern "C" fn kvmgr_sequence_positions(
 ///
 /// @param out_blocks room for capacity numbers; NULL with capacity 0 asks for the length only
 /// @param out_num receives the length
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_block_table(
     sequence: *const kvmgr_sequence,
@@ -281,6 +292,7 @@ pub unsafe extern "C" fn kvmgr_sequence_block_table(
 ///
 /// @param out_slots room for capacity numbers; NULL with capacity 0 asks for the length only
 /// @param out_num receives the length
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_slot_mapping(
     sequence: *const kvmgr_sequence,
@@ -314,6 +326,7 @@ pub unsafe extern "C" fn kvmgr_sequence_slot_mapping(
 ///
 /// @param out_copies room for capacity copies; NULL with capacity 0 asks for the length only
 /// @param out_num receives the length
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_take_copies(
     sequence: *mut kvmgr_sequence,
@@ -341,6 +354,7 @@ pub unsafe extern "C" fn kvmgr_sequence_take_copies(
 
 /// Moves the bytes of a sequence to a store and frees its blocks. Until it is resumed, calls that
 /// need them answer KVMGR_INVALID_STATE. The sequence keeps a reference to the store.
+#[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_sequence_preempt(
     sequence: *mut kvmgr_sequence,
@@ -353,6 +367,7 @@ pub extern "C" fn kvmgr_sequence_preempt(
 
 /// Brings the bytes of a preempted sequence back. On failure it stays preempted and the call may
 /// be repeated; KVMGR_OUT_OF_BLOCKS says that there is no room yet.
+#[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_sequence_resume(sequence: *mut kvmgr_sequence) -> kvmgr_status {
     guard(|| write(sequence, Session::resume))
@@ -361,6 +376,7 @@ pub extern "C" fn kvmgr_sequence_resume(sequence: *mut kvmgr_sequence) -> kvmgr_
 /// Numbers about a sequence.
 ///
 /// @param out_stats its struct_size must be set; receives the numbers
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_get_stats(
     sequence: *const kvmgr_sequence,

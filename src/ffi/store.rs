@@ -113,6 +113,7 @@ pub extern "C" fn kvmgr_store_help(index: usize) -> *const c_char {
 ///
 /// @param spec a NUL-terminated string
 /// @param out_store receives a handle with one reference; NULL on failure
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_store_create(
     spec: *const c_char,
@@ -134,6 +135,7 @@ pub unsafe extern "C" fn kvmgr_store_create(
 /// @param user_data passed to every function
 /// @param ops copied; need not outlive the call
 /// @param out_store receives a handle with one reference; NULL on failure
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_store_create_custom(
     user_data: *mut c_void,
@@ -173,6 +175,7 @@ pub extern "C" fn kvmgr_store_release(store: *mut kvmgr_store) {
 }
 
 /// Stores size bytes under a key of KVMGR_STORE_KEY_SIZE bytes, replacing what was there.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_store_put(
     store: *mut kvmgr_store,
@@ -190,6 +193,7 @@ pub unsafe extern "C" fn kvmgr_store_put(
 }
 
 /// Fills out, which has exactly the size of the object. KVMGR_NOT_FOUND if there is none.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_store_get(
     store: *mut kvmgr_store,
@@ -207,6 +211,7 @@ pub unsafe extern "C" fn kvmgr_store_get(
 }
 
 /// KVMGR_OK if the object exists, KVMGR_NOT_FOUND if not.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_store_contains(
     store: *mut kvmgr_store,
@@ -217,6 +222,7 @@ pub unsafe extern "C" fn kvmgr_store_contains(
 }
 
 /// Forgets an object; KVMGR_OK also if there is none.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_store_remove(
     store: *mut kvmgr_store,
@@ -229,6 +235,7 @@ pub unsafe extern "C" fn kvmgr_store_remove(
 /// Numbers about a store.
 ///
 /// @param out_stats its struct_size must be set; receives the numbers
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_store_get_stats(
     store: *const kvmgr_store,

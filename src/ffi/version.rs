@@ -85,6 +85,7 @@ pub type kvmgr_log_fn = Option<
 /// @param user_data passed to every call of `log`; must stay valid until the hook is replaced
 /// @param max_level least important level to report, KVMGR_LOG_OFF to KVMGR_LOG_DEBUG
 /// @param log the hook, or NULL for silence
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_set_log(
     user_data: *mut c_void,

@@ -1,0 +1,54 @@
+# make demo     builds everything and compares cache specs with the tiny model
+# make test     every check of the project
+# make install  PREFIX=/usr/local DESTDIR=
+# make bench    every benchmark
+
+CARGO   ?= cargo
+PREFIX  ?= /usr/local
+DESTDIR ?=
+TARGET  := $(or $(CARGO_TARGET_DIR),target)
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
+SONAME  := libkvmgr.so.$(basename $(VERSION))
+OUT     ?= $(TARGET)/cpp-examples
+
+.PHONY: demo lib examples test install bench clean
+
+demo: examples
+	$(OUT)/kvmgr-compare tests/data/tiny.gguf --text tests/data/heldout.txt \
+	  --recall tests/data/recall.txt --out $(OUT)/report
+
+# The crate types are named alone: with `lib` among them cargo switches LTO off.
+lib:
+	$(CARGO) rustc --quiet --release --lib --crate-type cdylib,staticlib
+	ln -sf libkvmgr.so $(TARGET)/release/$(SONAME)
+
+examples: lib
+	$(MAKE) --no-print-directory -C cpp-examples KVMGR_LIB=$(abspath $(TARGET))/release \
+	  KVMGR_INCLUDE=$(abspath include) OUT=$(abspath $(OUT))
+
+test: examples
+	rustfmt --edition 2024 --check $$(git ls-files '*.rs')
+	$(CARGO) clippy --all-targets --quiet -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings $(CARGO) doc --no-deps --quiet
+	KVMGR_EXAMPLES=$(abspath $(OUT)) KVMGR_SHIP=$(abspath $(TARGET))/release $(CARGO) test
+	KVMGR_CPU=scalar $(CARGO) test --quiet --test attention --test quantizer_golden
+	$(CARGO) bench --quiet -- --test
+
+bench:
+	$(CARGO) bench
+
+install: lib
+	install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/lib/cmake/kvmgr \
+	  $(DESTDIR)$(PREFIX)/include
+	install -m 644 include/kvmgr.h include/kvmgr.hpp $(DESTDIR)$(PREFIX)/include/
+	install -m 755 $(TARGET)/release/libkvmgr.so $(DESTDIR)$(PREFIX)/lib/libkvmgr.so.$(VERSION)
+	ln -sf libkvmgr.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/$(SONAME)
+	ln -sf $(SONAME) $(DESTDIR)$(PREFIX)/lib/libkvmgr.so
+	install -m 644 $(TARGET)/release/libkvmgr.a $(DESTDIR)$(PREFIX)/lib/
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' include/kvmgr.pc.in \
+	  > $(DESTDIR)$(PREFIX)/lib/pkgconfig/kvmgr.pc
+	sed -e 's|@VERSION@|$(VERSION)|' include/kvmgr-config.cmake.in \
+	  > $(DESTDIR)$(PREFIX)/lib/cmake/kvmgr/kvmgr-config.cmake
+
+clean:
+	$(CARGO) clean
