@@ -6,8 +6,8 @@ Debian packages by the command line tools those packages ship:
 * World English Bible   packages ``sword-text-web`` and ``diatheke``
 * King James Version    packages ``bible-kjv`` and ``bible-kjv-text``
 
-``python data.py --data DIR --tests DIR`` writes ``DIR/train.txt`` for training
-and, for the tests, ``heldout.txt`` and ``recall.txt``.
+``python data.py --data DIR --tests DIR`` writes ``train.txt`` and ``heldout.txt``
+for training and, for the tests, ``heldout.txt`` and ``recall.txt``.
 """
 
 import argparse
@@ -214,14 +214,15 @@ def write_recall(path, text, count=200, seed=20240601):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, type=Path, help="where train.txt goes")
+    parser.add_argument("--data", required=True, type=Path, help="where train.txt and a copy of heldout.txt go")
     parser.add_argument("--tests", required=True, type=Path,
                         help="where heldout.txt and recall.txt go")
     args = parser.parse_args()
     train, held = collect()
     args.data.mkdir(parents=True, exist_ok=True)
     (args.data / "train.txt").write_text(train, encoding="ascii")
-    (args.tests / "heldout.txt").write_text(held, encoding="ascii")
+    for folder in (args.data, args.tests):
+        (folder / "heldout.txt").write_text(held, encoding="ascii")
     write_recall(args.tests / "recall.txt", held)
     print(f"train {len(train)} bytes, held out {len(held)} bytes")
 

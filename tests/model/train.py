@@ -29,7 +29,7 @@ MIX = [(0.50, "text", 512), (0.10, "text", 1024), (0.10, "recall", 512),
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix updates are orthogonalised (Newton-Schulz).
 
-    Used for the matrices inside the blocks: it needs clearly fewer tokens than
+    Used for the matrices inside the blocks: it is known to need fewer tokens than
     AdamW to reach the same loss, and tokens are what a small CPU is short of.
     """
 
