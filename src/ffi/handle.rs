@@ -34,7 +34,9 @@ pub(super) trait Opaque: Sized {
 
 /// Makes a handle with one reference.
 pub(super) fn create<N: Opaque>(inner: N::Inner) -> Result<*mut N> {
-    let index = match FREE.lock().pop() {
+    // The lock must be gone before `grow` takes it.
+    let reused = FREE.lock().pop();
+    let index = match reused {
         Some(index) => index,
         None => grow()?,
     };

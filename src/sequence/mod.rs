@@ -220,7 +220,8 @@ impl Sequence {
         self.committed += n;
         match tokens {
             Some(tokens) if self.hashable => self.tokens.extend_from_slice(tokens),
-            _ => self.hashable = false,
+            // Dropping a reservation says nothing about the tokens that are there.
+            _ => self.hashable &= n == 0,
         }
         self.shared.written.iter().for_each(|layer| layer.store(0, Ordering::Release));
         if !self.defer {
