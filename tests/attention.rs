@@ -246,3 +246,56 @@ fn errors_name_what_is_wrong_and_change_nothing() {
     a.commit(3, None).unwrap();
     assert!(run(0, &query, 0, 1).unwrap_err().message().contains("has changed since"));
 }
+
+#[test]
+fn bad_values_of_later_tokens_do_not_reach_earlier_queries() {
+    let shape = ModelShape { num_layers: 1, num_q_heads: 2, num_kv_heads: 1, head_dim: 32 };
+    for (n, bad) in [(5, 3), (20, 15), (40, 17)] {
+        let mut engine = Engine::new(config(shape, "full"), 7);
+        let mut session = engine.session();
+        session.sequence_mut().reserve(n).unwrap();
+        engine.attention.plan(&[(session.sequence(), n)]).unwrap();
+        let key = engine.random.normals(n * 32);
+        let mut value = engine.random.normals(n * 32);
+        value[bad * 32..][..32].fill(f32::NAN);
+        engine.append(0, &key, &value);
+        let query = engine.random.normals(n * 2 * 32);
+        let step = engine.run(0, query, &Options::default());
+        for (i, output) in step.output.chunks_exact(2 * 32).enumerate() {
+            assert_eq!(output.iter().all(|x| x.is_nan()), i >= bad, "token {i} of {n}");
+            assert_eq!(output.iter().all(|x| x.is_finite()), i < bad, "token {i} of {n}");
+        }
+    }
+}
+
+#[test]
+fn keys_that_are_not_numbers_are_not_taken_for_masked_ones() {
+    let shape = ModelShape { num_layers: 1, num_q_heads: 1, num_kv_heads: 1, head_dim: 32 };
+    let mut engine = Engine::new(config(shape, "full"), 7);
+    let mut session = engine.session();
+    session.sequence_mut().reserve(40).unwrap();
+    engine.attention.plan(&[(session.sequence(), 40)]).unwrap();
+    let mut key = engine.random.normals(40 * 32);
+    // A whole block of 16 rows.
+    key[16 * 32..32 * 32].fill(f32::NAN);
+    let value = engine.random.normals(40 * 32);
+    engine.append(0, &key, &value);
+    let query = engine.random.normals(40 * 32);
+    let step = engine.run(0, query, &Options::default());
+    for (i, output) in step.output.chunks_exact(32).enumerate() {
+        assert_eq!(output.iter().all(|x| x.is_finite()), i < 16, "token {i}");
+        assert_eq!(step.lse[i].is_nan(), i >= 16, "token {i}: lse {}", step.lse[i]);
+    }
+}
+
+#[test]
+fn tokens_whose_rows_a_policy_evicted_cannot_be_queried() {
+    let shape = ModelShape { num_layers: 1, num_q_heads: 1, num_kv_heads: 1, head_dim: 32 };
+    let mut engine = Engine::new(config(shape, "full"), 7);
+    let mut session = engine.session();
+    let _ = engine.step(&mut [&mut session], &[20]);
+    session.commit(20, None).unwrap();
+    session.sequence_mut().compact(0, &KeepSet::from_indices(0..10)).unwrap();
+    let error = engine.attention.plan(&[(session.sequence(), 5)]).unwrap_err();
+    assert!(error.message().contains("num_queries is 5"), "{}", error.message());
+}

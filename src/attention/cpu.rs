@@ -3,14 +3,22 @@
 use std::cell::RefCell;
 
 use super::Options;
-use super::plan::{Plan, Planned, PlannedLane, Task};
+use super::job::{Job, Piece};
+use super::plan::{Plan, Task};
 use super::state::States;
-use crate::cache::Cache;
+use crate::cache::{Cache, OPEN};
 use crate::device::tensor::{Tensor, TensorMut};
-use crate::quantizer::Side;
-use crate::sequence::Span;
+use crate::quantizer::{Cell, Quantizer, Side};
 use crate::shape::Needs;
-use crate::simd;
+use crate::simd::{self, Rows};
+
+/// Query vectors of a task from which on rows are decoded once and then used as f32, instead of
+/// being dequantized again for each batch. Measured: the formats break even between 12 and 32.
+const DECODE_FROM: usize = 32;
+
+/// Query vectors that go through decoded rows together: fewer loads for each multiply-add than
+/// with 8, and reading f32 again costs less than that.
+const DECODED_BATCH: usize = 4;
 
 /// One call of `run`.
 pub(super) struct Call<'a> {
@@ -25,31 +33,30 @@ pub(super) struct Call<'a> {
 struct Scratch {
     /// Scaled queries, `[tile, group, dim]`.
     queries: Vec<f32>,
-    /// Queries in the space of the format at hand.
-    prepared: Vec<f32>,
-    /// Logits and then probabilities of one span, `[tile * group, rows]`.
-    scores: Vec<f32>,
+    rows: RowScratch,
     /// The state of one format.
     part: States,
     /// The state of all formats.
     total: States,
     /// Log-sum-exp of each row.
     lse: Vec<f32>,
+    /// The queries of a group as they came, `[group, dim]`.
+    observed: Vec<f32>,
+}
+
+/// What it takes to read rows.
+#[derive(Debug, Default)]
+struct RowScratch {
+    /// Queries in the space of the format at hand.
+    prepared: Vec<f32>,
+    /// Logits and then probabilities of one piece, `[queries * group, rows]`.
+    scores: Vec<f32>,
+    /// Decoded rows of one piece, `[rows, dim]`.
+    decoded: Vec<f32>,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// A task with everything it refers to.
-struct Job<'a> {
-    task: Task,
-    sequence: &'a Planned,
-    lane: &'a PlannedLane,
-    spans: &'a [Span],
-    cell: usize,
-    group: usize,
-    dim: usize,
 }
 
 impl Call<'_> {
@@ -65,6 +72,13 @@ impl Call<'_> {
             for task in self.plan.share(self.layer, worker, num_workers) {
                 let job = self.job(self.plan.tasks[task]);
                 self.attend(&job, query, scratch);
+                let Task { part, num_parts, split, .. } = job.task;
+                if num_parts > 1
+                    && !self.plan.splits[split].arrive(self.layer, part, &mut scratch.total)
+                {
+                    continue;
+                }
+                self.finish(&job, scratch);
                 write_out(&job, scratch, output, lse);
                 self.observe(&job, query, scratch);
             }
@@ -79,13 +93,12 @@ impl Call<'_> {
         Job { task, sequence, lane, spans, cell, group: shape.group(), dim: shape.head_dim }
     }
 
-    /// Fills `scratch.total` and `scratch.lse`.
+    /// Fills `scratch.total` with the state of the task's part of the rows.
     fn attend(&self, job: &Job<'_>, query: &Tensor<'_>, scratch: &mut Scratch) {
         let rows = job.rows();
         scratch.queries.resize(rows * job.dim, 0.0);
         let scale = self.options.scale_for(job.dim);
-        for row in 0..rows {
-            let target = &mut scratch.queries[row * job.dim..][..job.dim];
+        for (row, target) in scratch.queries.chunks_exact_mut(job.dim).enumerate() {
             query.read(job.token(row), job.q_head(row), target);
             target.iter_mut().for_each(|x| *x *= scale);
         }
@@ -93,55 +106,61 @@ impl Call<'_> {
         for format in 0..self.cache.formats().len() {
             if job.spans.iter().any(|span| span.block.view.format() == format) {
                 self.attend_format(job, format, scratch);
-                let value = self.cache.formats()[format].side(Side::Value);
-                value.finish_outputs(job.dim, &mut scratch.part.out);
                 scratch.total.merge(&scratch.part);
             }
         }
-        scratch.lse.clear();
-        for row in 0..rows {
-            if let Some(sinks) = self.options.sinks {
-                scratch.total.add_sink(row, sinks[job.q_head(row)]);
+    }
+
+    /// Attends to the spans in one format: fills `scratch.part`.
+    fn attend_format(&self, job: &Job<'_>, format: usize, scratch: &mut Scratch) {
+        let Scratch { queries, rows, part, .. } = scratch;
+        part.reset(job.rows(), job.dim);
+        let kernels = simd::active();
+        let value = self.cache.formats()[format].side(Side::Value);
+        self.visit(job, Some(format), queries, rows, |piece, scores, decoded| {
+            let first = piece.queries.start * job.group;
+            for (row, scores) in scores.chunks_exact_mut(piece.rows.len()).enumerate() {
+                let mut max = kernels.max(scores);
+                if max == f32::NEG_INFINITY {
+                    if !scores.iter().any(|score| score.is_nan()) {
+                        scores.fill(0.0);
+                        continue;
+                    }
+                    // Nothing but NaN is not the same as nothing: let it into the sum.
+                    max = f32::MIN;
+                }
+                part.raise(first + row, max);
+                part.sum[first + row] += kernels.exp_sub(scores, part.max[first + row]);
             }
-            let lse = scratch.total.finish(row);
-            scratch.lse.push(lse);
+            let view = &piece.span.block.view;
+            let cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
+            let out = &mut part.out[first * job.dim..][..piece.queries.len() * job.group * job.dim];
+            if decodes(job, piece, format) {
+                let rows = decode(value, &cell, decoded);
+                let batches = scores.chunks(DECODED_BATCH * rows.count);
+                for (weights, out) in batches.zip(out.chunks_mut(DECODED_BATCH * rows.dim)) {
+                    kernels.axpy(simd::Format::F32, &rows, weights, out);
+                }
+            } else {
+                value.axpy(&cell, scores, out);
+            }
+        });
+        if job.rows() < DECODE_FROM {
+            value.finish_outputs(job.dim, &mut part.out);
         }
     }
 
-    /// Attends to the spans in one format.
-    fn attend_format(&self, job: &Job<'_>, format: usize, scratch: &mut Scratch) {
-        scratch.part.reset(job.rows(), job.dim);
-        let kernels = simd::active();
-        let value = self.cache.formats()[format].side(Side::Value);
-        self.visit(job, Some(format), scratch, |span, scores, scratch| {
-            let rows = span.rows.len();
-            for (i, row) in scores.chunks_exact_mut(rows).enumerate() {
-                let max = kernels.max(row);
-                if max == f32::NEG_INFINITY {
-                    row.fill(0.0);
-                    continue;
-                }
-                scratch.part.raise(i, max);
-                scratch.part.sum[i] += kernels.exp_sub(row, scratch.part.max[i]);
-            }
-            value.axpy(
-                &self.cache.cell(&span.span.block.view, job.cell, Side::Value, span.rows.clone()),
-                scores,
-                &mut scratch.part.out,
-            );
-        });
-    }
-
-    /// Hands the logits of each visible span, `[rows of the job, rows of the span]`, to `each`;
-    /// invisible ones are negative infinity. Only spans of `format`, if one is given.
+    /// Hands the logits of each visible piece, `[queries * group, rows]`, to `each`, and a buffer
+    /// for decoded rows; invisible ones are negative infinity. Only spans of `format`, if given.
     fn visit(
         &self,
         job: &Job<'_>,
         format: Option<usize>,
-        scratch: &mut Scratch,
-        mut each: impl FnMut(&Visible<'_>, &mut [f32], &mut Scratch),
+        queries: &[f32],
+        scratch: &mut RowScratch,
+        mut each: impl FnMut(&Piece<'_>, &mut [f32], &mut Vec<f32>),
     ) {
-        let mut scores = std::mem::take(&mut scratch.scores);
+        let RowScratch { prepared, scores, decoded } = scratch;
         let mut ready: Option<(usize, i32)> = None;
         let mut start = 0;
         for span in job.spans {
@@ -151,85 +170,79 @@ impl Call<'_> {
             if format.is_some_and(|format| format != this) {
                 continue;
             }
-            let Some(visible) = self.visible(job, span, index) else { continue };
-            let shift = job.shift(span);
-            if ready != Some((this, shift)) {
-                self.prepare(job, this, shift, &scratch.queries, &mut scratch.prepared);
-                ready = Some((this, shift));
-            }
             let key = self.cache.formats()[this].side(Side::Key);
-            let rows = visible.rows.len();
-            scores.resize(job.rows() * rows, 0.0);
-            let cell = self.cache.cell(&span.block.view, job.cell, Side::Key, visible.rows.clone());
-            key.dot(&cell, &scratch.prepared, &mut scores);
-            self.shape_logits(job, &visible, &mut scores);
-            each(&visible, &mut scores, scratch);
+            let shift = job.shift(span);
+            for piece in job.pieces(span, index, self.options.sliding_window) {
+                if ready != Some((this, shift)) {
+                    self.turn(job, shift, queries, prepared);
+                    if job.rows() < DECODE_FROM {
+                        key.prepare_queries(job.dim, prepared);
+                    }
+                    ready = Some((this, shift));
+                }
+                let wide = job.group * job.dim;
+                let queries = &prepared[piece.queries.start * wide..piece.queries.end * wide];
+                scores.resize(piece.queries.len() * job.group * piece.rows.len(), 0.0);
+                let view = &span.block.view;
+                let cell = self.cache.cell(view, job.cell, Side::Key, piece.rows.clone());
+                if decodes(job, &piece, this) {
+                    let rows = decode(key, &cell, decoded);
+                    let batches = queries.chunks(DECODED_BATCH * rows.dim);
+                    for (q, scores) in batches.zip(scores.chunks_mut(DECODED_BATCH * rows.count)) {
+                        simd::active().dot(simd::Format::F32, &rows, q, scores);
+                    }
+                } else {
+                    key.dot(&cell, queries, scores);
+                }
+                self.shape_logits(job, &piece, scores);
+                each(&piece, scores, decoded);
+            }
         }
-        scratch.scores = scores;
     }
 
-    /// Queries in the space of `format`, turned back by `shift` positions.
-    fn prepare(
-        &self,
-        job: &Job<'_>,
-        format: usize,
-        shift: i32,
-        queries: &[f32],
-        prepared: &mut Vec<f32>,
-    ) {
-        prepared.clear();
-        prepared.extend_from_slice(queries);
+    /// Queries turned back by `shift` positions.
+    fn turn(&self, job: &Job<'_>, shift: i32, queries: &[f32], turned: &mut Vec<f32>) {
+        turned.clear();
+        turned.extend_from_slice(queries);
         if let Some(rope) = &self.cache.config().rope
             && shift != 0
         {
-            prepared.chunks_exact_mut(job.dim).for_each(|row| rope.rotate(row, -shift));
+            turned.chunks_exact_mut(job.dim).for_each(|row| rope.rotate(row, -shift));
         }
-        self.cache.formats()[format].side(Side::Key).prepare_queries(job.dim, prepared);
     }
 
-    /// The rows of a span that some query of the job may see. `index` is its first row in the lane.
-    fn visible<'a>(&self, job: &Job<'_>, span: &'a Span, index: usize) -> Option<Visible<'a>> {
-        let last = job.last_index(job.task.num_queries - 1);
-        let count = (span.count as usize).min((last + 1).saturating_sub(index));
-        let mut skip = 0;
-        if self.options.sliding_window > 0 {
-            // Distances shrink along a span; the first query of the tile sees furthest back.
-            let window = i64::from(self.options.sliding_window);
-            let seen = |i: &usize| job.distance(0, span, index, *i) < window;
-            skip = (0..count).find(seen).unwrap_or(count);
-        }
-        let first = span.first as usize;
-        (skip < count).then(|| Visible {
-            span,
-            index: index + skip,
-            rows: first + skip..first + count,
-        })
-    }
-
-    /// Soft cap, ALiBi, causality and sliding window, in this order.
-    fn shape_logits(&self, job: &Job<'_>, visible: &Visible<'_>, scores: &mut [f32]) {
+    /// Soft cap, ALiBi and sliding window, in this order; pieces are causal by themselves.
+    fn shape_logits(&self, job: &Job<'_>, piece: &Piece<'_>, scores: &mut [f32]) {
         let Options { softcap, sliding_window, alibi_slopes, .. } = *self.options;
-        let rows = visible.rows.len();
-        let offset = visible.rows.start - visible.span.first as usize;
-        let span_index = visible.index - offset;
-        for (row, scores) in scores.chunks_exact_mut(rows).enumerate() {
-            let query = row / job.group;
+        if softcap == 0.0 && sliding_window == 0 && alibi_slopes.is_none() {
+            return;
+        }
+        let first = piece.queries.start * job.group;
+        for (row, scores) in scores.chunks_exact_mut(piece.rows.len()).enumerate() {
+            let (row, query) = (first + row, piece.queries.start + row / job.group);
             if softcap > 0.0 {
                 scores.iter_mut().for_each(|score| *score = softcap * (*score / softcap).tanh());
             }
-            let distance = |i: usize| job.distance(query, visible.span, span_index, offset + i);
             if let Some(slopes) = alibi_slopes {
                 let slope = slopes[job.q_head(row)];
                 for (i, score) in scores.iter_mut().enumerate() {
-                    *score -= slope * distance(i) as f32;
+                    *score -= slope * job.distance(query, piece, i) as f32;
                 }
             }
-            let seen = (job.last_index(query) + 1).saturating_sub(visible.index).min(rows);
-            scores[seen..].fill(f32::NEG_INFINITY);
             if sliding_window > 0 {
-                let hidden = |i: &usize| distance(*i) >= i64::from(sliding_window);
-                (0..seen).take_while(hidden).for_each(|i| scores[i] = f32::NEG_INFINITY);
+                scores[..job.beyond(query, piece, sliding_window)].fill(f32::NEG_INFINITY);
             }
+        }
+    }
+
+    /// Turns `scratch.total` into outputs and fills `scratch.lse`.
+    fn finish(&self, job: &Job<'_>, scratch: &mut Scratch) {
+        scratch.lse.clear();
+        for row in 0..job.rows() {
+            if let Some(sinks) = self.options.sinks {
+                scratch.total.add_sink(row, sinks[job.q_head(row)]);
+            }
+            scratch.lse.push(scratch.total.finish(row));
         }
     }
 
@@ -240,15 +253,13 @@ impl Call<'_> {
         if needs.contains(Needs::QUERY_WINDOW) {
             let mut head = observation.head(self.layer, job.task.kv_head).lock();
             let newest = job.sequence.num_queries.saturating_sub(observation.window());
-            for i in 0..job.task.num_queries {
-                if job.task.first_query + i < newest {
-                    continue;
+            let observed = &mut scratch.observed;
+            observed.resize(job.group * job.dim, 0.0);
+            for i in newest.saturating_sub(job.task.first_query)..job.task.num_queries {
+                for (g, row) in observed.chunks_exact_mut(job.dim).enumerate() {
+                    query.read(job.token(i * job.group), job.q_head(g), row);
                 }
-                scratch.prepared.resize(job.group * job.dim, 0.0);
-                for (g, row) in scratch.prepared.chunks_exact_mut(job.dim).enumerate() {
-                    query.read(job.token(i * job.group), job.task.kv_head * job.group + g, row);
-                }
-                head.push_query(observation.window(), job.position(i), &scratch.prepared);
+                head.push_query(observation.window(), job.position(i), observed);
             }
         }
         if needs.contains(Needs::COLUMN_SUM) {
@@ -259,71 +270,35 @@ impl Call<'_> {
     /// Second pass: probabilities from the log-sum-exp, exact without having been kept.
     fn add_column_sums(&self, job: &Job<'_>, scratch: &mut Scratch) {
         let Some(observation) = &job.sequence.observation else { return };
+        let Scratch { queries, rows, lse, .. } = scratch;
         let kernels = simd::active();
         let mut head = observation.head(self.layer, job.task.kv_head).lock();
         if head.column_sums.len() < job.lane.len {
             head.column_sums.resize(job.lane.len, 0.0);
         }
-        self.visit(job, None, scratch, |visible, scores, scratch| {
-            let rows = visible.rows.len();
+        self.visit(job, None, queries, rows, |piece, scores, _| {
+            let first = piece.queries.start * job.group;
+            let rows = piece.rows.len();
             for (row, scores) in scores.chunks_exact_mut(rows).enumerate() {
-                kernels.exp_sub(scores, scratch.lse[row]);
-                let sums = &mut head.column_sums[visible.index..][..rows];
+                kernels.exp_sub(scores, lse[first + row]);
+                let sums = &mut head.column_sums[piece.index..][..rows];
                 sums.iter_mut().zip(scores).for_each(|(sum, p)| *sum += *p);
             }
         });
     }
 }
 
-/// A part of a span.
-struct Visible<'a> {
-    span: &'a Span,
-    /// Index in the lane of the first of `rows`.
-    index: usize,
-    /// Rows of the block.
-    rows: std::ops::Range<usize>,
+/// Whether the rows of a piece are decoded. Then queries and outputs are not in the space of the
+/// format; but the open format is raw and has none of its own, so single queries take it as it is.
+fn decodes(job: &Job<'_>, piece: &Piece<'_>, format: usize) -> bool {
+    job.rows() >= DECODE_FROM && !(format == OPEN && piece.queries.len() == 1)
 }
 
-impl Job<'_> {
-    /// Query vectors of the task: `[num_queries, group]`.
-    fn rows(&self) -> usize {
-        self.task.num_queries * self.group
-    }
-
-    /// The row of Q and O of a query vector.
-    fn token(&self, row: usize) -> usize {
-        self.sequence.first_token + self.task.first_query + row / self.group
-    }
-
-    /// The query head of a query vector.
-    fn q_head(&self, row: usize) -> usize {
-        self.task.kv_head * self.group + row % self.group
-    }
-
-    /// The index in the lane of the token of a query of the task: the last it may see.
-    fn last_index(&self, query: usize) -> usize {
-        self.lane.len - self.sequence.num_queries + self.task.first_query + query
-    }
-
-    /// The position of a query of the task.
-    fn position(&self, query: usize) -> i32 {
-        let from_end = self.sequence.num_queries - self.task.first_query - query;
-        (self.sequence.num_tokens - from_end) as i32
-    }
-
-    /// How far row `i` of a span, whose first row has `index`, is behind a query.
-    fn distance(&self, query: usize, span: &Span, index: usize, i: usize) -> i64 {
-        if self.sequence.cache_relative {
-            self.last_index(query) as i64 - (index + i) as i64
-        } else {
-            i64::from(self.position(query)) - i64::from(span.position(i))
-        }
-    }
-
-    /// Positions by which a query is turned back so that the keys of `span` appear at their index.
-    fn shift(&self, span: &Span) -> i32 {
-        if self.sequence.cache_relative { self.lane.evicted - span.evicted_before } else { 0 }
-    }
+/// The rows of `cell` as f32.
+fn decode<'a>(side: &dyn Quantizer, cell: &Cell<'_>, decoded: &'a mut Vec<f32>) -> Rows<'a> {
+    decoded.resize(cell.rows.len() * cell.dim, 0.0);
+    side.decode(cell, decoded);
+    Rows::of_f32(decoded, cell.dim)
 }
 
 fn write_out(

@@ -9,15 +9,18 @@
 //! A task is one KV head of one sequence and a tile of its queries: all query heads of the group
 //! go through K and V together, so each row is read and dequantized once for the tile. Tasks write
 //! disjoint rows of the output, which is what lets the engine's own threads share the work as
-//! `(worker, num_workers)`.
+//! `(worker, num_workers)`. With few queries over a long context the rows are split as well, and
+//! the last worker to finish a head merges. Outputs do not depend on the number of workers.
 //!
 //! Row `t` of a lane is visible to query `i` of `n` if `t <= len - n + i` and, with a sliding
 //! window, if their distance is below it. Distances are differences of original positions, or of
 //! indices inside the cache for sequences that are cache relative.
 
 mod cpu;
+mod job;
 mod plan;
 pub mod reference;
+mod split;
 mod state;
 mod write;
 
@@ -97,7 +100,9 @@ impl Attention {
 
     /// Attends: `output[i] = softmax(query[i] . K) V` for `[num_tokens, num_q_heads, head_dim]`,
     /// and the log-sum-exp of the logits into `lse` (`[num_tokens, num_q_heads, 1]`). A query that
-    /// sees nothing gets zeros and negative infinity. Workers `0..num_workers` each do a part.
+    /// sees nothing gets zeros and negative infinity. Workers `0..num_workers` each do a part, in any
+    /// order and at once; the caller waits for all of them before it runs another layer. After a
+    /// run that some workers did not do, plan again.
     pub fn run(
         &self,
         layer: usize,

@@ -3,9 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::split::{self, Split};
 use crate::cache::Cache;
 use crate::error::{Result, ensure};
 use crate::sequence::{Observation, Sequence, Shared, Span};
+use crate::shape::Needs;
 
 /// Queries of one task. Enough to reuse a dequantized row many times, few enough to keep the
 /// accumulators of a group in the first-level cache.
@@ -20,6 +22,9 @@ pub(super) struct Plan {
     pub(super) tasks: Vec<Task>,
     /// For each layer, the running sum of the costs of its tasks.
     costs: Vec<u64>,
+    /// Meeting points; the first `num_splits` are in use.
+    pub(super) splits: Vec<Split>,
+    num_splits: usize,
     pub(super) num_tokens: usize,
 }
 
@@ -49,13 +54,18 @@ pub(super) struct PlannedLane {
     pub(super) evicted: i32,
 }
 
-/// A KV head of a sequence and a tile of its queries.
+/// A KV head of a sequence, a tile of its queries and a part of its rows.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Task {
     pub(super) sequence: usize,
     pub(super) kv_head: usize,
     pub(super) first_query: usize,
     pub(super) num_queries: usize,
+    /// Which of `num_parts` equal parts of the rows of the lane.
+    pub(super) part: usize,
+    pub(super) num_parts: usize,
+    /// Where the parts meet, if there are several.
+    pub(super) split: usize,
 }
 
 impl Plan {
@@ -65,6 +75,7 @@ impl Plan {
         self.spans.clear();
         self.tasks.clear();
         self.costs.clear();
+        self.num_splits = 0;
         self.num_tokens = 0;
     }
 
@@ -90,12 +101,19 @@ impl Plan {
             InvalidArgument,
             "num_queries is {n}, must be in 1..={tokens}"
         );
-        for lane in sequence.lanes() {
-            let len = lane.len();
+        // The last n rows of a lane must be those of the last n tokens: a query sees what comes
+        // before its own row.
+        let first = (tokens - n) as i32;
+        for (i, lane) in sequence.lanes().iter().enumerate() {
+            let kept = lane.spans.iter().rev().map_while(|span| {
+                let kept = span.count as usize - span.rows_below(first);
+                (kept > 0).then_some(kept)
+            });
+            let kept: usize = kept.sum();
             ensure!(
-                n <= len,
+                kept == n,
                 InvalidArgument,
-                "num_queries is {n}, a policy has left only {len} tokens to query from"
+                "num_queries is {n}, but a policy has left {kept} of these tokens in lane {i}"
             );
         }
         ensure!(
@@ -131,10 +149,31 @@ impl Plan {
     fn push_tasks(&mut self, cache: &Cache) {
         let shape = &cache.config().shape;
         for (i, sequence) in self.sequences.iter().enumerate() {
+            let n = sequence.num_queries;
+            let num_parts = self.num_parts(sequence, cache.config().num_lanes());
             for kv_head in 0..shape.num_kv_heads {
-                for first_query in (0..sequence.num_queries).step_by(TILE) {
-                    let num_queries = TILE.min(sequence.num_queries - first_query);
-                    self.tasks.push(Task { sequence: i, kv_head, first_query, num_queries });
+                for first_query in (0..n).step_by(TILE) {
+                    let num_queries = TILE.min(n - first_query);
+                    let split = self.num_splits;
+                    for part in 0..num_parts {
+                        self.tasks.push(Task {
+                            sequence: i,
+                            kv_head,
+                            first_query,
+                            num_queries,
+                            part,
+                            num_parts,
+                            split,
+                        });
+                    }
+                    if num_parts > 1 {
+                        if self.splits.len() == split {
+                            self.splits.push(Split::default());
+                        }
+                        let rows = num_queries * shape.group();
+                        self.splits[split].reset(num_parts, rows, shape.head_dim);
+                        self.num_splits += 1;
+                    }
                 }
             }
         }
@@ -145,10 +184,23 @@ impl Plan {
                 let (lane, _) = cache.config().lane_width.locate(shape, layer, task.kv_head);
                 let len = self.lanes[sequence.first_lane + lane].len;
                 let after = sequence.num_queries - task.first_query - task.num_queries;
-                sum += ((len - after) * task.num_queries) as u64 + 1;
+                sum += ((len - after) * task.num_queries / task.num_parts) as u64 + 1;
                 self.costs.push(sum);
             }
         }
+    }
+
+    /// Parts of the rows of each head of a sequence: by its longest lane, so that all layers have
+    /// the same tasks.
+    fn num_parts(&self, sequence: &Planned, num_lanes: usize) -> usize {
+        let observation = sequence.observation.as_ref();
+        if observation.is_some_and(|seen| seen.needs().contains(Needs::COLUMN_SUM)) {
+            // Column sums need the merged log-sum-exp; one worker goes over all rows again.
+            return 1;
+        }
+        let lanes = &self.lanes[sequence.first_lane..][..num_lanes];
+        let longest = lanes.iter().map(|lane| lane.len).max().unwrap_or(0);
+        split::num_parts(longest, sequence.num_queries)
     }
 
     /// The tasks of `layer` that `worker` does: a run whose cost is close to its fair share.

@@ -28,6 +28,20 @@ impl States {
         self.out.resize(rows * dim, 0.0);
     }
 
+    /// Makes every state empty again.
+    pub(super) fn clear(&mut self) {
+        self.max.fill(f32::NEG_INFINITY);
+        self.sum.fill(0.0);
+        self.out.fill(0.0);
+    }
+
+    /// Takes over states of the same number and size.
+    pub(super) fn copy_from(&mut self, other: &Self) {
+        self.max.copy_from_slice(&other.max);
+        self.sum.copy_from_slice(&other.sum);
+        self.out.copy_from_slice(&other.out);
+    }
+
     /// Raises the maximum of a row to at least `max` and scales what it holds.
     pub(super) fn raise(&mut self, row: usize, max: f32) {
         let old = self.max[row];

@@ -82,6 +82,15 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
+    /// Rows of plain f32, `[count, dim]`, for [`Format::F32`].
+    pub fn of_f32(values: &'a [f32], dim: usize) -> Self {
+        #[expect(unsafe_code, reason = "f32 as bytes")]
+        // SAFETY: the same memory; every byte of an f32 is initialised and a byte has no alignment.
+        let bytes =
+            unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
+        Self { bytes, stride: dim * 4, count: values.len() / dim, dim, group: BLOCK }
+    }
+
     /// The bytes from the start of row `t` on.
     pub(super) fn row(&self, t: usize) -> &'a [u8] {
         &self.bytes[t * self.stride..]

@@ -1,0 +1,151 @@
+//! What one task sees: which rows of which spans, at which distance.
+//!
+//! ```text
+//!            rows of the lane
+//! query 0    s s s s s                 s: shared piece, all queries of the task at once
+//! query 1    s s s s s 1               1, 2: pieces of one query
+//! query 2    s s s s s 2 2
+//! ```
+//!
+//! Every query of a piece may see every row of it, as far as causality goes. So a row is never
+//! weighted with 0 to hide it from an earlier query: 0 times NaN would not hide it.
+
+use std::ops::Range;
+
+use super::plan::{Planned, PlannedLane, Task};
+use crate::sequence::Span;
+
+/// A task with everything it refers to.
+pub(super) struct Job<'a> {
+    pub(super) task: Task,
+    pub(super) sequence: &'a Planned,
+    pub(super) lane: &'a PlannedLane,
+    pub(super) spans: &'a [Span],
+    pub(super) cell: usize,
+    pub(super) group: usize,
+    pub(super) dim: usize,
+}
+
+/// Rows of a span and the queries of the task that see them.
+#[derive(Debug, Clone)]
+pub(super) struct Piece<'a> {
+    pub(super) span: &'a Span,
+    /// Index in the lane of the first row.
+    pub(super) index: usize,
+    /// Rows of the block.
+    pub(super) rows: Range<usize>,
+    /// Queries of the task.
+    pub(super) queries: Range<usize>,
+}
+
+impl Piece<'_> {
+    /// The position of the `i`-th row.
+    fn position(&self, i: usize) -> i32 {
+        self.span.positions.at(self.rows.start + i)
+    }
+}
+
+impl<'a> Job<'a> {
+    /// Query vectors of the task: `[num_queries, group]`.
+    pub(super) fn rows(&self) -> usize {
+        self.task.num_queries * self.group
+    }
+
+    /// The row of Q and O of a query vector.
+    pub(super) fn token(&self, row: usize) -> usize {
+        self.sequence.first_token + self.task.first_query + row / self.group
+    }
+
+    /// The query head of a query vector.
+    pub(super) fn q_head(&self, row: usize) -> usize {
+        self.task.kv_head * self.group + row % self.group
+    }
+
+    /// The position of a query of the task.
+    pub(super) fn position(&self, query: usize) -> i32 {
+        let from_end = self.sequence.num_queries - self.task.first_query - query;
+        (self.sequence.num_tokens - from_end) as i32
+    }
+
+    /// How far row `i` of a piece is behind a query.
+    pub(super) fn distance(&self, query: usize, piece: &Piece<'_>, i: usize) -> i64 {
+        if self.sequence.cache_relative {
+            self.last_index(query) as i64 - (piece.index + i) as i64
+        } else {
+            i64::from(self.position(query)) - i64::from(piece.position(i))
+        }
+    }
+
+    /// Rows of a piece, from its first, that are at a distance of `window` or more.
+    pub(super) fn beyond(&self, query: usize, piece: &Piece<'_>, window: u32) -> usize {
+        // Distances fall along a piece.
+        let is_beyond = |i: usize| self.distance(query, piece, i) >= i64::from(window);
+        let (mut low, mut high) = (0, piece.rows.len());
+        while low < high {
+            let i = low.midpoint(high);
+            if is_beyond(i) { low = i + 1 } else { high = i }
+        }
+        low
+    }
+
+    /// Positions by which a query is turned back so that the keys of `span` appear at their index.
+    pub(super) fn shift(&self, span: &Span) -> i32 {
+        if self.sequence.cache_relative { self.lane.evicted - span.evicted_before } else { 0 }
+    }
+
+    /// The pieces of a span whose first row has `index` in the lane.
+    pub(super) fn pieces(
+        &self,
+        span: &'a Span,
+        index: usize,
+        window: u32,
+    ) -> impl Iterator<Item = Piece<'a>> {
+        let shared_end = self.last_index(0) + 1;
+        let own = move |query| {
+            let rows = shared_end..self.last_index(query) + 1;
+            self.piece(span, index, rows, query..query + 1, window)
+        };
+        let num_queries = self.task.num_queries;
+        let is_diagonal = index + span.count as usize > shared_end;
+        let owners = if is_diagonal { 1..num_queries } else { 0..0 };
+        let shared = self.piece(span, index, 0..shared_end, 0..num_queries, window);
+        shared.into_iter().chain(owners.filter_map(own))
+    }
+
+    /// The rows `lane_rows` of the lane that lie in the span and in the task's part, without those
+    /// beyond the window of the first of `queries`, which sees furthest back.
+    fn piece(
+        &self,
+        span: &'a Span,
+        index: usize,
+        lane_rows: Range<usize>,
+        queries: Range<usize>,
+        window: u32,
+    ) -> Option<Piece<'a>> {
+        let part = self.part();
+        let start = index.max(lane_rows.start).max(part.start);
+        let end = (index + span.count as usize).min(lane_rows.end).min(part.end);
+        if start >= end {
+            return None;
+        }
+        let rows = |i: usize| span.first as usize + i - index;
+        let mut piece = Piece { span, index: start, rows: rows(start)..rows(end), queries };
+        if window > 0 {
+            let hidden = self.beyond(piece.queries.start, &piece, window);
+            piece.index += hidden;
+            piece.rows.start += hidden;
+        }
+        (!piece.rows.is_empty()).then_some(piece)
+    }
+
+    /// The index in the lane of the token of a query of the task: the last it may see.
+    fn last_index(&self, query: usize) -> usize {
+        self.lane.len - self.sequence.num_queries + self.task.first_query + query
+    }
+
+    /// The rows of the lane that the task attends to.
+    fn part(&self) -> Range<usize> {
+        let Task { part, num_parts, .. } = self.task;
+        part * self.lane.len / num_parts..(part + 1) * self.lane.len / num_parts
+    }
+}
