@@ -330,7 +330,7 @@ fn check_kept(golden: &Golden, name: &str, decoder: &Decoder<'_>) {
 fn streaming_follows_the_reference_in_both_position_modes() {
     let golden = Golden::open();
     // The states hold keys after RoPE with angles in f32; turning them back costs some accuracy.
-    let modes = [("orig", "", None, 1e-5), ("cache", " | pos(cache_relative)", Some(()), 2e-3)];
+    let modes = [("orig", "", None, 1e-5), ("cache", " | pos(cache_relative)", Some(()), 1e-4)];
     for (mode, suffix, relative, limit) in modes {
         let pipeline = Pipeline::parse(&format!("stream(sink=4, recent=124){suffix}")).unwrap();
         let trace = format!("streaming_s4_r124_{mode}_pos");

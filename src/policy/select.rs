@@ -2,11 +2,18 @@
 
 use super::{HeadInput, HeadScores, LayerInput, Phase};
 use crate::error::{Result, ensure};
-use crate::shape::{KeepSet, Needs};
+use crate::shape::{KeepSet, LaneWidth, Needs};
 
 impl Phase {
     /// What each head of a layer keeps.
     pub(super) fn select(&self, layer: &LayerInput<'_>) -> Result<Vec<KeepSet>> {
+        if self.budget.lane_width() == LaneWidth::Sequence {
+            let shares = self.shares(layer).into_iter().zip(&layer.heads);
+            let top = |(n, head): (usize, &HeadInput<'_>)| self.score.top(head.positions.len(), n);
+            if let Some(kept) = shares.map(top).collect() {
+                return Ok(kept);
+            }
+        }
         let scores = self.score(layer)?;
         let budgets = self.budget.spread(&scores, &self.shares(layer));
         Ok(scores.iter().zip(budgets).map(|(head, budget)| top(head, budget)).collect())

@@ -18,7 +18,8 @@ pub trait Budget: Debug + Send + Sync {
     /// `h`, which may be more than it has; heads of different lengths may use what others leave.
     fn spread(&self, scores: &[HeadScores], shares: &[usize]) -> Vec<usize>;
 
-    /// The coarsest lanes that can express what this budget chooses.
+    /// The coarsest lanes that can express what this budget chooses; `Sequence` if it leaves every
+    /// head its share.
     fn lane_width(&self) -> LaneWidth;
 }
 

@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use super::{Allowance, Event, HeadScores, LayerInput};
 use crate::error::Result;
 use crate::registry::{Args, Member, Param, registry};
-use crate::shape::{LaneWidth, Needs};
+use crate::shape::{KeepSet, LaneWidth, Needs};
 
 pub use probability::WindowProbabilities;
 
@@ -46,6 +46,12 @@ pub trait Score: Debug + Send + Sync {
     /// protected window has nothing to lose.
     fn keeps_whole(&self) -> usize {
         0
+    }
+
+    /// The best `n` of `len` tokens, at once, if nothing but their order matters: such policies run
+    /// at each step and must not cost a look at each token.
+    fn top(&self, _len: usize, _n: usize) -> Option<KeepSet> {
+        None
     }
 
     /// Scores for every head of a layer. Lengths have been checked. `budgets[h]` is what head `h`

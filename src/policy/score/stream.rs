@@ -12,7 +12,7 @@ use super::{Entry, Score};
 use crate::error::Result;
 use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
-use crate::shape::{LaneWidth, Needs};
+use crate::shape::{KeepSet, LaneWidth, Needs};
 
 pub(super) static ENTRY: Entry = Entry {
     name: "stream",
@@ -74,6 +74,15 @@ impl Score for Stream {
 
     fn keeps_whole(&self) -> usize {
         self.sink
+    }
+
+    fn top(&self, len: usize, n: usize) -> Option<KeepSet> {
+        let n = n.min(len);
+        let sink = self.sink.min(n);
+        let mut kept = KeepSet::default();
+        kept.push_range(0..sink);
+        kept.push_range(len - (n - sink)..len);
+        Some(kept)
     }
 
     /// Recency is the score: the sinks are protected, and later tokens score higher.
