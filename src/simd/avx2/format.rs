@@ -48,10 +48,9 @@ macro_rules! raw {
 
             #[inline(always)]
             unsafe fn element(self, column: usize) -> f32 {
-                // SAFETY: the column lies inside the row.
-                let bytes: [u8; $bytes] =
-                    unsafe { self.0.add(column * $bytes).cast::<[u8; $bytes]>().read() };
-                $element(bytes)
+                let at = self.0.wrapping_add(column * $bytes).cast::<[u8; $bytes]>();
+                // SAFETY: the column lies inside the row, and bytes need no alignment.
+                $element(unsafe { at.read() })
             }
         }
     };

@@ -1,6 +1,8 @@
 //! Loops over rows. Queries and outputs are taken in batches of up to 8, the query heads that share
 //! a KV head, so that each byte of the cache is read and dequantized once for all of them.
 
+#![expect(clippy::needless_range_loop, reason = "indices into two register arrays at once")]
+
 use std::arch::x86_64::*;
 
 use super::format::Format;
