@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! Q8_0     block  d, i8[32]                       x = d * q
-//! Q4_0     block  d, u8[16]                       x = d * (q - 8)
+//! Q4_0     block  d, u8[16]                       x = d * q - 8 * d
 //! Codes4   block  u8[16]: element j low, j + 16 high nibble of byte j          x = q
 //! Codes2   block  u8[8]:  elements j, j + 8, j + 16, j + 24 from bit 0 of byte j   x = q
 //! Affine4  row    Codes4 blocks, then (s, m) for each group of channels       x = s * q + m

@@ -123,7 +123,8 @@ impl Row for Q4_0 {
         let d = f16_at(bytes, 0);
         unpack::<4>(&bytes[2..], out);
         for x in out {
-            *x = d * (*x - 8.0);
+            // Like d * (q - 8) exact, and without a negative zero on any level.
+            *x = d * *x - 8.0 * d;
         }
     }
 }

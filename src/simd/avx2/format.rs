@@ -48,10 +48,9 @@ macro_rules! raw {
 
             #[inline(always)]
             unsafe fn element(self, column: usize) -> f32 {
-                // SAFETY: the column lies inside the row.
-                let bytes: [u8; $bytes] =
-                    unsafe { self.0.add(column * $bytes).cast::<[u8; $bytes]>().read() };
-                $element(bytes)
+                let at = self.0.wrapping_add(column * $bytes).cast::<[u8; $bytes]>();
+                // SAFETY: the column lies inside the row, and bytes need no alignment.
+                $element(unsafe { at.read() })
             }
         }
     };
@@ -109,41 +108,27 @@ impl Format for Q8_0 {
     no_tail!();
 }
 
-/// 32 nibbles as two runs of 16 bytes.
+/// 32 nibbles: 16 bytes, whose low halves are the first parts. Parts 0 and 2, 1 and 3 come from the
+/// same bytes: taken in that order, only one vector of bytes needs a register.
 #[derive(Clone, Copy)]
-pub(super) struct Codes4 {
-    low: __m128i,
-    high: __m128i,
-}
-
-impl Codes4 {
-    /// # Safety
-    /// The CPU has AVX2 and `at` points to 16 bytes.
-    #[inline(always)]
-    unsafe fn load(at: *const u8) -> Self {
-        // SAFETY: by contract.
-        unsafe {
-            let packed = _mm_loadu_si128(at.cast());
-            let mask = _mm_set1_epi8(15);
-            let high = _mm_and_si128(_mm_srli_epi16::<4>(packed), mask);
-            Self { low: _mm_and_si128(packed, mask), high }
-        }
-    }
-}
+pub(super) struct Codes4(*const u8);
 
 impl Format for Codes4 {
     #[inline(always)]
     unsafe fn open(_: &Rows<'_>, row: *const u8, block: usize) -> Self {
         // SAFETY: a block is 16 bytes.
-        unsafe { Self::load(row.add(block * 16)) }
+        unsafe { Self(row.add(block * 16)) }
     }
 
     #[inline(always)]
     unsafe fn part(self, part: usize) -> __m256 {
-        // SAFETY: values only.
+        // SAFETY: 8 of the 16 bytes.
         unsafe {
-            let bytes = eight_of(self.low, self.high, part);
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(self.0.add(part % 2 * 8).cast()));
+            _mm256_cvtepi32_ps(match part {
+                0 | 1 => _mm256_and_si256(bytes, _mm256_set1_epi32(15)),
+                _ => _mm256_srli_epi32::<4>(bytes),
+            })
         }
     }
 
@@ -178,12 +163,12 @@ impl Format for Codes2 {
     no_tail!();
 }
 
-/// 32 centred nibbles and their scale.
+/// `d * (q - 8)` as `d * q - 8 * d`, which is exact as well: d has 11 significant bits.
 #[derive(Clone, Copy)]
 pub(super) struct Q4_0 {
-    low: __m128i,
-    high: __m128i,
+    codes: Codes4,
     d: __m256,
+    offset: __m256,
 }
 
 impl Format for Q4_0 {
@@ -192,20 +177,16 @@ impl Format for Q4_0 {
         // SAFETY: a block is 18 bytes: the f16 scale and 16 bytes of codes.
         unsafe {
             let at = row.add(block * 18);
-            let Codes4 { low, high } = Codes4::load(at.add(2));
-            let eight = _mm_set1_epi8(8);
-            let (low, high) = (_mm_sub_epi8(low, eight), _mm_sub_epi8(high, eight));
-            Self { low, high, d: broadcast_f16(at) }
+            let d = broadcast_f16(at);
+            let offset = _mm256_mul_ps(d, _mm256_set1_ps(-8.0));
+            Self { codes: Codes4(at.add(2)), d, offset }
         }
     }
 
     #[inline(always)]
     unsafe fn part(self, part: usize) -> __m256 {
         // SAFETY: values only.
-        unsafe {
-            let bytes = eight_of(self.low, self.high, part);
-            _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), self.d)
-        }
+        unsafe { _mm256_fmadd_ps(self.codes.part(part), self.d, self.offset) }
     }
 
     no_tail!();
@@ -256,23 +237,6 @@ impl<C: Format + Width> Format for Affine<C> {
     }
 
     no_tail!();
-}
-
-/// Bytes `8 * part..8 * part + 8` of 32 bytes, in the low half of the result.
-///
-/// # Safety
-/// The CPU has AVX2.
-#[inline(always)]
-unsafe fn eight_of(low: __m128i, high: __m128i, part: usize) -> __m128i {
-    // SAFETY: by contract.
-    unsafe {
-        match part {
-            0 => low,
-            1 => _mm_unpackhi_epi64(low, low),
-            2 => high,
-            _ => _mm_unpackhi_epi64(high, high),
-        }
-    }
 }
 
 /// # Safety

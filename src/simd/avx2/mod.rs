@@ -29,8 +29,8 @@ pub(super) static KERNELS: Kernels = Kernels {
         row_kernels::<Codes4>(),
         row_kernels::<Codes2>(),
     ],
-    // SAFETY, here and below: a `Kernels` is handed out only after `is_available` said yes, and its
-    // methods have checked the lengths.
+    // SAFETY: a `Kernels` is handed out only after `is_available` said yes, and its methods have
+    // checked the lengths.
     encode_f16: |values, out| unsafe { encode::f16(values, out) },
     // SAFETY: as above.
     encode_bf16: |values, out| unsafe { encode::bf16(values, out) },

@@ -1,6 +1,8 @@
 //! Loops over rows. Queries and outputs are taken in batches of up to 8, the query heads that share
 //! a KV head, so that each byte of the cache is read and dequantized once for all of them.
 
+#![expect(clippy::needless_range_loop, reason = "indices into two register arrays at once")]
+
 use std::arch::x86_64::*;
 
 use super::format::Format;
@@ -8,6 +10,9 @@ use crate::simd::rows::{BLOCK, Rows};
 
 /// Queries or outputs of a batch.
 const BATCH: usize = 8;
+
+/// Parts of a block in the order that `Codes4` likes.
+const ORDER: [usize; 4] = [0, 2, 1, 3];
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn dot<F: Format>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]) {
@@ -57,76 +62,96 @@ fn dot_tile<F: Format, const R: usize, const Q: usize>(
 ) {
     let dim = rows.dim;
     let mut sums = [[_mm256_setzero_ps(); Q]; R];
-    // SAFETY: `Rows::check` proved that rows `t..t + R` lie in the bytes; queries are `[Q, dim]`;
-    // `parts` stops at the last complete vector of the row.
+    // SAFETY: `Rows::check` proved that rows `t..t + R` lie in the bytes; queries are `[Q, dim]` and
+    // scores `[Q, count]`; the parts stop at the last complete vector of the row.
     unsafe {
         let starts: [_; R] =
             std::array::from_fn(|r| rows.bytes.as_ptr().add((t + r) * rows.stride));
-        let mut accumulate = |open: &[F; R], block: usize, part: usize| {
-            let mut x = [_mm256_setzero_ps(); R];
-            for r in 0..R {
-                x[r] = open[r].part(part);
-            }
-            for q in 0..Q {
-                let query =
-                    _mm256_loadu_ps(queries.as_ptr().add(q * dim + block * BLOCK + part * 8));
-                for r in 0..R {
-                    sums[r][q] = _mm256_fmadd_ps(x[r], query, sums[r][q]);
-                }
-            }
-        };
         let blocks = dim / BLOCK;
         for block in 0..blocks {
-            let open: [F; R] = std::array::from_fn(|r| F::open(rows, starts[r], block));
-            accumulate(&open, block, 0);
-            accumulate(&open, block, 1);
-            accumulate(&open, block, 2);
-            accumulate(&open, block, 3);
-        }
-        let rest = dim % BLOCK;
-        if rest > 0 {
-            let open: [F; R] = std::array::from_fn(|r| F::open(rows, starts[r], blocks));
-            for part in 0..rest / 8 {
-                accumulate(&open, blocks, part);
+            let open = open_rows::<F, R>(rows, &starts, block);
+            let query = queries.as_ptr().add(block * BLOCK);
+            for part in ORDER {
+                dot_part::<F, R, Q>(&open, part, query, dim, &mut sums);
             }
         }
-        store_sums(&sums, |r, q, sum| {
-            let mut sum = sum;
-            for column in dim / 8 * 8..dim {
-                let element = F::open(rows, starts[r], 0).element(column);
-                sum += element * queries[q * dim + column];
+        if dim % BLOCK > 0 {
+            let open = open_rows::<F, R>(rows, &starts, blocks);
+            let query = queries.as_ptr().add(blocks * BLOCK);
+            for part in 0..dim % BLOCK / 8 {
+                dot_part::<F, R, Q>(&open, part, query, dim, &mut sums);
             }
-            scores[q * rows.count + t + r] = sum;
-        });
+        }
+        let mut totals = [0.0; BATCH];
+        add_lanes(&sums, &mut totals);
+        for q in 0..Q {
+            for r in 0..R {
+                let mut score = totals[q * R + r];
+                for column in dim / 8 * 8..dim {
+                    let element = F::open(rows, starts[r], 0).element(column);
+                    score += element * queries[q * dim + column];
+                }
+                *scores.as_mut_ptr().add(q * rows.count + t + r) = score;
+            }
+        }
     }
 }
 
-/// Adds up the lanes of each vector, four vectors at a time, and hands out the results.
+/// One vector of each of `R` rows, for `Q` queries at distances of `dim`.
+///
+/// # Safety
+/// The CPU has AVX2 and FMA; the part lies inside the rows and the queries.
 #[inline(always)]
-fn store_sums<const R: usize, const Q: usize>(
-    sums: &[[__m256; Q]; R],
-    mut store: impl FnMut(usize, usize, f32),
+unsafe fn dot_part<F: Format, const R: usize, const Q: usize>(
+    open: &[F; R],
+    part: usize,
+    query: *const f32,
+    dim: usize,
+    sums: &mut [[__m256; Q]; R],
 ) {
+    // SAFETY: by contract.
+    unsafe {
+        let x: [_; R] = std::array::from_fn(|r| open[r].part(part));
+        for q in 0..Q {
+            let query = _mm256_loadu_ps(query.add(q * dim + part * 8));
+            for r in 0..R {
+                sums[r][q] = _mm256_fmadd_ps(x[r], query, sums[r][q]);
+            }
+        }
+    }
+}
+
+/// Block `block` of `R` rows.
+///
+/// # Safety
+/// As for `Format::open`.
+#[inline(always)]
+unsafe fn open_rows<F: Format, const R: usize>(
+    rows: &Rows<'_>,
+    starts: &[*const u8; R],
+    block: usize,
+) -> [F; R] {
+    // SAFETY: by contract.
+    std::array::from_fn(|r| unsafe { F::open(rows, starts[r], block) })
+}
+
+/// Adds up the lanes of each vector, four vectors at a time.
+#[inline(always)]
+fn add_lanes<const R: usize, const Q: usize>(sums: &[[__m256; Q]; R], totals: &mut [f32; BATCH]) {
     const { assert!(R * Q <= BATCH) };
-    // SAFETY: only called from functions with AVX2.
+    // SAFETY: only called from functions with AVX2; `totals` holds two vectors of four.
     unsafe {
         let mut flat = [_mm256_setzero_ps(); BATCH];
-        for r in 0..R {
-            for q in 0..Q {
-                flat[r * Q + q] = sums[r][q];
+        for q in 0..Q {
+            for r in 0..R {
+                flat[q * R + r] = sums[r][q];
             }
         }
-        let mut totals = [0.0f32; BATCH];
-        for half in 0..(R * Q).div_ceil(4) {
-            let v = &flat[half * 4..];
-            let pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+        for four in 0..(R * Q).div_ceil(4) {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|i| flat[four * 4 + i]);
+            let pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
             let sum = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs));
-            _mm_storeu_ps(totals[half * 4..].as_mut_ptr(), sum);
-        }
-        for r in 0..R {
-            for q in 0..Q {
-                store(r, q, totals[r * Q + q]);
-            }
+            _mm_storeu_ps(totals.as_mut_ptr().add(four * 4), sum);
         }
     }
 }
@@ -138,92 +163,105 @@ pub(super) fn axpy<F: Format>(rows: &Rows<'_>, weights: &[f32], outputs: &mut [f
     }
     let batches = weights.chunks(BATCH * rows.count).zip(outputs.chunks_mut(BATCH * rows.dim));
     for (weights, outputs) in batches {
-        // Outputs times parts: at most 12 sums stay in registers over all rows.
+        // More rows for each load and store of an output, as long as registers last.
         match outputs.len() / rows.dim {
-            1 => axpy_batch::<F, 1, 4>(rows, weights, outputs),
-            2 => axpy_batch::<F, 2, 4>(rows, weights, outputs),
-            3 => axpy_batch::<F, 3, 2>(rows, weights, outputs),
-            4 => axpy_batch::<F, 4, 2>(rows, weights, outputs),
-            5 => axpy_batch::<F, 5, 2>(rows, weights, outputs),
-            6 => axpy_batch::<F, 6, 2>(rows, weights, outputs),
-            7 => axpy_batch::<F, 7, 1>(rows, weights, outputs),
-            _ => axpy_batch::<F, 8, 1>(rows, weights, outputs),
+            1 => axpy_batch::<F, 4, 1>(rows, weights, outputs),
+            2 => axpy_batch::<F, 4, 2>(rows, weights, outputs),
+            3 => axpy_batch::<F, 4, 3>(rows, weights, outputs),
+            4 => axpy_batch::<F, 4, 4>(rows, weights, outputs),
+            5 => axpy_batch::<F, 4, 5>(rows, weights, outputs),
+            6 => axpy_batch::<F, 4, 6>(rows, weights, outputs),
+            7 => axpy_batch::<F, 4, 7>(rows, weights, outputs),
+            _ => axpy_batch::<F, 4, 8>(rows, weights, outputs),
         }
     }
 }
 
-/// `Q` outputs, `P` parts of a block at a time, so that the sums stay in registers.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn axpy_batch<F: Format, const Q: usize, const P: usize>(
+fn axpy_batch<F: Format, const R: usize, const Q: usize>(
     rows: &Rows<'_>,
     weights: &[f32],
     outputs: &mut [f32],
 ) {
-    let blocks = rows.dim / BLOCK;
-    for block in 0..blocks {
-        for group in 0..4 / P {
-            match group {
-                0 => axpy_tile::<F, Q, P>(rows, block, 0, weights, outputs),
-                1 => axpy_tile::<F, Q, P>(rows, block, P, weights, outputs),
-                2 => axpy_tile::<F, Q, P>(rows, block, 2 * P, weights, outputs),
-                _ => axpy_tile::<F, Q, P>(rows, block, 3 * P, weights, outputs),
+    let whole = rows.count / R * R;
+    for t in (0..whole).step_by(R) {
+        axpy_tile::<F, R, Q>(rows, t, weights, outputs);
+    }
+    for t in whole..rows.count {
+        axpy_tile::<F, 1, Q>(rows, t, weights, outputs);
+    }
+}
+
+/// Adds `R` rows from row `t` on to `Q` outputs. Rows are read once and in order, which lets the
+/// hardware run ahead; the outputs stay in the first level cache.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn axpy_tile<F: Format, const R: usize, const Q: usize>(
+    rows: &Rows<'_>,
+    t: usize,
+    weights: &[f32],
+    outputs: &mut [f32],
+) {
+    let (dim, count) = (rows.dim, rows.count);
+    // SAFETY: `Rows::check` proved that rows `t..t + R` lie in the bytes; weights are `[Q, count]`
+    // and outputs `[Q, dim]`; the parts stop at the last complete vector of the row.
+    unsafe {
+        let starts: [_; R] =
+            std::array::from_fn(|r| rows.bytes.as_ptr().add((t + r) * rows.stride));
+        let weight = |q: usize, r: usize| weights.as_ptr().add(q * count + t + r);
+        let outputs = outputs.as_mut_ptr();
+        let blocks = dim / BLOCK;
+        for block in 0..blocks {
+            let open = open_rows::<F, R>(rows, &starts, block);
+            let output = outputs.add(block * BLOCK);
+            for part in ORDER {
+                axpy_part::<F, R, Q>(&open, part, weights.as_ptr().add(t), count, output, dim);
             }
         }
-    }
-    for part in 0..rows.dim % BLOCK / 8 {
-        axpy_tile::<F, Q, 1>(rows, blocks, part, weights, outputs);
-    }
-    for column in rows.dim / 8 * 8..rows.dim {
-        for t in 0..rows.count {
-            // SAFETY: row `t` and the column lie in the bytes.
-            let x = unsafe { F::open(rows, rows.row(t).as_ptr(), 0).element(column) };
-            for q in 0..Q {
-                outputs[q * rows.dim + column] += weights[q * rows.count + t] * x;
+        if dim % BLOCK > 0 {
+            let open = open_rows::<F, R>(rows, &starts, blocks);
+            let output = outputs.add(blocks * BLOCK);
+            for part in 0..dim % BLOCK / 8 {
+                axpy_part::<F, R, Q>(&open, part, weights.as_ptr().add(t), count, output, dim);
+            }
+        }
+        for column in dim / 8 * 8..dim {
+            for r in 0..R {
+                let x = F::open(rows, starts[r], 0).element(column);
+                for q in 0..Q {
+                    *outputs.add(q * dim + column) += *weight(q, r) * x;
+                }
             }
         }
     }
 }
 
+/// One vector of each of `R` rows, added to `Q` outputs at distances of `dim`; the weights of an
+/// output are `count` apart.
+///
+/// # Safety
+/// The CPU has AVX2 and FMA; the part lies inside the rows and the outputs.
 #[inline(always)]
-fn axpy_tile<F: Format, const Q: usize, const P: usize>(
-    rows: &Rows<'_>,
-    block: usize,
-    first: usize,
-    weights: &[f32],
-    outputs: &mut [f32],
+unsafe fn axpy_part<F: Format, const R: usize, const Q: usize>(
+    open: &[F; R],
+    part: usize,
+    weights: *const f32,
+    count: usize,
+    output: *mut f32,
+    dim: usize,
 ) {
-    // SAFETY: only called from functions with AVX2; `Rows::check` proved that every row lies in the
-    // bytes; weights are `[Q, count]` and outputs `[Q, dim]`; the parts lie inside the row.
+    // SAFETY: by contract.
     unsafe {
-        let column = block * BLOCK + first * 8;
-        let mut sums = [[_mm256_setzero_ps(); P]; Q];
+        let x: [_; R] = std::array::from_fn(|r| open[r].part(part));
         for q in 0..Q {
-            for p in 0..P {
-                let at = outputs.as_ptr().add(q * rows.dim + column + p * 8);
-                sums[q][p] = _mm256_loadu_ps(at);
+            let output = output.add(q * dim + part * 8);
+            let mut sum = _mm256_loadu_ps(output);
+            for r in 0..R {
+                let weight = _mm256_broadcast_ss(&*weights.add(q * count + r));
+                sum = _mm256_fmadd_ps(x[r], weight, sum);
             }
-        }
-        let mut row = rows.bytes.as_ptr();
-        for t in 0..rows.count {
-            let open = F::open(rows, row, block);
-            let mut x = [_mm256_setzero_ps(); P];
-            for p in 0..P {
-                x[p] = open.part(first + p);
-            }
-            for q in 0..Q {
-                let weight = _mm256_broadcast_ss(&*weights.as_ptr().add(q * rows.count + t));
-                for p in 0..P {
-                    sums[q][p] = _mm256_fmadd_ps(x[p], weight, sums[q][p]);
-                }
-            }
-            row = row.wrapping_add(rows.stride);
-        }
-        for q in 0..Q {
-            for p in 0..P {
-                let at = outputs.as_mut_ptr().add(q * rows.dim + column + p * 8);
-                _mm256_storeu_ps(at, sums[q][p]);
-            }
+            _mm256_storeu_ps(output, sum);
         }
     }
 }
