@@ -33,7 +33,7 @@ using kvmgr::check;
 struct Options {
   std::string model, text, recall, out;
   std::vector<std::string> specs;
-  size_t windows = 12, prompts = 24, window = 1024;
+  size_t windows = 8, prompts = 24, window = 768;
 };
 
 const char *kSpecs[] = {

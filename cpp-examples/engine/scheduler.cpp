@@ -39,6 +39,9 @@ std::vector<Result> Scheduler::run(const std::vector<Request> &requests) {
 
 // Preempted sequences come first: they have waited longest and hold finished work.
 void Scheduler::resume() {
+  // What was preempted waits until a sequence has ended: coming back at once it would only push
+  // out the next one, and nobody would get on.
+  if (crowded_ && !running_.empty()) return;
   while (!preempted_.empty() && running_.size() < max_running_) {
     if (!kvmgr::check_blocks(kvmgr_sequence_resume(preempted_.front().sequence.get()))) return;
     running_.push_back(std::move(preempted_.front()));
@@ -77,6 +80,7 @@ bool Scheduler::preempt_youngest(std::vector<Result> &results) {
   kvmgr::check(kvmgr_sequence_preempt(youngest.sequence.get(), swap_.get()));
   ++results[youngest.request].preemptions;
   preempted_.push_front(std::move(youngest));
+  crowded_ = true;
   return true;
 }
 
@@ -102,7 +106,10 @@ void Scheduler::advance(const std::vector<Request> &requests, std::vector<Result
         result.tokens.push_back(token);
         if (request.on_token) request.on_token(token);
       }
-      if (token == request.stop || result.tokens.size() >= request.max_new_tokens) continue;
+      if (token == request.stop || result.tokens.size() >= request.max_new_tokens) {
+        crowded_ = false;
+        continue;
+      }
       running.pending.push_back(token);
     }
     still.push_back(std::move(running));

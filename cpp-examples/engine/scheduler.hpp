@@ -59,6 +59,7 @@ class Scheduler {
   size_t chunk_, max_running_, next_ = 0;
   std::vector<Running> running_;
   std::deque<Running> preempted_;
+  bool crowded_ = false;  ///< a sequence was preempted and none has ended since
 };
 
 /// Bytes as tokens, with the model's BOS in front.
