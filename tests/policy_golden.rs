@@ -21,7 +21,7 @@ struct Golden(SafeTensors<'static>);
 
 impl Golden {
     fn open() -> Self {
-        Self(SafeTensors::deserialize(FILE).unwrap())
+        Self(SafeTensors::deserialize(FILE).expect("the file is whole"))
     }
 
     fn has(&self, name: &str) -> bool {
@@ -46,7 +46,11 @@ impl Golden {
         let place = format!("{press}/l{layer}");
         if self.has(&format!("{place}.kept")) {
             let kept = self.indices(&format!("{place}.kept"));
-            return kept.chunks(kept.len() / HEADS).nth(head).unwrap().to_vec();
+            return kept
+                .chunks(kept.len() / HEADS)
+                .nth(head)
+                .expect("one part for each head")
+                .to_vec();
         }
         let ends = self.indices(&format!("{place}.kept_cu"));
         self.indices(&format!("{place}.kept_flat"))[ends[head]..ends[head + 1]].to_vec()
@@ -124,9 +128,9 @@ fn assert_close(found: impl Iterator<Item = f32>, expected: &[f32], tolerance: f
 
 /// Runs `spec` on the prompt and compares its keep sets, and its scores outside the window.
 fn check_press(golden: &Golden, press: &str, spec: &str, window: Option<usize>) {
-    let pipeline = Pipeline::parse(spec).unwrap();
+    let pipeline = Pipeline::parse(spec).expect(spec);
     let mut prompt = Prompt::new(golden);
-    let kept = pipeline.select(Event::PrefillEnd, &mut prompt).unwrap();
+    let kept = pipeline.select(Event::PrefillEnd, &mut prompt).expect(spec);
     let margin = format!("{press}/min_margin");
     let decisive = !golden.has(&margin) || golden.floats(&margin)[0] > 1e-6;
     for (layer, heads) in kept.iter().enumerate() {
@@ -148,7 +152,7 @@ fn check_press(golden: &Golden, press: &str, spec: &str, window: Option<usize>) 
             }
             Ok(())
         };
-        prompt.visit(layer, &mut check).unwrap();
+        prompt.visit(layer, &mut check).expect(spec);
     }
 }
 
@@ -231,7 +235,7 @@ impl Decoder<'_> {
     }
 
     fn select(&mut self, pipeline: &Pipeline, event: Event) {
-        let set = pipeline.select(event, self).unwrap().remove(0).remove(0);
+        let set = pipeline.select(event, self).expect("input that fits").remove(0).remove(0);
         self.kept = set.iter().map(|i| self.kept[i]).collect();
         self.column_sums = set.iter().map(|i| self.column_sums[i]).collect();
     }

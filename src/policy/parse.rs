@@ -68,7 +68,7 @@ impl Builder {
             last = Some((info.class, info.name));
             self.stage(stage, info, &mut draft)?;
         }
-        self.close(phase.when, draft)
+        self.close(phase.when, &draft)
     }
 
     fn stage<'a>(
@@ -115,11 +115,11 @@ impl Builder {
     }
 
     /// Turns a complete draft into phases.
-    fn close(&mut self, when: Option<When>, draft: Draft<'_>) -> Result<()> {
+    fn close(&mut self, when: Option<When>, draft: &Draft<'_>) -> Result<()> {
         let Some((stage, entry, args)) = &draft.score else {
             return match draft.names().first() {
                 Some(other) => {
-                    Err(at(other.column, format!("{} needs a score such as snapkv", other.name)))
+                    Err(at(other.column, &format!("{} needs a score such as snapkv", other.name)))
                 }
                 None => Ok(()),
             };
@@ -130,7 +130,7 @@ impl Builder {
             return match draft.names().first() {
                 Some(other) => Err(at(
                     other.column,
-                    format!("{} keeps everything, {} has no effect on it", stage.name, other.name),
+                    &format!("{} keeps everything, {} has no effect on it", stage.name, other.name),
                 )),
                 None => Ok(()),
             };
@@ -152,7 +152,7 @@ impl Builder {
                     "{} and {} both act on {event:?}; write prefill: or decode: before them",
                     other.name, stage.name
                 );
-                return Err(at(stage.column, text));
+                return Err(at(stage.column, &text));
             }
             *slot = Some(draft.make_phase(allowance)?);
         }
@@ -206,14 +206,14 @@ impl<'a> Draft<'a> {
         match (own, &self.allowance) {
             (None, None) => Err(at(
                 score.column,
-                format!(
+                &format!(
                     "{} does not say how much stays; add keep(ratio) or keep_tokens(n)",
                     score.name
                 ),
             )),
             (Some(Allowance::Tokens(n)), Some((_, keep))) => Err(at(
                 keep.column,
-                format!(
+                &format!(
                     "{score} keeps {n} tokens already; leave out {} or the number in {}",
                     keep.name, score.name
                 ),
@@ -236,7 +236,7 @@ impl<'a> Draft<'a> {
             }
             (Some(phase), Some((_, stage))) => {
                 let text = format!("{} cannot happen in a phase {phase:?}", stage.name);
-                return Err(at(stage.column, text));
+                return Err(at(stage.column, &text));
             }
         };
         Ok(events)
@@ -278,7 +278,7 @@ fn quantizers(stage: &Stage, args: &Args) -> Result<[Option<(String, usize)>; 2]
     };
     let (key, value) = (given("k", 0), given("v", 1));
     if key.is_none() && value.is_none() {
-        return Err(at(stage.column, format!("{} names no quantizer", stage.name)));
+        return Err(at(stage.column, &format!("{} names no quantizer", stage.name)));
     }
     let value = value.or_else(|| key.clone());
     Ok([key, value])
@@ -301,7 +301,7 @@ fn check_quantizer(
             "{name} encodes whole blocks, but {stage} evicts single tokens while decoding; use a \
              quantizer of single tokens for {side:?}"
         );
-        return Err(at(column, text));
+        return Err(at(column, &text));
     }
     Ok(())
 }
@@ -323,10 +323,10 @@ fn ensure_first(is_first: bool, stage: &Stage) -> Result<()> {
     if is_first {
         return Ok(());
     }
-    Err(at(stage.column, format!("{} is given twice", stage.name)))
+    Err(at(stage.column, &format!("{} is given twice", stage.name)))
 }
 
-fn at(column: usize, text: String) -> Error {
+fn at(column: usize, text: &str) -> Error {
     Error::new(Kind::InvalidArgument, format!("column {column}: {text}"))
 }
 
