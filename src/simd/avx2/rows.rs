@@ -21,7 +21,7 @@ pub(super) fn dot<F: Format>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32
     }
     let batches = queries.chunks(BATCH * rows.dim).zip(scores.chunks_mut(BATCH * rows.count));
     for (queries, scores) in batches {
-        // Rows times queries: at most 8 sums, which with 8 rows opened still fit 16 registers.
+        // Rows times queries: at most 8 sums, which leaves half of the registers to the rows.
         match queries.len() / rows.dim {
             1 => dot_batch::<F, 4, 1>(rows, queries, scores),
             2 => dot_batch::<F, 4, 2>(rows, queries, scores),
@@ -75,7 +75,7 @@ fn dot_tile<F: Format, const R: usize, const Q: usize>(
                 dot_part::<F, R, Q>(&open, part, query, dim, &mut sums);
             }
         }
-        if dim % BLOCK > 0 {
+        if !dim.is_multiple_of(BLOCK) {
             let open = open_rows::<F, R>(rows, &starts, blocks);
             let query = queries.as_ptr().add(blocks * BLOCK);
             for part in 0..dim % BLOCK / 8 {
@@ -219,7 +219,7 @@ fn axpy_tile<F: Format, const R: usize, const Q: usize>(
                 axpy_part::<F, R, Q>(&open, part, weights.as_ptr().add(t), count, output, dim);
             }
         }
-        if dim % BLOCK > 0 {
+        if !dim.is_multiple_of(BLOCK) {
             let open = open_rows::<F, R>(rows, &starts, blocks);
             let output = outputs.add(blocks * BLOCK);
             for part in 0..dim % BLOCK / 8 {
