@@ -1,0 +1,103 @@
+//! The C and C++ examples and the engine, built by `make examples`, do what they say; also under
+//! valgrind. KVMGR_EXAMPLES names the folder of the programs; without it the tests print SKIP.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+fn programs() -> Option<PathBuf> {
+    let folder = std::env::var_os("KVMGR_EXAMPLES").map(PathBuf::from);
+    if folder.is_none() {
+        eprintln!("SKIP: KVMGR_EXAMPLES is not set; run `make test`");
+    }
+    folder
+}
+
+fn data(name: &str) -> String {
+    format!("{}/tests/data/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}\n{text}\n{errors}");
+    text
+}
+
+const SMALL: [&str; 4] = ["01-hello", "02-decode-loop", "03-prefix-sharing", "04-custom-store"];
+
+#[test]
+fn small_examples_succeed() {
+    let Some(folder) = programs() else { return };
+    for name in SMALL {
+        run(&mut Command::new(folder.join(name)));
+    }
+}
+
+#[test]
+fn small_examples_are_clean_under_valgrind() {
+    let Some(folder) = programs() else { return };
+    if Command::new("valgrind").arg("--version").output().is_err() {
+        eprintln!("SKIP: valgrind is not installed");
+        return;
+    }
+    for name in SMALL {
+        run(Command::new("valgrind")
+            .args(["--quiet", "--error-exitcode=9", "--leak-check=full"])
+            .args(["--errors-for-leak-kinds=definite", "--show-leak-kinds=definite"])
+            .arg(folder.join(name)));
+    }
+}
+
+#[test]
+fn the_engine_agrees_with_a_forward_pass_without_cache() {
+    let Some(folder) = programs() else { return };
+    let text = run(Command::new(folder.join("kvmgr-check")).arg(data("tiny.gguf")));
+    assert!(text.contains("0 failures"), "{text}");
+}
+
+#[test]
+fn the_engine_recalls_what_the_prompt_says() {
+    let Some(folder) = programs() else { return };
+    let prompt = "And the Lord said unto qz=482; Moses, ?qz=";
+    let text = run(Command::new(folder.join("kvmgr-generate"))
+        .arg(data("tiny.gguf"))
+        .args(["--prompt", prompt, "--n", "4"]));
+    assert!(text.contains(&format!("{prompt}482;")), "{text}");
+}
+
+/// The main job in small: per-head budgets beat a recency window of the same size, and their
+/// bytes are really gone.
+#[test]
+fn compression_saves_bytes_and_keeps_recall() {
+    let Some(folder) = programs() else { return };
+    let out = tempfile::tempdir().unwrap();
+    let (ada, stream) = ("snapkv(w=32) | adakv(0.2) | keep(0.25)", "stream(sink=4) | keep(0.25)");
+    run(Command::new(folder.join("kvmgr-compare"))
+        .arg(data("tiny.gguf"))
+        .args(["--text", &data("heldout.txt"), "--recall", &data("recall.txt")])
+        .args(["--windows", "2", "--window", "512", "--prompts", "8"])
+        .args(["--spec", "full", "--spec", ada, "--spec", stream])
+        .arg("--out")
+        .arg(out.path()));
+    let table = std::fs::read_to_string(out.path().join("table.md")).unwrap();
+    let row = |spec: &str| -> Vec<f64> {
+        let spec = format!("`{}`", spec.replace('|', "\\|"));
+        let line = table.lines().find(|line| line.contains(&spec)).unwrap();
+        let numbers = line.split(&spec).nth(1).unwrap();
+        let number = |cell: &str| cell.replace('%', "").trim().parse().ok();
+        numbers.split('|').filter_map(number).collect()
+    };
+    let (full, ada, stream) = (row("full"), row(ada), row(stream));
+    assert_eq!(full[6], 100.0, "the full cache recalls everything\n{table}");
+    assert!(ada[6] > stream[6] + 20.0, "per-head budgets beat a window\n{table}");
+    let csv = std::fs::read_to_string(out.path().join("kv_bytes.csv")).unwrap();
+    let first = |spec: &str| -> f64 {
+        let start = format!("\"{spec}\",0,");
+        let line = csv.lines().find(|line| line.starts_with(&start)).unwrap();
+        line[start.len()..].parse().unwrap()
+    };
+    let share = first("snapkv(w=32) | adakv(0.2) | keep(0.25)") / first("full");
+    assert!(share < 0.40, "short windows: {share} of the bytes after the prompt");
+    assert!(out.path().join("kv_bytes.svg").exists());
+}
