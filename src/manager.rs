@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result, bail, ensure};
 use crate::policy::{Event, HeadInput, LayerInput, LayerSource, Pipeline, PositionMode};
 use crate::quantizer::Side;
 use crate::sequence::{Observation, Sequence, SequenceConfig};
-use crate::shape::{KeepSet, LaneWidth, ModelShape, Needs, Rope};
+use crate::shape::{LaneWidth, ModelShape, Needs, Rope};
 use crate::store::{Key, Store};
 use crate::tier::{self, Tier};
 
@@ -328,14 +328,12 @@ impl Session {
             return Ok(());
         }
         let kept = policy.select(event, &mut Layers::new(&self.sequence, policy.needs()))?;
-        let shape = self.sequence.cache().config().shape;
         let mut done = vec![false; self.sequence.lanes().len()];
-        for layer in 0..shape.num_layers {
-            for head in 0..shape.num_kv_heads {
+        for (layer, heads) in kept.iter().enumerate() {
+            for (head, keep) in heads.iter().enumerate() {
                 let (lane, _) = self.sequence.locate(layer, head);
                 // Heads that share a lane share a keep set: the width was checked at creation.
                 if !std::mem::replace(&mut done[lane], true) {
-                    let keep: &KeepSet = &kept[layer][head];
                     self.sequence.compact(lane, keep)?;
                 }
             }

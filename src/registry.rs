@@ -136,21 +136,21 @@ pub fn resolve(params: &'static [Param], stage: &Stage) -> Result<Args> {
                     let known: Vec<_> = params.iter().map(|param| param.name).collect();
                     at(
                         arg.column,
-                        format!("{} has no parameter {name:?}; known: {known:?}", stage.name),
+                        &format!("{} has no parameter {name:?}; known: {known:?}", stage.name),
                     )
                 })?
             }
             None if named_seen => {
-                return Err(at(arg.column, "a positional argument follows a named one".into()));
+                return Err(at(arg.column, "a positional argument follows a named one"));
             }
             None => position,
         };
         if index >= params.len() {
             let text = format!("{} takes at most {} arguments", stage.name, params.len());
-            return Err(at(arg.column, text));
+            return Err(at(arg.column, &text));
         }
         if given[index] {
-            return Err(at(arg.column, format!("{:?} is given twice", params[index].name)));
+            return Err(at(arg.column, &format!("{:?} is given twice", params[index].name)));
         }
         params[index].check(&arg.value, arg.column)?;
         values[index] = arg.value.clone();
@@ -159,7 +159,7 @@ pub fn resolve(params: &'static [Param], stage: &Stage) -> Result<Args> {
     Ok(Args { values, params: params.iter().map(|param| param.name).collect(), given })
 }
 
-fn at(column: usize, text: String) -> Error {
+fn at(column: usize, text: &str) -> Error {
     Error::new(Kind::InvalidArgument, format!("column {column}: {text}"))
 }
 

@@ -1,5 +1,7 @@
 //! The C ABI as a C compiler and a linker see it. Needs gcc, g++ and nm; a missing one is a SKIP.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,6 +1,8 @@
 //! The C and C++ examples and the engine, built by `make examples`, do what they say; also under
 //! valgrind. KVMGR_EXAMPLES names the folder of the programs; without it the tests print SKIP.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::path::PathBuf;
 use std::process::Command;
 

@@ -332,7 +332,10 @@ fn random_operations_agree_with_a_model() {
             world.finish();
         };
         let result = std::panic::catch_unwind(run);
-        assert!(result.is_ok(), "replay with KVMGR_SEED={seed} KVMGR_OPS={per_world} cargo test --test model");
+        assert!(
+            result.is_ok(),
+            "replay with KVMGR_SEED={seed} KVMGR_OPS={per_world} cargo test --test model"
+        );
     }
 }
 

@@ -1,5 +1,7 @@
 //! Quantizers against vectors that other programs made; `tests/golden/README.md` names them.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::sync::Arc;
 
 use kvmgr::quantizer::{Cell, Quantizer, Side, create_on};

@@ -1,6 +1,8 @@
 //! Conformance of every registered quantizer, on both sides and on every SIMD level: a new entry of
 //! the registry is tested without a word here, except its error bound in `error_bound`.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::ops::Range;
 use std::sync::Arc;
 

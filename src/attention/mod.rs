@@ -103,6 +103,7 @@ impl Attention {
     /// sees nothing gets zeros and negative infinity. Workers `0..num_workers` each do a part, in any
     /// order and at once; the caller waits for all of them before it runs another layer. After a
     /// run that some workers did not do, plan again.
+    #[expect(clippy::too_many_arguments, reason = "the C function with the same arguments")]
     pub fn run(
         &self,
         layer: usize,

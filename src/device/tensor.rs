@@ -120,12 +120,12 @@ impl<'a> TensorMut<'a> {
             // SAFETY: `row` checked the indices; the constructor promised writable rows that no
             // other thread touches.
             DType::F32 => unsafe { slice_mut(row, dim) }.copy_from_slice(values),
-            // SAFETY: as above.
             DType::F16 => {
+                // SAFETY: as above.
                 unsafe { slice_mut::<f16>(row, dim) }.convert_from_f32_slice(values);
             }
-            // SAFETY: as above.
             DType::Bf16 => {
+                // SAFETY: as above.
                 unsafe { slice_mut::<bf16>(row, dim) }.convert_from_f32_slice(values);
             }
         }

@@ -1,5 +1,6 @@
 //! Shared by the integration tests: a seeded generator and small models.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part")]
 
 use std::sync::Arc;
