@@ -2,7 +2,7 @@
 //! sequence. KVMGR_OPS sets the number of operations (1 million takes minutes), KVMGR_SEED replays
 //! a failure.
 
-#![expect(unsafe_code, reason = "calls the C ABI")]
+#![expect(unsafe_code, clippy::borrow_as_ptr, reason = "calls the C ABI as C does")]
 
 mod common;
 
