@@ -299,3 +299,138 @@ fn tokens_whose_rows_a_policy_evicted_cannot_be_queried() {
     let error = engine.attention.plan(&[(session.sequence(), 5)]).unwrap_err();
     assert!(error.message().contains("num_queries is 5"), "{}", error.message());
 }
+
+/// What `workers` make of a step, one after the other in a rotated order or all at once.
+fn run_with(
+    engine: &Engine,
+    query: &[f32],
+    options: &Options<'_>,
+    workers: usize,
+    threads: bool,
+) -> (Vec<u32>, Vec<u32>) {
+    use kvmgr::device::tensor::{Tensor, TensorMut};
+    let shape = engine.shape();
+    let tokens = engine.attention.num_tokens();
+    let dims = [tokens, shape.num_q_heads, shape.head_dim];
+    let mut output = vec![f32::NAN; query.len()];
+    let mut lse = vec![f32::NAN; tokens * shape.num_q_heads];
+    let query = Tensor::from_slice(query, dims);
+    let out_view = TensorMut::from_slice(&mut output, dims);
+    let lse_view = TensorMut::from_slice(&mut lse, [tokens, shape.num_q_heads, 1]);
+    let part = |worker: usize| {
+        let (out, lse) = (&out_view, Some(&lse_view));
+        engine.attention.run(0, &query, out, lse, options, worker, workers).unwrap();
+    };
+    if threads {
+        std::thread::scope(|scope| {
+            for worker in 0..workers {
+                let part = &part;
+                scope.spawn(move || part(worker));
+            }
+        });
+    } else {
+        (0..workers).for_each(|i| part((i + workers / 2) % workers));
+    }
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
+    (bits(output), bits(lse))
+}
+
+#[test]
+fn results_depend_neither_on_workers_nor_on_the_rest_of_the_batch() {
+    let shape = ModelShape { num_layers: 1, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+    let options = Options { sliding_window: 3000, ..Options::default() };
+    for (spec, counts) in [("full", [1, 40, 3]), ("quant(k=had+q4_0, v=q8_0)", [2, 1, 17])] {
+        let mut engine = Engine::new(config(shape, spec), 3);
+        // Long enough for several parts, for none, and for a lane of one block.
+        let mut sessions: Vec<_> = (0..3).map(|_| engine.session()).collect();
+        for (session, n) in sessions.iter_mut().zip([5000, 2047, 3]) {
+            let _ = engine.step(&mut [session], &[n]);
+            session.commit(n, None).unwrap();
+        }
+        let mut refs: Vec<_> = sessions.iter_mut().collect();
+        let steps = engine.step(&mut refs, &counts);
+        check(&engine, &refs, &counts, &steps, &Options::default(), 1e-4);
+        let query = &steps[0].query;
+        let expected = run_with(&engine, query, &options, 1, false);
+        assert!(expected.0.iter().all(|x| f32::from_bits(*x).is_finite()));
+        for workers in [2, 3, 4, 5, 33] {
+            assert!(run_with(&engine, query, &options, workers, false) == expected, "{workers}");
+            assert!(run_with(&engine, query, &options, workers, true) == expected, "{workers}");
+        }
+        let mut token = 0;
+        let wide = shape.num_q_heads * shape.head_dim;
+        for (session, n) in sessions.iter().zip(counts) {
+            engine.attention.plan(&[(session.sequence(), n)]).unwrap();
+            let alone =
+                run_with(&engine, &query[token * wide..(token + n) * wide], &options, 2, false);
+            assert!(alone.0 == expected.0[token * wide..(token + n) * wide]);
+            assert!(alone.1 == expected.1[token * shape.num_q_heads..][..n * shape.num_q_heads]);
+            token += n;
+        }
+    }
+}
+
+#[test]
+fn long_contexts_in_parts_agree_with_the_reference() {
+    let sinks = [0.5, -1.0, 3.0, f32::NEG_INFINITY];
+    let slopes = [0.01, 0.0, 0.002, 0.1];
+    for (seed, spec) in ["full", "quant(k=kivi2, v=q4_0)", "pos(cache_relative)"].iter().enumerate()
+    {
+        let mut random = Random(3000 + seed as u64);
+        let shape = ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+        let mut config = config(shape, spec);
+        config.block_size = 32;
+        config.lane_width = Some(LaneWidth::Head);
+        let mut engine = Engine::new(config, seed as u64);
+        engine.num_workers = 3;
+        let mut session = engine.session();
+        let _ = engine.step(&mut [&mut session], &[4500]);
+        session.commit(4500, None).unwrap();
+        // Lanes of very different length: the parts of the longest go for all.
+        for lane in 0..session.sequence().lanes().len() {
+            let percent = [100, 3, 60, 95][lane];
+            let kept = (0..4500).filter(|i| *i > 4480 || random.chance(percent));
+            session.sequence_mut().compact(lane, &KeepSet::from_indices(kept)).unwrap();
+        }
+        for n in [1, 2, 4, 16] {
+            let _ = engine.step(&mut [&mut session], &[n]);
+            let options = Options {
+                sliding_window: random.pick(&[0, 700, 3100]),
+                sinks: random.chance(50).then_some(&sinks),
+                alibi_slopes: random.chance(50).then_some(&slopes),
+                ..Options::default()
+            };
+            let steps: Vec<_> = (0..shape.num_layers)
+                .map(|layer| {
+                    let query = random.normals(n * shape.num_q_heads * shape.head_dim);
+                    engine.run(layer, query, &options)
+                })
+                .collect();
+            check(&engine, &[&mut session], &[n], &steps, &options, 1e-4);
+            session.commit(n, None).unwrap();
+        }
+    }
+}
+
+#[test]
+fn queries_that_see_nothing_get_zeros_and_the_sink() {
+    let shape = ModelShape { num_layers: 1, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+    let mut engine = Engine::new(config(shape, "full"), 7);
+    for n in [1, 20] {
+        let mut session = engine.session();
+        session.sequence_mut().reserve(n).unwrap();
+        engine.attention.plan(&[(session.sequence(), n)]).unwrap();
+        // Every logit is -inf, which is how a model masks by itself.
+        let key = vec![f32::NEG_INFINITY; n * 2 * 32];
+        let value = engine.random.normals(n * 2 * 32);
+        engine.append(0, &key, &value);
+        let query = vec![1.0; n * 4 * 32];
+        let step = engine.run(0, query.clone(), &Options::default());
+        assert!(step.output.iter().all(|x| *x == 0.0));
+        assert!(step.lse.iter().all(|x| *x == f32::NEG_INFINITY));
+        let sinks = [1.5, -2.0, 0.0, 100.0];
+        let step = engine.run(0, query, &Options { sinks: Some(&sinks), ..Options::default() });
+        assert!(step.output.iter().all(|x| *x == 0.0));
+        assert!(step.lse.chunks_exact(4).all(|lse| lse == sinks));
+    }
+}
