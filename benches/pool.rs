@@ -79,7 +79,8 @@ fn append_and_seal(criterion: &mut Criterion) {
     let tensor = Tensor::from_slice(&rows, [32, 8, 128]);
     let mut group = criterion.benchmark_group("append and seal");
     group.throughput(Throughput::Bytes(2 * 2 * rows.len() as u64));
-    for (key, value) in [("f16", "f16"), ("q8_0", "q8_0"), ("had+q4_0", "q4_0"), ("kivi2", "kivi2")] {
+    for (key, value) in [("f16", "f16"), ("q8_0", "q8_0"), ("had+q4_0", "q4_0"), ("kivi2", "kivi2")]
+    {
         let cache = cache(shape, Some((key, value)), false);
         group.bench_function(format!("{key} / {value}"), |bencher| {
             bencher.iter_batched_ref(

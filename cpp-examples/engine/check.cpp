@@ -178,6 +178,27 @@ void scheduled(Context &context, engine::Workers &workers) {
   }
 }
 
+/// Ragged heads really free what they drop: the pool's own bytes, after a prompt of 1536 tokens.
+void compressed(Context &context, engine::Workers &workers) {
+  std::vector<int32_t> prompt;
+  while (prompt.size() < 1536)
+    prompt.insert(prompt.end(), context.tokens.begin(), context.tokens.end());
+  prompt.resize(1536);
+  const auto bytes = [&](const char *spec) {
+    const kvmgr::cache cache =
+        kvmgr::make_cache(engine::cache_config(context.weights->shape, spec, 8192));
+    engine::Model model(context.weights, cache, workers);
+    const kvmgr::sequence sequence = kvmgr::make_sequence(cache);
+    for (size_t at = 0; at < prompt.size(); at += 256)
+      model.step({{sequence.get(), prompt.data() + at, 256}});
+    check(kvmgr_sequence_end_prefill(sequence.get()));
+    return double(kvmgr::stats(cache).bytes_used);
+  };
+  const double share = bytes("snapkv(w=32) | adakv(0.2) | keep(0.25)") / bytes("full");
+  std::printf("snapkv | adakv | keep(0.25) holds %.3f of the full cache's bytes\n", share);
+  if (share >= 0.30) ++context.failures;
+}
+
 }  // namespace
 
 int main(int argc, char **argv) try {
@@ -217,6 +238,7 @@ int main(int argc, char **argv) try {
   }
   engine::Workers workers(2);
   scheduled(context, workers);
+  compressed(context, workers);
   std::printf("kvmgr-check: %d rounds, %d failures\n", rounds, context.failures);
   return context.failures == 0 ? 0 : 1;
 } catch (const std::exception &error) {
