@@ -33,7 +33,7 @@ using kvmgr::check;
 struct Options {
   std::string model, text, recall, out;
   std::vector<std::string> specs;
-  size_t windows = 8, prompts = 24, window = 768;
+  size_t windows = 4, prompts = 16, window = 768;
 };
 
 const char *kSpecs[] = {
