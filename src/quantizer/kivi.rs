@@ -44,7 +44,12 @@ pub(super) static ENTRY: Entry = Entry {
         },
     ],
     aliases: &[("kivi2", "kivi(bits=2)"), ("kivi4", "kivi(bits=4)")],
-    examples: &["kivi(bits=2)", "kivi(bits=4)", "kivi(bits=2, group=128)", "kivi(bits=4, group=64)"],
+    examples: &[
+        "kivi(bits=2)",
+        "kivi(bits=4)",
+        "kivi(bits=2, group=128)",
+        "kivi(bits=4, group=64)",
+    ],
     create,
 };
 
@@ -171,7 +176,8 @@ impl Keys {
         assert!(rows.end <= tokens, "{}: rows {rows:?} of {tokens}", self.spec);
         let (group, full, rows) = (self.group, self.group_bytes(self.group, dim), rows.clone());
         let stride = dim * self.bits / 8;
-        let groups = if rows.is_empty() { 0..0 } else { rows.start / group..rows.end.div_ceil(group) };
+        let groups =
+            if rows.is_empty() { 0..0 } else { rows.start / group..rows.end.div_ceil(group) };
         groups.map(move |i| {
             let first = rows.start.max(i * group);
             let last = rows.end.min((i + 1) * group);
@@ -291,7 +297,10 @@ impl Quantizer for Keys {
                     for ((scores, group_scores), query) in pairs.zip(queries.chunks(dim)) {
                         let bias = self.kernels.dot_f32(query, m);
                         let scores = &mut scores[part.wanted.clone()];
-                        scores.iter_mut().zip(group_scores).for_each(|(to, from)| *to = from + bias);
+                        scores
+                            .iter_mut()
+                            .zip(group_scores)
+                            .for_each(|(to, from)| *to = from + bias);
                     }
                 }
             }

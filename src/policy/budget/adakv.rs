@@ -49,9 +49,8 @@ impl Budget for AdaKv {
             if safe < ranks.len() {
                 ranks.select_nth_unstable_by(safe, |a, b| b.cmp(a));
                 let rest = ranks[safe..].iter();
-                contenders.extend(
-                    rest.map(|rank| (rank.score(), std::cmp::Reverse((h, rank.index())))),
-                );
+                contenders
+                    .extend(rest.map(|rank| (rank.score(), std::cmp::Reverse((h, rank.index())))));
             }
             budgets.push(safe);
         }

@@ -121,8 +121,7 @@ impl SnapKv {
         let (mut mean, mut pooled) = (vec![0.0f32; old], vec![0.0f32; old]);
         for (g, queries) in head.queries.chunks_exact(head.num_queries * dim).enumerate() {
             let queries = &queries[(head.num_queries - window) * dim..];
-            let rows =
-                probabilities.compute(head.keys, queries, dim, |t| up_to(window - 1 - t));
+            let rows = probabilities.compute(head.keys, queries, dim, |t| up_to(window - 1 - t));
             mean.fill(0.0);
             for row in rows.chunks_exact(len) {
                 mean.iter_mut().zip(row).for_each(|(sum, p)| *sum += p);

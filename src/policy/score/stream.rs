@@ -37,9 +37,7 @@ pub(super) static ENTRY: Entry = Entry {
         "stream | keep(0.5)",
         "stream | keep_tokens(256) | quant(k=kivi2)",
     ],
-    create: |args| {
-        Ok(Box::new(Stream { sink: args.count("sink"), recent: args.count("recent") }))
-    },
+    create: |args| Ok(Box::new(Stream { sink: args.count("sink"), recent: args.count("recent") })),
 };
 
 #[derive(Debug)]
