@@ -1,5 +1,7 @@
 //! Attention against its reference: random shapes, formats, lanes, options and workers.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 mod common;
 
 use common::{Engine, Random, Step, config, relative_error};

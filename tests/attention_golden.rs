@@ -1,5 +1,7 @@
 //! Attention against vectors that other programs made; `tests/golden/README.md` names them.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 mod common;
 
 use std::sync::Arc;

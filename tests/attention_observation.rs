@@ -1,5 +1,7 @@
 //! What attention hands to policies, against probabilities of the reference.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 mod common;
 
 use std::sync::Arc;

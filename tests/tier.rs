@@ -1,5 +1,7 @@
 //! Prefixes that leave the cache, come back from a store, and give the same answers.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 mod common;
 
 use std::sync::Arc;
