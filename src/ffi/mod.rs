@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "the C ABI receives raw pointers")]
 #![expect(clippy::missing_safety_doc, reason = "the contract is stated in the words of C")]
 #![expect(non_camel_case_types, reason = "C names")]
+#![expect(rustdoc::broken_intra_doc_links, reason = "brackets are shapes in the C documentation")]
 
 pub mod attention;
 pub mod cache;
