@@ -61,7 +61,7 @@ fn random_batches_agree_with_the_reference() {
     let specs = [
         "full",
         "quant(q8_0)",
-        "quant(k=had+q4_0, v=q4_0)",
+        "quant(k=had+q4_0, v=had+q8_0)",
         "quant(k=kivi2, v=kivi4)",
         "quant(k=bf16, v=f32)",
     ];
