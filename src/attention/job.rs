@@ -144,7 +144,7 @@ impl<'a> Job<'a> {
     }
 
     /// The rows of the lane that the task attends to.
-    fn part(&self) -> Range<usize> {
+    pub(super) fn part(&self) -> Range<usize> {
         let Task { part, num_parts, .. } = self.task;
         part * self.lane.len / num_parts..(part + 1) * self.lane.len / num_parts
     }
