@@ -159,7 +159,8 @@ pub unsafe extern "C" fn kvmgr_attention_append(
 /// @param output [planned tokens, num_q_heads, head_dim]
 /// @param lse [planned tokens, num_q_heads]: receives the log-sum-exp of the logits; may be NULL
 /// @param options may be NULL
-/// @param worker which part of the work to do, below num_workers
+/// @param worker which part of the work to do, below num_workers. The caller waits for all parts
+///        before it runs another layer; after a run that lacks parts it plans again.
 /// @param num_workers parts; 0 (with worker 0) lets the library's own threads do all of them
 #[must_use]
 #[unsafe(no_mangle)]
