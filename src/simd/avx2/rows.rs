@@ -111,7 +111,11 @@ unsafe fn dot_part<F: Format, const R: usize, const Q: usize>(
 ) {
     // SAFETY: by contract.
     unsafe {
-        let x: [_; R] = std::array::from_fn(|r| open[r].part(part));
+        // Not from_fn: its closure has no target features, so intrinsics in it become calls.
+        let mut x = [_mm256_setzero_ps(); R];
+        for (x, open) in x.iter_mut().zip(open) {
+            *x = open.part(part);
+        }
         for q in 0..Q {
             let query = _mm256_loadu_ps(query.add(q * dim + part * 8));
             for r in 0..R {
@@ -131,8 +135,14 @@ unsafe fn open_rows<F: Format, const R: usize>(
     starts: &[*const u8; R],
     block: usize,
 ) -> [F; R] {
-    // SAFETY: by contract.
-    std::array::from_fn(|r| unsafe { F::open(rows, starts[r], block) })
+    // SAFETY: by contract. A loop for the reason given in `dot_part`.
+    unsafe {
+        let mut open = [F::open(rows, starts[0], block); R];
+        for (open, start) in open.iter_mut().zip(starts).skip(1) {
+            *open = F::open(rows, *start, block);
+        }
+        open
+    }
 }
 
 /// Adds up the lanes of each vector, four vectors at a time.
@@ -253,7 +263,11 @@ unsafe fn axpy_part<F: Format, const R: usize, const Q: usize>(
 ) {
     // SAFETY: by contract.
     unsafe {
-        let x: [_; R] = std::array::from_fn(|r| open[r].part(part));
+        // Not from_fn: its closure has no target features, so intrinsics in it become calls.
+        let mut x = [_mm256_setzero_ps(); R];
+        for (x, open) in x.iter_mut().zip(open) {
+            *x = open.part(part);
+        }
         for q in 0..Q {
             let output = output.add(q * dim + part * 8);
             let mut sum = _mm256_loadu_ps(output);
