@@ -11,7 +11,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 SONAME  := libkvmgr.so.$(basename $(VERSION))
 OUT     ?= $(TARGET)/cpp-examples
 
-.PHONY: demo lib examples test install bench clean
+.PHONY: demo lib examples test test-install install bench clean
 
 demo: examples
 	$(OUT)/kvmgr-compare tests/data/tiny.gguf --text tests/data/heldout.txt \
@@ -26,13 +26,25 @@ examples: lib
 	$(MAKE) --no-print-directory -C cpp-examples KVMGR_LIB=$(abspath $(TARGET))/release \
 	  KVMGR_INCLUDE=$(abspath include) OUT=$(abspath $(OUT))
 
-test: examples
+test: examples test-install
 	rustfmt --edition 2024 --check $$(git ls-files '*.rs')
 	$(CARGO) clippy --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings $(CARGO) doc --no-deps --quiet
 	KVMGR_EXAMPLES=$(abspath $(OUT)) KVMGR_SHIP=$(abspath $(TARGET))/release $(CARGO) test
 	KVMGR_CPU=scalar $(CARGO) test --quiet --test attention --test quantizer_golden
 	$(CARGO) bench --quiet -- --test
+
+# What an engine does with an installation: the shared and the static library, by plain flags.
+test-install: STAGE := $(abspath $(OUT))/stage
+test-install: lib
+	rm -rf $(STAGE)
+	$(MAKE) --no-print-directory install DESTDIR=$(STAGE) PREFIX=/usr
+	gcc -std=c99 cpp-examples/01-hello.c -I$(STAGE)/usr/include -L$(STAGE)/usr/lib -lkvmgr \
+	  -Wl,-rpath,$(STAGE)/usr/lib -o $(STAGE)/hello-shared
+	$(STAGE)/hello-shared
+	gcc -std=c99 cpp-examples/01-hello.c -I$(STAGE)/usr/include $(STAGE)/usr/lib/libkvmgr.a \
+	  $$(sed -n 's/^Libs.private: //p' $(STAGE)/usr/lib/pkgconfig/kvmgr.pc) -o $(STAGE)/hello-static
+	$(STAGE)/hello-static
 
 bench:
 	$(CARGO) bench

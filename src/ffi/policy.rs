@@ -274,6 +274,8 @@ impl<'a> Input<'a> {
             // SAFETY: the caller promises it.
             unsafe { convert::slice(raw.positions, tokens, "positions") }?.to_vec()
         };
+        let first = positions[0];
+        ensure!(first >= 0, InvalidArgument, "positions[0] is {first}, must not be negative");
         Ok(Self {
             event,
             heads,
