@@ -1,7 +1,5 @@
 //! Element types of tensors that cross the library's border.
 
-use crate::error::{Result, bail};
-
 /// The element type of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -29,15 +27,5 @@ impl DType {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
         }
-    }
-
-    /// The type with this name.
-    pub fn from_name(name: &str) -> Result<Self> {
-        Ok(match name {
-            "f32" => Self::F32,
-            "f16" => Self::F16,
-            "bf16" => Self::Bf16,
-            _ => bail!(InvalidArgument, "unknown dtype {name:?}; known: f32, f16, bf16"),
-        })
     }
 }

@@ -391,6 +391,8 @@ struct Layers<'a> {
 
 #[derive(Default)]
 struct HeadBuffers {
+    /// The lane that `positions` belongs to.
+    lane: Option<usize>,
     positions: Vec<i32>,
     keys: Vec<f32>,
     values: Vec<f32>,
@@ -410,7 +412,9 @@ impl<'a> Layers<'a> {
         let shape = self.sequence.cache().config().shape;
         for (head, buffers) in self.heads.iter_mut().enumerate() {
             let (lane, _) = self.sequence.locate(layer, head);
-            self.sequence.positions(lane, &mut buffers.positions);
+            if buffers.lane.replace(lane) != Some(lane) {
+                self.sequence.positions(lane, &mut buffers.positions);
+            }
             if self.needs.contains(Needs::KEYS) {
                 self.sequence.decode(layer, head, Side::Key, &mut buffers.keys);
             }

@@ -209,7 +209,8 @@ impl Param {
     }
 }
 
-/// Declares the modules of a family and the static list of their `ENTRY` items.
+/// Declares the modules of a family and the static list of their `ENTRY` items, and makes the type
+/// of those a [`Member`] through its fields `name` and `params`.
 ///
 /// ```ignore
 /// registry! {
@@ -222,6 +223,16 @@ macro_rules! registry {
         $(mod $module;)*
         $(#[$doc])*
         $vis static $all: &[&$entry] = &[$(&$module::ENTRY),*];
+
+        impl $crate::registry::Member for $entry {
+            fn name(&self) -> &'static str {
+                self.name
+            }
+
+            fn params(&self) -> &'static [$crate::registry::Param] {
+                self.params
+            }
+        }
     };
 }
 

@@ -46,6 +46,16 @@ fn check(
     }
 }
 
+/// Attends in every layer with random queries for the `n` planned tokens.
+fn run_layers(engine: &Engine, n: usize, options: &Options<'_>, random: &mut Random) -> Vec<Step> {
+    let shape = engine.shape();
+    let run = |layer| {
+        let query = random.normals(n * shape.num_q_heads * shape.head_dim);
+        engine.run(layer, query, options)
+    };
+    (0..shape.num_layers).map(run).collect()
+}
+
 fn shape(random: &mut Random) -> ModelShape {
     let num_kv_heads = random.within(1, 3);
     ModelShape {
@@ -111,12 +121,7 @@ fn options_agree_with_the_reference() {
                 sinks: random.chance(50).then_some(&sinks),
                 alibi_slopes: random.chance(50).then_some(&slopes),
             };
-            let steps: Vec<_> = (0..shape.num_layers)
-                .map(|layer| {
-                    let query = random.normals(n * shape.num_q_heads * shape.head_dim);
-                    engine.run(layer, query, &options)
-                })
-                .collect();
+            let steps = run_layers(&engine, n, &options, &mut random);
             check(&engine, &[&mut session], &[n], &steps, &options, 1e-4);
             session.commit(n, None).unwrap();
         }
@@ -402,12 +407,7 @@ fn long_contexts_in_parts_agree_with_the_reference() {
                 alibi_slopes: random.chance(50).then_some(&slopes),
                 ..Options::default()
             };
-            let steps: Vec<_> = (0..shape.num_layers)
-                .map(|layer| {
-                    let query = random.normals(n * shape.num_q_heads * shape.head_dim);
-                    engine.run(layer, query, &options)
-                })
-                .collect();
+            let steps = run_layers(&engine, n, &options, &mut random);
             check(&engine, &[&mut session], &[n], &steps, &options, 1e-4);
             session.commit(n, None).unwrap();
         }

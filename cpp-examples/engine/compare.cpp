@@ -20,6 +20,7 @@
 #include <string>
 #include <thread>
 
+#include "arguments.hpp"
 #include "math.hpp"
 #include "report.hpp"
 #include "scheduler.hpp"
@@ -300,21 +301,17 @@ void progress(size_t done, size_t total, const std::string &next) {
 
 Options parse(int argc, char **argv) {
   Options options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string arg = argv[i];
-    const auto value = [&]() -> std::string {
-      if (i + 1 >= argc) throw std::runtime_error(arg + " needs a value");
-      return argv[++i];
-    };
-    if (arg == "--text") options.text = value();
-    else if (arg == "--recall") options.recall = value();
-    else if (arg == "--out") options.out = value();
-    else if (arg == "--spec") options.specs.push_back(value());
-    else if (arg == "--windows") options.windows = std::stoul(value());
-    else if (arg == "--prompts") options.prompts = std::stoul(value());
-    else if (arg == "--window") options.window = std::stoul(value());
-    else if (arg[0] != '-' && options.model.empty()) options.model = arg;
-    else throw std::runtime_error("unknown argument " + arg);
+  engine::Arguments arguments(argc, argv);
+  while (arguments.next()) {
+    const std::string arg = arguments.current();
+    if (arg == "--text") options.text = arguments.value();
+    else if (arg == "--recall") options.recall = arguments.value();
+    else if (arg == "--out") options.out = arguments.value();
+    else if (arg == "--spec") options.specs.push_back(arguments.value());
+    else if (arg == "--windows") options.windows = std::stoul(arguments.value());
+    else if (arg == "--prompts") options.prompts = std::stoul(arguments.value());
+    else if (arg == "--window") options.window = std::stoul(arguments.value());
+    else arguments.positional(options.model);
   }
   if (options.model.empty() || options.text.empty() || options.recall.empty() || options.out.empty())
     throw std::runtime_error(

@@ -6,6 +6,7 @@
 #include <string>
 #include <thread>
 
+#include "arguments.hpp"
 #include "scheduler.hpp"
 
 namespace {
@@ -19,19 +20,15 @@ struct Options {
 
 Options parse(int argc, char **argv) {
   Options options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string arg = argv[i];
-    const auto value = [&]() -> std::string {
-      if (i + 1 >= argc) throw std::runtime_error(arg + " needs a value");
-      return argv[++i];
-    };
-    if (arg == "--prompt") options.prompt = value();
-    else if (arg == "--spec") options.spec = value();
-    else if (arg == "--n") options.n = std::stoul(value());
-    else if (arg == "--temperature") options.temperature = std::stof(value());
-    else if (arg == "--seed") options.seed = std::stoull(value());
-    else if (arg[0] != '-' && options.model.empty()) options.model = arg;
-    else throw std::runtime_error("unknown argument " + arg);
+  engine::Arguments arguments(argc, argv);
+  while (arguments.next()) {
+    const std::string arg = arguments.current();
+    if (arg == "--prompt") options.prompt = arguments.value();
+    else if (arg == "--spec") options.spec = arguments.value();
+    else if (arg == "--n") options.n = std::stoul(arguments.value());
+    else if (arg == "--temperature") options.temperature = std::stof(arguments.value());
+    else if (arg == "--seed") options.seed = std::stoull(arguments.value());
+    else arguments.positional(options.model);
   }
   if (options.model.empty() || options.prompt.empty())
     throw std::runtime_error(

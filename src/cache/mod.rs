@@ -238,7 +238,7 @@ impl Cache {
             let views: Vec<_> = blocks.iter().map(|id| state.views[id.0 as usize]).collect();
             drop(state);
             if let Some(offload) = self.offload.lock().clone() {
-                let bytes: Vec<_> = views.iter().map(|view| view.read(0..view.len())).collect();
+                let bytes: Vec<_> = views.iter().map(BlockView::bytes).collect();
                 offload.offload(&digest, &bytes);
             }
             self.state.lock().finish_eviction(&blocks);

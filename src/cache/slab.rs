@@ -151,7 +151,7 @@ mod tests {
             views.push(view);
         }
         for (i, view) in views.iter().enumerate() {
-            assert!(view.read(0..view.len()).iter().all(|byte| *byte == i as u8));
+            assert!(view.bytes().iter().all(|byte| *byte == i as u8));
         }
         let used: usize = views.iter().map(BlockView::len).sum();
         assert_eq!(slab.used_bytes(), used);

@@ -64,6 +64,11 @@ impl BlockView {
         unsafe { std::slice::from_raw_parts(self.address.as_ptr().add(range.start), range.len()) }
     }
 
+    /// Every byte of the block.
+    pub fn bytes(&self) -> &[u8] {
+        self.read(0..self.len())
+    }
+
     /// Bytes of an open block to write.
     #[expect(clippy::mut_from_ref, reason = "a view is a pointer; see the module comment")]
     pub fn write(&self, range: Range<usize>) -> &mut [u8] {

@@ -4,7 +4,7 @@
 use std::fmt::Debug;
 
 use crate::error::Result;
-use crate::registry::{Args, Member, Param, registry};
+use crate::registry::{Args, Param, registry};
 use crate::spec;
 
 registry! {
@@ -43,16 +43,6 @@ pub struct Entry {
     pub params: &'static [Param],
     /// Makes an evictor over the slots `0..capacity`.
     pub create: fn(&Args, usize) -> Box<dyn Evictor>,
-}
-
-impl Member for Entry {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn params(&self) -> &'static [Param] {
-        self.params
-    }
 }
 
 /// Makes the evictor that `text` names over the slots `0..capacity`.

@@ -28,7 +28,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Result, ensure};
-use crate::registry::{Args, Member, Param, find, registry, resolve};
+use crate::registry::{Args, Param, find, registry, resolve};
 use crate::simd::{self, Kernels};
 use crate::spec::{self, Stage};
 
@@ -128,16 +128,6 @@ pub struct Entry {
     pub examples: &'static [&'static str],
     /// Makes the quantizer for one side, running on one level of kernels.
     pub create: fn(&Args, Side, &'static Kernels) -> Result<Arc<dyn Quantizer>>,
-}
-
-impl Member for Entry {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn params(&self) -> &'static [Param] {
-        self.params
-    }
 }
 
 /// Makes the quantizer that `text` names, for one side: `q8_0`, `kivi(bits=2)`, `had+q4_0`.

@@ -28,7 +28,7 @@ struct Source {
 impl Sequence {
     /// Keeps the rows of lane `index` that `keep` names, given as indices into the lane. Fails
     /// without a change if new blocks are needed and none is free.
-    pub(super) fn compact_lane(&mut self, index: usize, keep: &KeepSet) -> Result<()> {
+    pub fn compact(&mut self, index: usize, keep: &KeepSet) -> Result<()> {
         self.ensure_present()?;
         ensure!(
             self.reserved == 0,
@@ -62,10 +62,10 @@ impl Sequence {
             self.leave_prefix();
         }
         let old = std::mem::replace(&mut self.lanes[index], lane);
-        let kept: std::collections::HashSet<_> =
-            self.lanes[index].spans.iter().map(|span| span.block.id).collect();
-        let gone = old.spans.iter().map(|span| span.block.id).filter(|id| !kept.contains(id));
-        let gone: Vec<_> = gone.collect();
+        // Spans keep their order, so one walk over both lists finds the blocks that are gone.
+        let mut kept = self.lanes[index].spans.iter().map(|span| span.block.id).peekable();
+        let ids = old.spans.iter().map(|span| span.block.id);
+        let gone: Vec<_> = ids.filter(|id| kept.next_if_eq(id).is_none()).collect();
         self.cache.release(gone.into_iter(), std::iter::empty());
 
         let shape = self.cache.config().shape;

@@ -21,10 +21,9 @@ pub use observation::{HeadObservation, Observation};
 
 use crate::block::prefix::Digest;
 use crate::block::{BlockId, EntryId};
-use crate::cache::{Block, BlockView, Cache, OPEN};
+use crate::cache::{Block, Cache, OPEN};
 use crate::error::{Result, ensure};
 use crate::quantizer::Side;
-use crate::shape::KeepSet;
 
 /// How a sequence treats what it holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -204,7 +203,7 @@ impl Sequence {
             "num_tokens is {n}, only {} are reserved",
             self.reserved
         );
-        if !self.cache.formats().is_empty() {
+        if self.has_memory() {
             let heads = self.cache.config().shape.num_kv_heads;
             for layer in 0..self.cache.config().shape.num_layers {
                 let rows = self.shared.written(layer) / heads;
@@ -367,8 +366,7 @@ impl Sequence {
             if target.view.is_empty() {
                 self.copies.push((source.id, target.id));
             } else {
-                let bytes = 0..source.view.len();
-                target.view.write(bytes.clone()).copy_from_slice(source.view.read(bytes));
+                target.view.write(0..target.view.len()).copy_from_slice(source.view.bytes());
             }
             released.push(source.id);
         }
@@ -409,8 +407,7 @@ impl Sequence {
         let shape = &self.cache.config().shape;
         for layer in 0..shape.num_layers {
             for head in 0..shape.num_kv_heads {
-                let (lane, _) = self.cache.config().lane_width.locate(shape, layer, head);
-                let len = self.lanes[lane].len();
+                let len = self.lanes[self.locate(layer, head).0].len();
                 observation.head(layer, head).lock().column_sums.truncate(len);
             }
         }
@@ -486,18 +483,8 @@ impl Sequence {
         }
     }
 
-    /// Keeps the rows of `lane` that `keep` names. See the `compact` module.
-    pub fn compact(&mut self, lane: usize, keep: &KeepSet) -> Result<()> {
-        self.compact_lane(lane, keep)
-    }
-
-    /// The view of a sequence's block without memory is never read; this tells them apart.
+    /// Whether the blocks have memory; those of a pool are numbers for the engine's own.
     pub fn has_memory(&self) -> bool {
         !self.cache.formats().is_empty()
     }
-}
-
-/// The bytes of a block, for swapping.
-fn bytes_of(view: &BlockView) -> &[u8] {
-    view.read(0..view.len())
 }

@@ -1,6 +1,6 @@
 //! Preemption: the bytes of a sequence leave the cache and come back later.
 
-use super::{Sequence, bytes_of};
+use super::Sequence;
 use crate::cache::{Block, BlockView};
 use crate::error::{Result, ensure};
 
@@ -17,7 +17,7 @@ impl Sequence {
             self.reserved
         );
         for (i, span) in self.lanes.iter().flat_map(|lane| &lane.spans).enumerate() {
-            put(i, bytes_of(&span.block.view))?;
+            put(i, span.block.view.bytes())?;
         }
         let blocks: Vec<_> = self.blocks().collect();
         let entries = std::mem::take(&mut self.entries);

@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::registry::{Args, Member, Param, registry};
+use crate::registry::{Args, Param, registry};
 use crate::spec;
 
 registry! {
@@ -59,16 +59,6 @@ pub struct Entry {
     pub params: &'static [Param],
     /// Opens or makes the store.
     pub create: fn(&Args) -> Result<Arc<dyn Store>>,
-}
-
-impl Member for Entry {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn params(&self) -> &'static [Param] {
-        self.params
-    }
 }
 
 /// Opens the store that `text` names, such as `host(capacity=64mi)`.

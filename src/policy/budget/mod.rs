@@ -4,7 +4,7 @@ use std::fmt::Debug;
 
 use super::HeadScores;
 use crate::error::Result;
-use crate::registry::{Args, Member, Param, registry};
+use crate::registry::{Args, Param, registry};
 use crate::shape::LaneWidth;
 
 registry! {
@@ -38,14 +38,4 @@ pub struct Entry {
     pub examples: &'static [&'static str],
     /// Makes the budget.
     pub create: fn(&Args) -> Result<Box<dyn Budget>>,
-}
-
-impl Member for Entry {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn params(&self) -> &'static [Param] {
-        self.params
-    }
 }

@@ -6,7 +6,7 @@ use std::fmt::Debug;
 
 use super::{Allowance, Event, HeadScores, LayerInput};
 use crate::error::Result;
-use crate::registry::{Args, Member, Param, registry};
+use crate::registry::{Args, Param, registry};
 use crate::shape::{KeepSet, LaneWidth, Needs};
 
 pub use probability::WindowProbabilities;
@@ -76,14 +76,4 @@ pub struct Entry {
     pub examples: &'static [&'static str],
     /// Makes the score.
     pub create: fn(&Args) -> Result<Box<dyn Score>>,
-}
-
-impl Member for Entry {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn params(&self) -> &'static [Param] {
-        self.params
-    }
 }

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::math::load;
 use crate::simd::rows::BLOCK;
 use crate::simd::sanitize;
 use crate::simd::scalar::{Q4_0_LIMIT, Q8_0_LIMIT, reciprocal};
@@ -146,13 +147,6 @@ fn round_half_away(x: __m256) -> __m256i {
     let sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0));
     let half = _mm256_or_ps(_mm256_set1_ps(0.5f32.next_down()), sign);
     _mm256_cvttps_epi32(_mm256_add_ps(x, half))
-}
-
-#[inline]
-#[target_feature(enable = "avx")]
-fn load(values: &[f32; 8]) -> __m256 {
-    // SAFETY: eight values.
-    unsafe { _mm256_loadu_ps(values.as_ptr()) }
 }
 
 #[inline]

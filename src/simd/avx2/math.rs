@@ -159,7 +159,7 @@ fn sum_lanes(x: __m256) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx")]
-fn load(values: &[f32; 8]) -> __m256 {
+pub(super) fn load(values: &[f32; 8]) -> __m256 {
     // SAFETY: eight values.
     unsafe { _mm256_loadu_ps(values.as_ptr()) }
 }
