@@ -78,7 +78,7 @@ fn compression_saves_bytes_and_keeps_recall() {
     run(Command::new(folder.join("kvmgr-compare"))
         .arg(data("tiny.gguf"))
         .args(["--text", &data("heldout.txt"), "--recall", &data("recall.txt")])
-        .args(["--windows", "2", "--window", "512", "--prompts", "8"])
+        .args(["--windows", "2", "--window", "512", "--scored", "256", "--prompts", "8"])
         .args(["--spec", "full", "--spec", ada, "--spec", stream])
         .arg("--out")
         .arg(out.path()));
