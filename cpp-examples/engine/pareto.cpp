@@ -1,9 +1,9 @@
-// kvmgr-pareto MODEL --text FILE --recall FILE --out DIR [--list] [task options]
+// kvmgr-pareto MODEL --text FILE --recall FILE --out DIR [--list] [--only TEXT] [task options]
 //
 // Quality against KV bytes for every policy, every quantizer and combinations of both
 // (evaluation.hpp says what is measured). Writes pareto.md, pareto.csv and pareto.svg and prints
 // the Pareto fronts: the specs that no other spec beats in both bytes and quality.
-// --list prints the specs and stops.
+// --list prints the specs and stops; --only leaves those that contain TEXT.
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -22,7 +22,7 @@ namespace {
 using engine::Row;
 
 struct Options {
-  std::string model, out;
+  std::string model, out, only;
   bool list = false;
   engine::Task task;
 };
@@ -51,7 +51,7 @@ std::string fill(std::string text, const std::string &share) {
   return text.replace(text.find('%'), 1, share);
 }
 
-std::vector<Spec> specs() {
+std::vector<Spec> specs(const std::string &only) {
   std::vector<Spec> all{{"full", "full"}};
   for (const std::string quantizer : kQuantizers)
     all.push_back({"quantizers", "quant(" + quantizer + ")"});
@@ -63,6 +63,12 @@ std::vector<Spec> specs() {
       for (const char *share : {"0.75", "0.5", "0.35", "0.25", "0.1"})
         all.push_back({line, fill(line, share)});
     }
+  // The full cache, which the others are compared with, stays.
+  all.erase(std::remove_if(all.begin() + 1, all.end(),
+                           [&](const Spec &spec) {
+                             return spec.text.find(only) == std::string::npos;
+                           }),
+            all.end());
   return all;
 }
 
@@ -163,12 +169,13 @@ Options parse(int argc, char **argv) {
   while (arguments.next()) {
     const std::string arg = arguments.current();
     if (arg == "--out") options.out = arguments.value();
+    else if (arg == "--only") options.only = arguments.value();
     else if (arg == "--list") options.list = true;
     else if (!options.task.take(arguments)) arguments.positional(options.model);
   }
   if (!options.list &&
       (options.model.empty() || options.out.empty() || !options.task.complete()))
-    throw std::runtime_error(std::string("usage: kvmgr-pareto MODEL --out DIR [--list] ") +
+    throw std::runtime_error(std::string("usage: kvmgr-pareto MODEL --out DIR [--list] [--only TEXT] ") +
                              engine::Task::usage);
   return options;
 }
@@ -177,7 +184,7 @@ Options parse(int argc, char **argv) {
 
 int main(int argc, char **argv) try {
   const Options options = parse(argc, argv);
-  const std::vector<Spec> all = specs();
+  const std::vector<Spec> all = specs(options.only);
   if (options.list) {
     for (const Spec &spec : all) std::printf("%s\n", spec.text.c_str());
     return 0;
