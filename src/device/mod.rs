@@ -1,4 +1,5 @@
 //! Devices and the views of their memory. The only layer that turns addresses into slices.
 
+pub mod cuda;
 pub mod host;
 pub mod tensor;
