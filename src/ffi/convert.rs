@@ -11,6 +11,8 @@ use crate::device::tensor::{Tensor, TensorMut};
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
 use crate::quantizer::Side;
+use crate::simd::Format;
+use crate::slots::Dense;
 
 /// `len` elements at `data`; NULL is fine when `len` is 0.
 ///
@@ -224,6 +226,31 @@ pub(super) unsafe fn tensor_mut<'a>(
     let (data, dtype, shape, strides) = unsafe { tensor_parts(tensor, name, ndim) }?;
     // SAFETY: the caller promises it.
     Ok(unsafe { TensorMut::from_raw(data, dtype, shape, strides) })
+}
+
+/// Rows in the engine's memory, for attention without a copy.
+///
+/// # Safety
+/// As for [`tensor`]; what lies between the rows may be read as well.
+pub(super) unsafe fn dense<'a>(tensor: *const kvmgr_tensor, name: &str) -> Result<Dense<'a>> {
+    // SAFETY: the caller promises it.
+    let (data, dtype, shape, strides) = unsafe { tensor_parts(tensor, name, 3) }?;
+    let [num_rows, num_heads, dim] = shape;
+    ensure!(
+        strides.iter().all(|stride| *stride >= 0) && !shape.contains(&0),
+        InvalidArgument,
+        "{name} has the shape {shape:?} and the strides {strides:?}, none may be empty or negative"
+    );
+    let format = match dtype {
+        DType::F32 => Format::F32,
+        DType::F16 => Format::F16,
+        DType::Bf16 => Format::Bf16,
+    };
+    let [row_stride, head_stride] = strides.map(|stride| stride as usize * dtype.size());
+    let end = (num_rows - 1) * row_stride + (num_heads - 1) * head_stride + dim * dtype.size();
+    // SAFETY: the caller promises it.
+    let bytes = unsafe { slice(data.cast_const(), end, name) }?;
+    Ok(Dense { bytes, format, num_rows, num_heads, dim, row_stride, head_stride })
 }
 
 unsafe fn tensor_parts(tensor: *const kvmgr_tensor, name: &str, ndim: u32) -> Result<Parts> {

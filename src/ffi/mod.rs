@@ -18,6 +18,7 @@ pub mod policy;
 pub mod pool;
 pub mod quantizer;
 pub mod sequence;
+pub mod slots;
 pub mod store;
 pub mod types;
 pub mod version;
