@@ -5,6 +5,7 @@ with LLAMA_BUILD PLUGIN MODEL TEXT.
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,15 @@ import time
 import urllib.request
 
 BUILD, PLUGIN, MODEL, TEXT = (os.path.abspath(path) for path in sys.argv[1:5])
-PORT = 18089
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+PORT = free_port()
 
 
 def run(program, *args, spec=None, plugin=True, timeout=200, expect=0, **extra):
