@@ -150,12 +150,16 @@ impl Needs {
     /// The rotation parameters of the model.
     pub const ROPE: Self = Self(1 << 4);
 
-    const NAMES: [(Self, &'static str); 5] = [
+    /// Mean and covariance of the queries of each head before RoPE.
+    pub const QUERY_STATISTICS: Self = Self(1 << 5);
+
+    const NAMES: [(Self, &'static str); 6] = [
         (Self::KEYS, "KEYS"),
         (Self::VALUES, "VALUES"),
         (Self::QUERY_WINDOW, "QUERY_WINDOW"),
         (Self::COLUMN_SUM, "COLUMN_SUM"),
         (Self::ROPE, "ROPE"),
+        (Self::QUERY_STATISTICS, "QUERY_STATISTICS"),
     ];
 
     /// Both sets together.

@@ -76,6 +76,9 @@ struct Prompt {
     values: Vec<Vec<f32>>,
     queries: Vec<Vec<f32>>,
     column_sums: Vec<Vec<f32>>,
+    query_mean: Vec<Vec<f32>>,
+    query_covariance: Vec<Vec<f32>>,
+    rope: Rope,
 }
 
 impl Prompt {
@@ -89,6 +92,9 @@ impl Prompt {
             values: each("v"),
             queries: each("q"),
             column_sums: each("column_sums"),
+            query_mean: each("query_mean"),
+            query_covariance: each("query_covariance"),
+            rope: Rope::new(RopeStyle::Half, DIM, 1e4),
         }
     }
 }
@@ -107,6 +113,10 @@ impl LayerSource for Prompt {
             "keys" => &self.keys[layer][h * LEN * width..][..LEN * width],
             "values" => &self.values[layer][h * LEN * width..][..LEN * width],
             "queries" => &self.queries[layer][h * GROUP * LEN * width..][..GROUP * LEN * width],
+            "query_mean" => &self.query_mean[layer][h * GROUP * width..][..GROUP * width],
+            "query_covariance" => {
+                &self.query_covariance[layer][h * GROUP * width..][..GROUP * width]
+            }
             _ => &self.column_sums[layer][h * LEN..][..LEN],
         };
         let head = |h: usize| HeadInput {
@@ -116,6 +126,8 @@ impl LayerSource for Prompt {
             queries: rows("queries", h, DIM),
             num_queries: LEN,
             column_sums: rows("column_sums", h, 1),
+            query_mean: rows("query_mean", h, DIM),
+            query_covariance: rows("query_covariance", h, DIM * DIM),
         };
         f(&LayerInput {
             layer,
@@ -124,7 +136,7 @@ impl LayerSource for Prompt {
             head_dim: DIM,
             sequence_len: LEN,
             heads: (0..HEADS).map(head).collect(),
-            rope: None,
+            rope: Some(&self.rope),
         })
     }
 }
@@ -155,7 +167,6 @@ enum Claim {
 /// The press without `@RATIO`, and the claim.
 const CLAIMS: &[(&str, Claim)] = {
     use Claim::{Open, Same, SameTokens};
-    const QUERY_STATISTICS: &str = "mean and covariance of queries before RoPE";
     const CHUNKS: &str = "scores and allowances by chunks of tokens";
     const OUTPUT: &str = "the output projection";
     const HIDDEN: &str = "hidden states and weights from a file";
@@ -180,13 +191,13 @@ const CLAIMS: &[(&str, Claim)] = {
         ("finch", Same("finch(w=48) | keep(KEEP) | pos(cache_relative)")),
         // Every layer is lazy at threshold 0: sinks and a recent window of n_recent - n_last.
         ("simlayerkv", SameTokens("stream(sink=4, recent=127)")),
-        ("expected_attention", Open(QUERY_STATISTICS)),
-        ("expected_attention_nocov", Open(QUERY_STATISTICS)),
-        ("expected_attention_eps1e-2", Open(QUERY_STATISTICS)),
-        ("adakv_expected_attention_e2", Open(QUERY_STATISTICS)),
-        ("critical_expected_attention", Open(QUERY_STATISTICS)),
-        ("cap", Open(QUERY_STATISTICS)),
-        ("lukv", Open(QUERY_STATISTICS)),
+        ("expected_attention", Same("expected | keep(KEEP)")),
+        ("expected_attention_nocov", Same("expected(cov=0) | keep(KEEP)")),
+        ("expected_attention_eps1e-2", Same("expected(eps=1e-2) | keep(KEEP)")),
+        ("adakv_expected_attention_e2", Same("expected(eps=1e-2) | adakv(0.2) | keep(KEEP)")),
+        ("critical_expected_attention", Open(OUTPUT)),
+        ("cap", Open("leverage of values under a mean query")),
+        ("lukv", Open(TABLE)),
         ("critical_snapkv", Open(OUTPUT)),
         ("critical_adakv_snapkv", Open(OUTPUT)),
         ("leverage", Open("keys before RoPE and the sketch of the reference")),

@@ -9,6 +9,7 @@ use super::state::States;
 use crate::cache::{Cache, OPEN};
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::quantizer::{Cell, Quantizer, Side};
+use crate::sequence::{FIRST_STATISTIC, QueryStatistics};
 use crate::shape::Needs;
 use crate::simd::{self, Rows};
 
@@ -267,8 +268,30 @@ impl Call<'_> {
                 head.push_query(observation.window(), job.position(i), observed);
             }
         }
+        if needs.contains(Needs::QUERY_STATISTICS) {
+            self.add_statistics(job, query, &mut scratch.observed);
+        }
         if needs.contains(Needs::COLUMN_SUM) {
             self.add_column_sums(job, scratch);
+        }
+    }
+
+    /// Adds the queries of the task, turned back to position 0, to the statistics of their heads.
+    fn add_statistics(&self, job: &Job<'_>, query: &Tensor<'_>, rows: &mut Vec<f32>) {
+        let Some(observation) = &job.sequence.observation else { return };
+        let mut head = observation.head(self.layer, job.task.kv_head).lock();
+        head.statistics.resize_with(job.group, QueryStatistics::default);
+        let first = (0..job.task.num_queries).find(|i| job.position(*i) >= FIRST_STATISTIC);
+        let Some(first) = first else { return };
+        for (g, statistics) in head.statistics.iter_mut().enumerate() {
+            rows.resize((job.task.num_queries - first) * job.dim, 0.0);
+            for (i, row) in (first..).zip(rows.chunks_exact_mut(job.dim)) {
+                query.read(job.token(i * job.group), job.q_head(g), row);
+                if let Some(rope) = &self.cache.config().rope {
+                    rope.rotate(row, -job.position(i));
+                }
+            }
+            statistics.add(rows, job.dim);
         }
     }
 

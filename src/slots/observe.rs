@@ -271,7 +271,7 @@ impl LayerSource for Decoded<'_> {
             values: &head.values,
             queries: &head.queries,
             num_queries: head.num_queries,
-            column_sums: &[],
+            ..HeadInput::default()
         });
         f(&LayerInput {
             layer: self.config.layer,

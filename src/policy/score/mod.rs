@@ -14,7 +14,7 @@ pub use probability::WindowProbabilities;
 registry! {
     /// Every score, in the order of the documentation.
     pub static SCORES: Entry = {
-        full, stream, snapkv, h2o, tova, keydiff, knorm, lagkv, cur, observed, finch, random,
+        full, stream, snapkv, h2o, tova, keydiff, expected, knorm, lagkv, cur, observed, finch, random,
     }
 }
 
