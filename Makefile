@@ -1,4 +1,5 @@
 # make demo     builds everything and compares cache specs with the tiny model
+# make pareto   quality against KV bytes of every policy and combinations (half an hour)
 # make test     every check of the project
 # make test-plugin  the ggml plugin inside llama.cpp, where that is built
 # make install  PREFIX=/usr/local DESTDIR=
@@ -12,11 +13,15 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 SONAME  := libkvmgr.so.$(basename $(VERSION))
 OUT     ?= $(TARGET)/cpp-examples
 
-.PHONY: demo lib examples test test-install test-plugin install bench clean
+.PHONY: demo pareto lib examples test test-install test-plugin install bench clean
 
 demo: examples
 	$(OUT)/kvmgr-compare tests/data/tiny.gguf --text tests/data/heldout.txt \
 	  --recall tests/data/recall.txt --out $(OUT)/report
+
+pareto: examples
+	$(OUT)/kvmgr-pareto tests/data/tiny.gguf --text tests/data/heldout.txt \
+	  --recall tests/data/recall.txt --out $(OUT)/pareto
 
 # The crate types are named alone: with `lib` among them cargo switches LTO off.
 lib:

@@ -33,7 +33,7 @@ def run(program, *args, spec=None, plugin=True, timeout=200, **extra):
 
 def perplexity(**options):
     """The perplexity of 6 chunks; the program loses its last lines now and then, hence 8 and retries."""
-    args = ["-m", MODEL, "-f", TEXT, "-c", "256", "-b", "256", "-ub", "64", "-t", "2", "--chunks", "8",
+    args = ["-m", MODEL, "-f", TEXT, "-c", "256", "-b", "256", "-ub", "64", "-t", "1", "--chunks", "8",
             "-fa", "on"]
     for _ in range(6):
         output = run("llama-perplexity", *args, **options)
@@ -64,7 +64,7 @@ def test_operations():
 
 
 def test_refusals():
-    args = ["-m", MODEL, "-p", "a", "-n", "2", "-no-cnv", "-t", "2"]
+    args = ["-m", MODEL, "-p", "a", "-n", "2", "-no-cnv", "-t", "1"]
     for options, word in (
         ({"spec": "h2o | keep(0.5)"}, "COLUMN_SUM"),
         ({"spec": "nonsense"}, "nonsense"),
@@ -89,7 +89,7 @@ def server_answers(plugin, spec=None):
         env["GGML_BACKEND_PATH"] = PLUGIN
     if spec:
         env["KVMGR_SPEC"] = spec
-    command = [os.path.join(BUILD, "bin", "llama-server"), "-m", MODEL, "-c", "1024", "-np", "4", "-t", "2",
+    command = [os.path.join(BUILD, "bin", "llama-server"), "-m", MODEL, "-c", "1024", "-np", "4", "-t", "1",
                "-fa", "on", "--port", str(PORT), "--no-webui"]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
@@ -106,6 +106,7 @@ def server_answers(plugin, spec=None):
                 body = {"prompt": text[:150] + text[400 * i:400 * i + 60], "n_predict": 12,
                         "temperature": 0, "cache_prompt": True}
                 answers.append(post("/completion", body)["content"])
+            assert all(answers), answers
             return answers
         finally:
             server.terminate()
