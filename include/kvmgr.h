@@ -99,6 +99,11 @@
 #define KVMGR_NEEDS_ROPE 16
 
 /**
+ * The policy reads mean and covariance of the queries before rotation.
+ */
+#define KVMGR_NEEDS_QUERY_STATISTICS 32
+
+/**
  * Flag: full blocks are kept after their sequence ends and shared by prefix.
  */
 #define KVMGR_POOL_PREFIX 1
@@ -282,6 +287,11 @@ typedef uint32_t kvmgr_side;
 typedef uint32_t kvmgr_event;
 
 /**
+ * Which elements of a head RoPE pairs.
+ */
+typedef uint32_t kvmgr_rope_style;
+
+/**
  * What a policy is told about one layer. Set struct_size to its sizeof. Lists that the policy
  * does not need (kvmgr_policy_needs) may be NULL.
  */
@@ -342,6 +352,34 @@ typedef struct {
    * [T] original positions, ascending; NULL means 0 to T - 1.
    */
   const int32_t *positions;
+  /**
+   * [num_q_heads, head_dim]: mean of the queries before rotation, without the first 4 tokens.
+   */
+  const float *query_mean;
+  /**
+   * [num_q_heads, head_dim, head_dim]: their population covariance.
+   */
+  const float *query_covariance;
+  /**
+   * rope_dims / 2 frequencies in radians for each position, or NULL for powers of rope_base.
+   */
+  const float *rope_inv_freq;
+  /**
+   * How the model rotates queries and keys; needed with KVMGR_NEEDS_ROPE.
+   */
+  kvmgr_rope_style rope_style;
+  /**
+   * Rotated elements of a head, even, at most head_dim; 0 means head_dim.
+   */
+  uint32_t rope_dims;
+  /**
+   * Base of the frequencies; 0 means 10000.
+   */
+  float rope_base;
+  /**
+   * Must be 0.
+   */
+  uint32_t reserved;
 } kvmgr_policy_input;
 
 /**
@@ -425,11 +463,6 @@ typedef uint32_t kvmgr_lane_width;
  * The element type of a tensor.
  */
 typedef uint32_t kvmgr_dtype;
-
-/**
- * Which elements of a head RoPE pairs.
- */
-typedef uint32_t kvmgr_rope_style;
 
 /**
  * Settings of a cache. Set struct_size to its sizeof; every other zero means the default.

@@ -95,7 +95,8 @@ pub struct kvmgr_policy_input {
     pub query_covariance: *const f32,
     /// rope_dims / 2 frequencies in radians for each position, or NULL for powers of rope_base.
     pub rope_inv_freq: *const f32,
-    /// How the model rotates queries and keys; needed with KVMGR_NEEDS_ROPE.
+    /// How the model rotates queries and keys; needed with
+    /// KVMGR_NEEDS_QUERY_STATISTICS.
     pub rope_style: kvmgr_rope_style,
     /// Rotated elements of a head, even, at most head_dim; 0 means head_dim.
     pub rope_dims: u32,
