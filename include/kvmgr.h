@@ -365,7 +365,8 @@ typedef struct {
    */
   const float *rope_inv_freq;
   /**
-   * How the model rotates queries and keys; needed with KVMGR_NEEDS_ROPE.
+   * How the model rotates queries and keys; needed with
+   * KVMGR_NEEDS_QUERY_STATISTICS.
    */
   kvmgr_rope_style rope_style;
   /**
