@@ -3,33 +3,10 @@
 Usage: test.py LLAMA_BUILD PLUGIN MODEL TEXT
 """
 
-import contextlib
-import json
-import os
 import re
-import subprocess
-import sys
 import time
-import urllib.request
 
-BUILD, PLUGIN, MODEL, TEXT = sys.argv[1:5]
-PORT = 18089
-
-
-def run(program, *args, spec=None, plugin=True, timeout=200, expect=0, **extra):
-    """The output of a program of llama.cpp, with or without the plugin; expect=None: any end."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("KVMGR_")}
-    if plugin:
-        env["GGML_BACKEND_PATH"] = PLUGIN
-    if spec:
-        env["KVMGR_SPEC"] = spec
-    env.update(extra)
-    command = [os.path.join(BUILD, "bin", program), *args]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          timeout=timeout, check=False)
-    output = done.stdout.decode(errors="replace")
-    assert expect is None or done.returncode == expect, f"{command} with {spec}: exit {done.returncode}\n{output[-2000:]}"
-    return output
+from llama import MODEL, TEXT, post, run, server, text
 
 
 def perplexity(**options):
@@ -85,41 +62,6 @@ def test_states():
         output = run("test-save-load-state", *args, spec=spec, expect=None)
         assert output.count("PASS") == parts, f"{spec}: {output[-3000:]}"
         assert "start with -fa on" in output, output[-3000:]
-
-
-def post(path, body):
-    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.load(answer)
-
-
-@contextlib.contextmanager
-def server(plugin, spec, *args):
-    """A running llama-server."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("KVMGR_")}
-    if plugin:
-        env["GGML_BACKEND_PATH"] = PLUGIN
-    if spec:
-        env["KVMGR_SPEC"] = spec
-    command = [os.path.join(BUILD, "bin", "llama-server"), "-m", MODEL, "-t", "1", "-fa", "on", "--port",
-               str(PORT), "--no-webui", *args]
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(200):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5)
-                    break
-                except OSError:
-                    time.sleep(0.2)
-            yield
-        finally:
-            process.terminate()
-
-
-def text():
-    with open(TEXT, encoding="utf-8") as file:
-        return file.read()
 
 
 def server_answers(plugin, spec=None):
