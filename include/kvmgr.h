@@ -214,6 +214,11 @@ typedef uint32_t kvmgr_log_level;
 typedef void (*kvmgr_log_fn)(void *user_data, kvmgr_log_level level, const char *message);
 
 /**
+ * Where memory is, in DLPack's numbering; 0 means CPU too.
+ */
+typedef uint32_t kvmgr_device_type;
+
+/**
  * The engine's own store. Set struct_size to sizeof(kvmgr_store_ops).
  *
  * The functions may be called from several threads at once. They must not call the library back,
@@ -635,11 +640,6 @@ typedef struct {
    */
   uint64_t num_sequences;
 } kvmgr_cache_stats;
-
-/**
- * Where memory is, in DLPack's numbering; 0 means CPU too.
- */
-typedef uint32_t kvmgr_device_type;
 
 /**
  * A strided view of the caller's memory. The library never keeps it beyond the call.
@@ -1103,6 +1103,15 @@ KVMGR_NODISCARD
 kvmgr_status kvmgr_set_log(void *user_data,
                            kvmgr_log_level max_level,
                            kvmgr_log_fn log);
+
+/**
+ * How many devices of a type this machine offers: 1 for KVMGR_DEVICE_CPU, for KVMGR_DEVICE_CUDA
+ * what the driver counts. When the answer is 0, kvmgr_last_error_message says why: no driver
+ * library, no visible device, a driver that is too old. Neither the build nor the library needs
+ * CUDA; the driver is looked for at each call, so this is not for a hot path. Any thread; the
+ * caller's current CUDA context stays as it is.
+ */
+uint32_t kvmgr_device_count(kvmgr_device_type device_type);
 
 /**
  * Kinds of stores that kvmgr_store_create knows.
