@@ -39,6 +39,8 @@ const char *kPolicies[] = {
     "observed | keep(%)",
     "keydiff | keep(%)",
     "knorm | keep(%)",
+    "expected | keep(%)",
+    "expected | adakv(0.2) | keep(%)",
     "lagkv | keep(%)",
     "cur | keep(%)",
     "random(seed=1) | keep(%)",
