@@ -13,9 +13,9 @@
 
 use super::{Entry, Score};
 use crate::error::{Result, bail, ensure};
-use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
+use crate::policy::{HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
-use crate::shape::{LaneWidth, Needs, Rope, RopeStyle};
+use crate::shape::{Needs, Rope, RopeStyle};
 use crate::simd;
 
 pub(super) static ENTRY: Entry = Entry {
@@ -79,14 +79,6 @@ impl Score for Expected {
     fn needs(&self) -> Needs {
         let values = if self.has_value_norm { Needs::VALUES } else { Needs::NONE };
         Needs::KEYS.union(Needs::QUERY_STATISTICS).union(Needs::ROPE).union(values)
-    }
-
-    fn lane_width(&self) -> LaneWidth {
-        LaneWidth::Head
-    }
-
-    fn events(&self, _allowance: Allowance) -> &'static [Event] {
-        &[Event::PrefillEnd]
     }
 
     fn keeps_whole(&self) -> usize {
