@@ -29,6 +29,19 @@ pub(super) unsafe fn slice<'a, T>(data: *const T, len: usize, name: &str) -> Res
     Ok(unsafe { std::slice::from_raw_parts(data, len) })
 }
 
+/// `len` elements at `data`, or none if it is NULL.
+///
+/// # Safety
+/// As for [`slice`].
+pub(super) unsafe fn optional_slice<'a, T>(
+    data: *const T,
+    len: usize,
+    name: &str,
+) -> Result<Option<&'a [T]>> {
+    // SAFETY: the caller promises it.
+    (!data.is_null()).then(|| unsafe { slice(data, len, name) }).transpose()
+}
+
 /// `len` elements at `data` to write; NULL is fine when `len` is 0.
 ///
 /// # Safety

@@ -289,12 +289,9 @@ impl<'a> Input<'a> {
             unsafe { convert::slice(data, len, name) }
         };
         let rows = heads * tokens;
-        let positions = if raw.positions.is_null() {
-            (0..tokens as i32).collect()
-        } else {
-            // SAFETY: the caller promises it.
-            unsafe { convert::slice(raw.positions, tokens, "positions") }?.to_vec()
-        };
+        // SAFETY: the caller promises it.
+        let positions = unsafe { convert::optional_slice(raw.positions, tokens, "positions") }?;
+        let positions = positions.map_or_else(|| (0..tokens as i32).collect(), <[i32]>::to_vec);
         let first = positions[0];
         ensure!(first >= 0, InvalidArgument, "positions[0] is {first}, must not be negative");
         Ok(Self {
