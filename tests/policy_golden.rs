@@ -254,6 +254,7 @@ fn check_press(golden: &Golden, press: &str, spec: &str, has_scores: bool) {
 /// size of a score where signs cancel.
 fn check_scores(found: &HeadScores, expected: &[f32], press: &str) {
     let open = || (0..LEN).filter(|i| !found.protected[*i]);
+    assert!(open().count() > 0, "{press}: everything is protected");
     let mean = open().map(|i| expected[i].abs()).sum::<f32>() / open().count() as f32;
     let has_signs = open().any(|i| expected[i] < 0.0) && open().any(|i| expected[i] > 0.0);
     for i in open() {
@@ -266,6 +267,30 @@ fn check_scores(found: &HeadScores, expected: &[f32], press: &str) {
             found.scores[i],
             expected[i]
         );
+    }
+}
+
+#[test]
+fn exactly_the_window_of_snapkv_is_protected() {
+    let golden = Golden::open();
+    let specs = [
+        ("snapkv | keep(0.5)", 64),
+        ("snapkv(64, 5) | adakv(0.2) | keep(0.5)", 64),
+        ("snapkv(w=32, kernel=7) | keep_tokens(256)", 32),
+    ];
+    for (spec, window) in specs {
+        let pipeline = Pipeline::parse(spec).expect(spec);
+        let mut prompt = Prompt::new(&golden);
+        for layer in 0..prompt.num_layers() {
+            let mut check = |input: &LayerInput<'_>| {
+                for found in pipeline.score(Event::PrefillEnd, input)? {
+                    let is_right = |(i, p): (usize, &bool)| *p == (i + window >= LEN);
+                    assert!(found.protected.iter().enumerate().all(is_right), "{spec}");
+                }
+                Ok(())
+            };
+            prompt.visit(layer, &mut check).expect(spec);
+        }
     }
 }
 
