@@ -27,6 +27,15 @@ pub(super) trait Format: Copy {
     unsafe fn element(self, column: usize) -> f32;
 }
 
+/// A format whose rows are plain numbers, one after the other, in rows of any length.
+pub(super) trait Raw: Format {
+    /// Elements `8 * i..8 * i + 8` of a row.
+    ///
+    /// # Safety
+    /// As for `open`; the elements lie inside the row.
+    unsafe fn vector(row: *const u8, i: usize) -> __m256;
+}
+
 /// A raw block is just where it starts.
 macro_rules! raw {
     ($name:ident, $bytes:literal, $load:expr, $element:expr) => {
@@ -51,6 +60,14 @@ macro_rules! raw {
                 let at = self.0.wrapping_add(column * $bytes).cast::<[u8; $bytes]>();
                 // SAFETY: the column lies inside the row, and bytes need no alignment.
                 $element(unsafe { at.read() })
+            }
+        }
+
+        impl Raw for $name {
+            #[inline(always)]
+            unsafe fn vector(row: *const u8, i: usize) -> __m256 {
+                // SAFETY: by contract; loads are unaligned.
+                unsafe { $load(row.add(i * 8 * $bytes)) }
             }
         }
     };

@@ -151,7 +151,7 @@ pub(super) fn largest_lane(x: __m256) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn sum_lanes(x: __m256) -> f32 {
+pub(super) fn sum_lanes(x: __m256) -> f32 {
     let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
     let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))

@@ -4,12 +4,16 @@
 
 mod encode;
 mod format;
+mod integer;
 mod math;
+mod raw;
 mod rows;
+mod whole;
 
 use super::Kernels;
 use super::rows::RowKernels;
-use format::{Affine2, Affine4, Bf16, Codes2, Codes4, F16, F32, Format, Q4_0, Q8_0};
+use format::{Raw, Affine2, Affine4, Bf16, Codes2, Codes4, F16, F32, Q4_0, Q8_0};
+use whole::Whole;
 
 pub(super) static KERNELS: Kernels = Kernels {
     name: "avx2",
@@ -19,15 +23,15 @@ pub(super) static KERNELS: Kernels = Kernels {
             && is_x86_feature_detected!("f16c")
     },
     rows: [
-        row_kernels::<F32>(),
-        row_kernels::<F16>(),
-        row_kernels::<Bf16>(),
-        row_kernels::<Q8_0>(),
-        row_kernels::<Q4_0>(),
-        row_kernels::<Affine4>(),
-        row_kernels::<Affine2>(),
-        row_kernels::<Codes4>(),
-        row_kernels::<Codes2>(),
+        raw_kernels::<F32>(),
+        raw_kernels::<F16>(),
+        raw_kernels::<Bf16>(),
+        whole_kernels::<Q8_0>(),
+        whole_kernels::<Q4_0>(),
+        whole_kernels::<Affine4>(),
+        whole_kernels::<Affine2>(),
+        whole_kernels::<Codes4>(),
+        whole_kernels::<Codes2>(),
     ],
     // SAFETY: a `Kernels` is handed out only after `is_available` said yes, and its methods have
     // checked the lengths.
@@ -52,12 +56,23 @@ pub(super) static KERNELS: Kernels = Kernels {
     hadamard: |values, size| unsafe { math::hadamard(values, size) },
 };
 
-const fn row_kernels<F: Format>() -> RowKernels {
+const fn raw_kernels<F: Raw>() -> RowKernels {
     RowKernels {
         // SAFETY: as for `KERNELS`; `Rows::check` has proved that every row lies in the bytes.
-        dot: |rows, queries, scores| unsafe { rows::dot::<F>(rows, queries, scores) },
+        dot: |rows, queries, scores| unsafe { raw::dot::<F>(rows, queries, scores) },
         // SAFETY: as above.
-        axpy: |rows, weights, outputs| unsafe { rows::axpy::<F>(rows, weights, outputs) },
+        axpy: |rows, weights, outputs| unsafe { raw::axpy::<F>(rows, weights, outputs) },
+        // SAFETY: as above.
+        decode: |rows, out| unsafe { rows::decode::<F>(rows, out) },
+    }
+}
+
+const fn whole_kernels<F: Whole>() -> RowKernels {
+    RowKernels {
+        // SAFETY: as for `raw_kernels`.
+        dot: |rows, queries, scores| unsafe { integer::dot::<F>(rows, queries, scores) },
+        // SAFETY: as above.
+        axpy: |rows, weights, outputs| unsafe { integer::axpy::<F>(rows, weights, outputs) },
         // SAFETY: as above.
         decode: |rows, out| unsafe { rows::decode::<F>(rows, out) },
     }

@@ -1,0 +1,198 @@
+//! Loops over rows of plain numbers. Four queries or outputs at a time: with two rows, or two vectors
+//! of a row, that is as many sums as hide the latency of a multiply-add and stay in registers.
+
+#![expect(clippy::needless_range_loop, reason = "indices into two register arrays at once")]
+
+use std::arch::x86_64::*;
+
+use super::format::Raw;
+use crate::simd::rows::Rows;
+
+/// Queries or outputs of a batch.
+const BATCH: usize = 4;
+
+/// Rows that are added up in registers before an output is touched.
+const TILE: usize = 32;
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn dot<F: Raw>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]) {
+    if rows.count == 0 {
+        return;
+    }
+    let batches = queries.chunks(BATCH * rows.dim).zip(scores.chunks_mut(BATCH * rows.count));
+    for (queries, scores) in batches {
+        match queries.len() / rows.dim {
+            1 => dot_batch::<F, 4, 1>(rows, queries, scores),
+            2 => dot_batch::<F, 4, 2>(rows, queries, scores),
+            3 => dot_batch::<F, 2, 3>(rows, queries, scores),
+            _ => dot_batch::<F, 2, 4>(rows, queries, scores),
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot_batch<F: Raw, const R: usize, const Q: usize>(
+    rows: &Rows<'_>,
+    queries: &[f32],
+    scores: &mut [f32],
+) {
+    let whole = rows.count / R * R;
+    for t in (0..whole).step_by(R) {
+        dot_rows::<F, R, Q>(rows, t, queries, scores);
+    }
+    for t in whole..rows.count {
+        dot_rows::<F, 1, Q>(rows, t, queries, scores);
+    }
+}
+
+/// Scores of `R` rows from row `t` on for `Q` queries.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot_rows<F: Raw, const R: usize, const Q: usize>(
+    rows: &Rows<'_>,
+    t: usize,
+    queries: &[f32],
+    scores: &mut [f32],
+) {
+    let (dim, count) = (rows.dim, rows.count);
+    let mut sums = [[_mm256_setzero_ps(); Q]; R];
+    // SAFETY: `Rows::check` proved that rows `t..t + R` lie in the bytes; queries are `[Q, dim]` and
+    // scores `[Q, count]`; vectors stop at the last complete one of the row.
+    unsafe {
+        let start = rows.bytes.as_ptr().add(t * rows.stride);
+        let query = queries.as_ptr();
+        for i in 0..dim / 8 {
+            let mut x = [_mm256_setzero_ps(); R];
+            for r in 0..R {
+                x[r] = F::vector(start.add(r * rows.stride), i);
+            }
+            for q in 0..Q {
+                let y = _mm256_loadu_ps(query.add(q * dim + 8 * i));
+                for r in 0..R {
+                    sums[r][q] = _mm256_fmadd_ps(x[r], y, sums[r][q]);
+                }
+            }
+        }
+        for r in 0..R {
+            let mut totals = [0.0; BATCH];
+            _mm_storeu_ps(totals.as_mut_ptr(), add_lanes(&sums[r]));
+            let row = F::open(rows, start.add(r * rows.stride), 0);
+            for q in 0..Q {
+                for column in dim / 8 * 8..dim {
+                    totals[q] += row.element(column) * queries[q * dim + column];
+                }
+                *scores.as_mut_ptr().add(q * count + t + r) = totals[q];
+            }
+        }
+    }
+}
+
+/// The sum of the lanes of each of up to four vectors.
+///
+/// # Safety
+/// The CPU has AVX.
+#[inline(always)]
+unsafe fn add_lanes<const Q: usize>(sums: &[__m256; Q]) -> __m128 {
+    // SAFETY: by contract.
+    unsafe {
+        let mut all = [_mm256_setzero_ps(); BATCH];
+        all[..Q].copy_from_slice(sums);
+        let [a, b, c, d] = all;
+        let pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs))
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn axpy<F: Raw>(rows: &Rows<'_>, weights: &[f32], outputs: &mut [f32]) {
+    if rows.count == 0 {
+        return;
+    }
+    let batches = weights.chunks(BATCH * rows.count).zip(outputs.chunks_mut(BATCH * rows.dim));
+    for (weights, outputs) in batches {
+        match outputs.len() / rows.dim {
+            1 => axpy_batch::<F, 1>(rows, weights, outputs),
+            2 => axpy_batch::<F, 2>(rows, weights, outputs),
+            3 => axpy_batch::<F, 3>(rows, weights, outputs),
+            _ => axpy_batch::<F, 4>(rows, weights, outputs),
+        }
+    }
+}
+
+/// Adds rows to `Q` outputs.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn axpy_batch<F: Raw, const Q: usize>(rows: &Rows<'_>, weights: &[f32], outputs: &mut [f32]) {
+    let (dim, count) = (rows.dim, rows.count);
+    // The weights of a row side by side, so that one address reaches all of them.
+    let mut turned = [[0.0; Q]; TILE];
+    for first in (0..count).step_by(TILE) {
+        let turned = &mut turned[..TILE.min(count - first)];
+        for (t, turned) in turned.iter_mut().enumerate() {
+            for q in 0..Q {
+                turned[q] = weights[q * count + first + t];
+            }
+        }
+        // SAFETY: `Rows::check` proved that these rows lie in the bytes; outputs are `[Q, dim]`;
+        // vectors stop at the last complete one of the row.
+        unsafe {
+            let start = rows.bytes.as_ptr().add(first * rows.stride);
+            let outputs = outputs.as_mut_ptr();
+            let vectors = dim / 8;
+            for i in (0..vectors / 2 * 2).step_by(2) {
+                add_vectors::<F, Q, 2>(rows, start, turned, i, outputs);
+            }
+            if vectors % 2 == 1 {
+                add_vectors::<F, Q, 1>(rows, start, turned, vectors - 1, outputs);
+            }
+            for column in vectors * 8..dim {
+                for (t, weights) in turned.iter().enumerate() {
+                    let x = F::open(rows, start.add(t * rows.stride), 0).element(column);
+                    for q in 0..Q {
+                        *outputs.add(q * dim + column) += weights[q] * x;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds `P` vectors of each row from the `i`-th on, times the weights of the row, to `Q` outputs.
+///
+/// # Safety
+/// The CPU has AVX2, FMA and F16C; `start` is the first of as many rows as there are weights; the
+/// vectors lie inside the rows and the outputs.
+#[inline(always)]
+unsafe fn add_vectors<F: Raw, const Q: usize, const P: usize>(
+    rows: &Rows<'_>,
+    start: *const u8,
+    weights: &[[f32; Q]],
+    i: usize,
+    outputs: *mut f32,
+) {
+    // SAFETY: by contract.
+    unsafe {
+        let mut sums = [[_mm256_setzero_ps(); P]; Q];
+        let mut row = start;
+        for weights in weights {
+            let mut x = [_mm256_setzero_ps(); P];
+            for p in 0..P {
+                x[p] = F::vector(row, i + p);
+            }
+            for q in 0..Q {
+                let weight = _mm256_broadcast_ss(&weights[q]);
+                for p in 0..P {
+                    sums[q][p] = _mm256_fmadd_ps(x[p], weight, sums[q][p]);
+                }
+            }
+            row = row.wrapping_add(rows.stride);
+        }
+        for q in 0..Q {
+            for p in 0..P {
+                let output = outputs.add(q * rows.dim + (i + p) * 8);
+                _mm256_storeu_ps(output, _mm256_add_ps(_mm256_loadu_ps(output), sums[q][p]));
+            }
+        }
+    }
+}
