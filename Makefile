@@ -1,5 +1,7 @@
 # make demo     builds everything and compares cache specs with the tiny model
+# make pareto   quality against KV bytes of every policy and combinations (half an hour)
 # make test     every check of the project
+# make test-plugin  the ggml plugin inside llama.cpp, where that is built
 # make install  PREFIX=/usr/local DESTDIR=
 # make bench    every benchmark
 
@@ -11,11 +13,15 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 SONAME  := libkvmgr.so.$(basename $(VERSION))
 OUT     ?= $(TARGET)/cpp-examples
 
-.PHONY: demo lib examples test test-install install bench clean
+.PHONY: demo pareto lib examples test test-install test-plugin install bench clean
 
 demo: examples
 	$(OUT)/kvmgr-compare tests/data/tiny.gguf --text tests/data/heldout.txt \
 	  --recall tests/data/recall.txt --out $(OUT)/report
+
+pareto: examples
+	$(OUT)/kvmgr-pareto tests/data/tiny.gguf --text tests/data/heldout.txt \
+	  --recall tests/data/recall.txt --out $(OUT)/pareto
 
 # The crate types are named alone: with `lib` among them cargo switches LTO off.
 lib:
@@ -45,6 +51,20 @@ test-install: lib
 	gcc -std=c99 cpp-examples/01-hello.c -I$(STAGE)/usr/include $(STAGE)/usr/lib/libkvmgr.a \
 	  $$(sed -n 's/^Libs.private: //p' $(STAGE)/usr/lib/pkgconfig/kvmgr.pc) -o $(STAGE)/hello-static
 	$(STAGE)/hello-static
+
+# The plugin inside the unmodified binaries of llama.cpp; build them with
+# cpp-examples/ggml-kvmgr/build-llama.sh first.
+LLAMA ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvmgr-llama
+test-plugin: lib
+	@if [ ! -x $(LLAMA)/build/bin/llama-server ]; then \
+	  echo "SKIP test-plugin: no llama.cpp in $(LLAMA)"; \
+	else \
+	  $(MAKE) --no-print-directory -C cpp-examples/ggml-kvmgr LLAMA=$(LLAMA) \
+	    KVMGR_LIB=$(abspath $(TARGET))/release KVMGR_INCLUDE=$(abspath include) \
+	    OUT=$(abspath $(OUT))/ggml-kvmgr && \
+	  python3 cpp-examples/ggml-kvmgr/test.py $(LLAMA)/build \
+	    $(abspath $(OUT))/ggml-kvmgr/libggml-kvmgr.so tests/data/tiny.gguf tests/data/heldout.txt; \
+	fi
 
 bench:
 	$(CARGO) bench

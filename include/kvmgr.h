@@ -1,12 +1,13 @@
 /*
  * kvmgr.h: the KV cache of an LLM inference engine.
  *
- * Five handles are useful alone and compose in a sixth:
+ * Six handles are useful alone, five of them compose in a seventh:
  *   kvmgr_pool       block bookkeeping without memory: block tables, forks, prefix sharing
  *   kvmgr_policy     which tokens stay: scores and keep sets from what the engine observed
  *   kvmgr_quantizer  encode, decode, dot and axpy of rows of keys or values
  *   kvmgr_store      a place for sealed blocks: host memory or the engine's own
  *   kvmgr_attention  plan and run attention over block tables and quantized blocks
+ *   kvmgr_slots      the KV memory of a layer for an engine that addresses it by slot, under a mask
  *   kvmgr_cache      all of it as one, configured by one line of text, the spec:
  *                    snapkv(w=64) | adakv(0.2) | keep(0.25) | quant(k=had+q4_0, v=q4_0)
  *
@@ -22,7 +23,7 @@
  * outputs are NULL, other outputs are untouched, and objects are as they were.
  *
  * Ownership: shared handles (pool, cache, policy, quantizer, store) are made with one reference
- * and end with the last release. Exclusive handles (sequence, attention) end with destroy.
+ * and end with the last release. Exclusive handles (sequence, attention, slots) end with destroy.
  * Children keep their parents alive. The library copies what it is given; it never frees or keeps
  * the caller's memory beyond a call, except the user_data of callbacks. A stale or foreign handle
  * is answered with KVMGR_INVALID_HANDLE.
@@ -108,6 +109,33 @@
 #define KVMGR_CACHE_PREFIX 1
 
 /**
+ * Flag: the prefill phase of the policy also runs before each further piece of a prompt, instead
+ * of only when the prompt has ended.
+ */
+#define KVMGR_SLOTS_PIECES 1
+
+/**
+ * Flag of a write: other values for the tokens that are there, such as keys rotated to other
+ * positions. Slots that are absent or evicted stay so.
+ */
+#define KVMGR_SLOTS_SAME_TOKENS 1
+
+/**
+ * The slot was never written.
+ */
+#define KVMGR_SLOT_ABSENT 0
+
+/**
+ * The slot holds a token.
+ */
+#define KVMGR_SLOT_LIVE 1
+
+/**
+ * The token of the slot was evicted and the slot was not written since.
+ */
+#define KVMGR_SLOT_EVICTED 2
+
+/**
  * Plans and runs attention. kvmgr_attention_plan wants the handle alone; append and run may be
  * called by many workers at once. A thread that breaks this gets KVMGR_BUSY.
  */
@@ -143,6 +171,17 @@ typedef struct kvmgr_quantizer kvmgr_quantizer;
  * failing call leaves the sequence as it was, unless it says otherwise.
  */
 typedef struct kvmgr_sequence kvmgr_sequence;
+
+/**
+ * The keys and values of one layer, addressed by slot. For engines that give every cached token a
+ * number, reuse numbers, and hand over a mask instead of sequences. Exclusive, except that
+ * kvmgr_slots_read and kvmgr_slots_attend may be called by many workers at once. A thread that
+ * breaks this gets KVMGR_BUSY.
+ *
+ * The life of a step: write keys and values, observe, attend. A slot holds at most one token for
+ * each KV head: absent, live, or evicted by the policy and remembered as such until it is written.
+ */
+typedef struct kvmgr_slots kvmgr_slots;
 
 /**
  * A place for sealed blocks: host memory, or whatever the engine implements. Shared: retain and
@@ -689,6 +728,119 @@ typedef struct {
 } kvmgr_attention_options;
 
 /**
+ * Settings of the slots of a layer. Set struct_size to its sizeof; zeros mean the default.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_slots_config).
+   */
+  size_t struct_size;
+  /**
+   * Index of the layer; policies may treat layers differently.
+   */
+  uint32_t layer;
+  /**
+   * Layers of the model; 0 means layer + 1.
+   */
+  uint32_t num_layers;
+  /**
+   * Query heads, a multiple of num_kv_heads.
+   */
+  uint32_t num_q_heads;
+  /**
+   * Key/value heads, 1 to 4096.
+   */
+  uint32_t num_kv_heads;
+  /**
+   * Elements of a key, 1 to 1024.
+   */
+  uint32_t key_dim;
+  /**
+   * Elements of a value; 0 means key_dim.
+   */
+  uint32_t value_dim;
+  /**
+   * Slots of a stream, at least 1. Addresses are reserved, memory is taken as slots are written.
+   */
+  uint32_t num_slots;
+  /**
+   * Groups of slots that never see each other; 0 means 1. Slot s of stream i is number
+   * i * num_slots + s.
+   */
+  uint32_t num_streams;
+  /**
+   * Rows of a block, at most 64; 0 means 64.
+   */
+  uint32_t block_size;
+  /**
+   * KVMGR_SLOTS_PIECES or 0.
+   */
+  uint32_t flags;
+  /**
+   * The pipeline; NULL means "full". Copied. Stages may need keys, values and the last queries;
+   * column sums and rotations are refused.
+   */
+  const char *spec;
+} kvmgr_slots_config;
+
+/**
+ * What a layer does to its logits under a mask. Set struct_size to its sizeof; zeros, or NULL
+ * instead of the struct, mean plain softmax(q . k / sqrt(key_dim) + mask).
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_mask_options).
+   */
+  size_t struct_size;
+  /**
+   * Factor of q . k; 0 means 1 / sqrt(key_dim).
+   */
+  float scale;
+  /**
+   * Logits become softcap * tanh(logit / softcap); 0 means off.
+   */
+  float softcap;
+  /**
+   * num_q_heads learned logits, an extra term of the denominator; or NULL.
+   */
+  const float *sinks;
+  /**
+   * num_q_heads factors of the mask; or NULL for 1.
+   */
+  const float *mask_slopes;
+} kvmgr_mask_options;
+
+/**
+ * What the slots of a layer hold and have done. Set struct_size before the call.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_slots_stats).
+   */
+  size_t struct_size;
+  /**
+   * Bytes of blocks in use.
+   */
+  uint64_t bytes_used;
+  /**
+   * Largest bytes_used since creation.
+   */
+  uint64_t bytes_peak;
+  /**
+   * Live (slot, KV head) pairs.
+   */
+  uint64_t rows_live;
+  /**
+   * (slot, KV head) pairs evicted since creation.
+   */
+  uint64_t rows_evicted;
+  /**
+   * (slot, side) pairs written since creation.
+   */
+  uint64_t rows_written;
+} kvmgr_slots_stats;
+
+/**
  * Success.
  */
 #define KVMGR_OK 0
@@ -732,6 +884,11 @@ typedef struct {
  * This build, device or pipeline cannot do what was asked.
  */
 #define KVMGR_UNSUPPORTED -20
+
+/**
+ * No device of the wanted type is usable on this machine; the message says why.
+ */
+#define KVMGR_NO_DEVICE -21
 
 /**
  * A device reported an error.
@@ -1488,6 +1645,151 @@ kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
                                  const kvmgr_attention_options *options,
                                  uint32_t worker,
                                  uint32_t num_workers);
+
+/**
+ * Checks a spec before shapes are known: a stage that slots cannot serve is refused by name.
+ */
+KVMGR_NODISCARD kvmgr_status kvmgr_slots_check_spec(const char *spec);
+
+/**
+ * Makes the empty slots of a layer.
+ *
+ * @param config settings; the shape is required
+ * @param out_slots receives an exclusive handle; NULL on failure
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_slots_create(const kvmgr_slots_config *config,
+                                kvmgr_slots **out_slots);
+
+/**
+ * Ends slots. NULL is fine.
+ */
+void kvmgr_slots_destroy(kvmgr_slots *slots);
+
+/**
+ * Writes the keys or the values of slots: new tokens, whatever the slots held before.
+ *
+ * @param indices num different slots, in the order of their tokens
+ * @param values [num, num_kv_heads, dim of the side], keys rotated as the model wants it
+ * @param flags KVMGR_SLOTS_SAME_TOKENS or 0
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_slots_write(kvmgr_slots *slots,
+                               kvmgr_side side,
+                               const uint32_t *indices,
+                               size_t num,
+                               const kvmgr_tensor *values,
+                               uint32_t flags);
+
+/**
+ * Decodes the keys or the values of slots.
+ *
+ * @param out_values [num, num_kv_heads, dim of the side]; zeros where a head holds nothing
+ * @param out_states [num, num_kv_heads]: KVMGR_SLOT_ABSENT, LIVE or EVICTED; may be NULL
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_slots_read(const kvmgr_slots *slots,
+                              kvmgr_side side,
+                              const uint32_t *indices,
+                              size_t num,
+                              float *out_values,
+                              uint8_t *out_states);
+
+/**
+ * Evicts the tokens of slots from one KV head and frees their memory. They are remembered as
+ * evicted, for instance to restore a saved state.
+ *
+ * @param kv_head below num_kv_heads
+ * @param indices num slots
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_slots_evict(kvmgr_slots *slots,
+                               uint32_t kv_head,
+                               const uint32_t *indices,
+                               size_t num);
+
+/**
+ * Makes every slot of a stream absent and frees its memory.
+ */
+KVMGR_NODISCARD kvmgr_status kvmgr_slots_clear(kvmgr_slots *slots, uint32_t stream);
+
+/**
+ * Makes one stream a copy of another, evicted slots included.
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_slots_copy_stream(kvmgr_slots *slots,
+                                     uint32_t source,
+                                     uint32_t target);
+
+/**
+ * Tells the policy about a batch that is written and has not attended yet, and runs the policy
+ * where it is due. A query continues the sequence of another if it sees its slot; a sequence that
+ * goes on with a single query has ended its prompt. An engine without a policy need not call it.
+ *
+ * @param query [num_queries, num_q_heads, key_dim]
+ * @param mask [num_queries, 1 or num_q_heads, visible slots of the stream]
+ * @param indices num_queries slots: where the token of each query was written
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_slots_observe(kvmgr_slots *slots,
+                                 uint32_t stream,
+                                 const kvmgr_tensor *query,
+                                 const kvmgr_tensor *mask,
+                                 const uint32_t *indices,
+                                 size_t num_queries);
+
+/**
+ * Attends to the first slots of a stream: output = softmax(scale * query . K + mask) V. What is
+ * hidden by negative infinity, absent or evicted takes no part; a query that sees nothing gets
+ * zeros.
+ *
+ * @param query [num_queries, num_q_heads, key_dim]
+ * @param mask [num_queries, 1 or num_q_heads, visible slots of the stream]; NULL shows all
+ * @param output [num_queries, num_q_heads, value_dim]
+ * @param options may be NULL
+ * @param worker which part of the work to do, below num_workers
+ * @param num_workers parts, at least 1; the output is complete when all are done
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_slots_attend(const kvmgr_slots *slots,
+                                uint32_t stream,
+                                const kvmgr_tensor *query,
+                                const kvmgr_tensor *mask,
+                                const kvmgr_tensor *output,
+                                const kvmgr_mask_options *options,
+                                uint32_t worker,
+                                uint32_t num_workers);
+
+/**
+ * Attends to keys and values in the engine's own memory, under its mask. Needs no handle.
+ *
+ * @param query [num_queries, num_q_heads, key_dim]
+ * @param key [rows, num_kv_heads, key_dim]
+ * @param value [rows, num_kv_heads, value_dim]
+ * @param mask [num_queries, 1 or num_q_heads, rows]; NULL shows all
+ * @param output [num_queries, num_q_heads, value_dim]
+ * @param options may be NULL
+ * @param worker which part of the work to do, below num_workers
+ * @param num_workers parts, at least 1; the output is complete when all are done
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_attend_dense(const kvmgr_tensor *query,
+                                const kvmgr_tensor *key,
+                                const kvmgr_tensor *value,
+                                const kvmgr_tensor *mask,
+                                const kvmgr_tensor *output,
+                                const kvmgr_mask_options *options,
+                                uint32_t worker,
+                                uint32_t num_workers);
+
+/**
+ * Numbers about the slots of a layer.
+ *
+ * @param out_stats its struct_size must be set; receives the numbers
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_slots_get_stats(const kvmgr_slots *slots,
+                                   kvmgr_slots_stats *out_stats);
 
 #ifdef __cplusplus
 }  // extern "C"

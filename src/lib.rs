@@ -16,6 +16,7 @@ pub mod registry;
 pub mod sequence;
 pub mod shape;
 pub mod simd;
+pub mod slots;
 pub mod spec;
 pub mod store;
 pub mod tier;

@@ -78,7 +78,7 @@ fn compression_saves_bytes_and_keeps_recall() {
     run(Command::new(folder.join("kvmgr-compare"))
         .arg(data("tiny.gguf"))
         .args(["--text", &data("heldout.txt"), "--recall", &data("recall.txt")])
-        .args(["--windows", "2", "--window", "512", "--prompts", "8"])
+        .args(["--windows", "2", "--window", "512", "--scored", "256", "--prompts", "8"])
         .args(["--spec", "full", "--spec", ada, "--spec", stream])
         .arg("--out")
         .arg(out.path()));
@@ -102,4 +102,29 @@ fn compression_saves_bytes_and_keeps_recall() {
     let share = first("snapkv(w=32) | adakv(0.2) | keep(0.25)") / first("full");
     assert!(share < 0.40, "short windows: {share} of the bytes after the prompt");
     assert!(out.path().join("kv_bytes.svg").exists());
+}
+
+/// Every score of the registry is on the plot, and the plot can be made.
+#[test]
+fn the_pareto_plot_shows_every_policy() {
+    let Some(folder) = programs() else { return };
+    let program = folder.join("kvmgr-pareto");
+    let listed = run(Command::new(&program).arg("--list"));
+    for score in kvmgr::policy::score::SCORES.iter() {
+        let stage = |part: &str| part.trim().split('(').next() == Some(score.name);
+        let shown = listed.lines().any(|spec| spec.split('|').any(stage));
+        assert!(shown, "{} is missing in cpp-examples/engine/pareto.cpp", score.name);
+    }
+    let out = tempfile::tempdir().unwrap();
+    let text = run(Command::new(&program)
+        .arg(data("tiny.gguf"))
+        .args(["--text", &data("heldout.txt"), "--recall", &data("recall.txt")])
+        .args(["--windows", "1", "--window", "256", "--scored", "64", "--prompts", "2"])
+        .args(["--only", "stream(sink=4) | keep(0.25)"])
+        .arg("--out")
+        .arg(out.path()));
+    assert!(text.contains("Pareto front of recall blind"), "{text}");
+    let plot = std::fs::read_to_string(out.path().join("pareto.svg")).unwrap();
+    let lines = plot.matches("<polyline").count();
+    assert_eq!(lines, 3 * 4, "three panels, four lines of this policy:\n{plot}");
 }

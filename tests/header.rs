@@ -17,6 +17,7 @@ fn the_committed_header_is_fresh() {
         "cache",
         "sequence",
         "attention",
+        "slots",
     ];
     let mut builder = cbindgen::Builder::new().with_config(config);
     // The order of the files is the order of the header: plain types first, parts before wholes.

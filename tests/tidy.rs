@@ -14,7 +14,7 @@ const LAYERS: &[&[&str]] = &[
     &["cache"],
     &["sequence"],
     &["attention", "policy", "store"],
-    &["tier"],
+    &["tier", "slots"],
     &["manager"],
     &["ffi"],
 ];

@@ -17,41 +17,41 @@ namespace {
 typedef float Vector __attribute__((vector_size(32)));
 constexpr size_t kWidth = 8;
 
+// A tile keeps kRows x kTokens sums in registers; kBlock tokens of input stay in the cache while
+// all weights pass by.
+constexpr size_t kRows = 3, kTokens = 4, kBlock = 32;
+
 }  // namespace
 
-// Two weight rows by four tokens at a time: each vector that is loaded is used in several products.
 FAST void matmul(const Tensor &weights, const float *in, size_t tokens, size_t first, size_t last,
                  float *out) {
   const size_t columns = weights.columns(), rows = weights.rows();
-  for (size_t r = first; r < last; r += 2) {
-    const size_t r1 = std::min(r + 1, last - 1);
-    const float *w[2] = {&weights.data[r * columns], &weights.data[r1 * columns]};
-    for (size_t t = 0; t < tokens; t += 4) {
-      const float *x[4];
-      for (size_t i = 0; i < 4; ++i) x[i] = in + std::min(t + i, tokens - 1) * columns;
-      Vector sums[2][4] = {};
-      size_t c = 0;
-      for (; c + kWidth <= columns; c += kWidth) {
-        Vector a0, a1;
-        std::memcpy(&a0, w[0] + c, sizeof a0);
-        std::memcpy(&a1, w[1] + c, sizeof a1);
-        for (size_t i = 0; i < 4; ++i) {
-          Vector b;
-          std::memcpy(&b, x[i] + c, sizeof b);
-          sums[0][i] += a0 * b;
-          sums[1][i] += a1 * b;
+  for (size_t block = 0; block < tokens; block += kBlock)
+    for (size_t r = first; r < last; r += kRows)
+      for (size_t t = block; t < std::min(tokens, block + kBlock); t += kTokens) {
+        // Rows and tokens past the end repeat the last one; their sums are dropped.
+        const float *w[kRows], *x[kTokens];
+        for (size_t j = 0; j < kRows; ++j) w[j] = &weights.data[std::min(r + j, last - 1) * columns];
+        for (size_t i = 0; i < kTokens; ++i) x[i] = in + std::min(t + i, tokens - 1) * columns;
+        Vector sums[kRows][kTokens] = {};
+        size_t c = 0;
+        for (; c + kWidth <= columns; c += kWidth) {
+          Vector a[kRows];
+          for (size_t j = 0; j < kRows; ++j) std::memcpy(&a[j], w[j] + c, sizeof a[j]);
+          for (size_t i = 0; i < kTokens; ++i) {
+            Vector b;
+            std::memcpy(&b, x[i] + c, sizeof b);
+            for (size_t j = 0; j < kRows; ++j) sums[j][i] += a[j] * b;
+          }
         }
+        for (size_t j = 0; j < kRows && r + j < last; ++j)
+          for (size_t i = 0; i < kTokens && t + i < tokens; ++i) {
+            float sum = 0;
+            for (size_t k = 0; k < kWidth; ++k) sum += sums[j][i][k];
+            for (size_t k = c; k < columns; ++k) sum += w[j][k] * x[i][k];
+            out[(t + i) * rows + r + j] = sum;
+          }
       }
-      for (size_t j = 0; j < 2 && r + j < last; ++j) {
-        for (size_t i = 0; i < 4 && t + i < tokens; ++i) {
-          float sum = 0;
-          for (size_t k = 0; k < kWidth; ++k) sum += sums[j][i][k];
-          for (size_t k = c; k < columns; ++k) sum += w[j][k] * x[i][k];
-          out[(t + i) * rows + r + j] = sum;
-        }
-      }
-    }
-  }
 }
 
 void rms_norm(const Tensor &weight, const float *in, size_t tokens, float epsilon, float *out) {

@@ -26,6 +26,7 @@ mod write;
 
 use std::sync::Arc;
 
+pub(crate) use state::States;
 pub use write::write_sequence;
 
 use self::plan::Plan;

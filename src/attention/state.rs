@@ -9,16 +9,16 @@
 
 /// `rows` states, each with an output of `dim` elements.
 #[derive(Debug, Default)]
-pub(super) struct States {
-    pub(super) max: Vec<f32>,
-    pub(super) sum: Vec<f32>,
-    pub(super) out: Vec<f32>,
+pub(crate) struct States {
+    pub(crate) max: Vec<f32>,
+    pub(crate) sum: Vec<f32>,
+    pub(crate) out: Vec<f32>,
     dim: usize,
 }
 
 impl States {
     /// Makes `rows` empty states.
-    pub(super) fn reset(&mut self, rows: usize, dim: usize) {
+    pub(crate) fn reset(&mut self, rows: usize, dim: usize) {
         self.dim = dim;
         self.max.clear();
         self.max.resize(rows, f32::NEG_INFINITY);
@@ -29,21 +29,21 @@ impl States {
     }
 
     /// Makes every state empty again.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.max.fill(f32::NEG_INFINITY);
         self.sum.fill(0.0);
         self.out.fill(0.0);
     }
 
     /// Takes over states of the same number and size.
-    pub(super) fn copy_from(&mut self, other: &Self) {
+    pub(crate) fn copy_from(&mut self, other: &Self) {
         self.max.copy_from_slice(&other.max);
         self.sum.copy_from_slice(&other.sum);
         self.out.copy_from_slice(&other.out);
     }
 
     /// Raises the maximum of a row to at least `max` and scales what it holds.
-    pub(super) fn raise(&mut self, row: usize, max: f32) {
+    pub(crate) fn raise(&mut self, row: usize, max: f32) {
         let old = self.max[row];
         if max <= old {
             return;
@@ -58,7 +58,7 @@ impl States {
     }
 
     /// Adds the states of `other`.
-    pub(super) fn merge(&mut self, other: &Self) {
+    pub(crate) fn merge(&mut self, other: &Self) {
         for row in 0..self.max.len() {
             if other.max[row] == f32::NEG_INFINITY {
                 continue;
@@ -74,7 +74,7 @@ impl States {
     }
 
     /// Adds a logit that has no value: a learned sink.
-    pub(super) fn add_sink(&mut self, row: usize, logit: f32) {
+    pub(crate) fn add_sink(&mut self, row: usize, logit: f32) {
         if logit == f32::NEG_INFINITY {
             return;
         }
@@ -83,7 +83,7 @@ impl States {
     }
 
     /// Divides by the denominator; answers the log-sum-exp. An empty row becomes zeros.
-    pub(super) fn finish(&mut self, row: usize) -> f32 {
+    pub(crate) fn finish(&mut self, row: usize) -> f32 {
         let out = &mut self.out[row * self.dim..][..self.dim];
         if self.max[row] == f32::NEG_INFINITY {
             out.fill(0.0);

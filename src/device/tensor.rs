@@ -71,8 +71,15 @@ impl<'a> Tensor<'a> {
 
     /// Copies one row into `out`, which is `dim` long, as f32.
     pub fn read(&self, token: usize, head: usize, out: &mut [f32]) {
-        let (row, dim) = (self.raw.row(token, head), self.raw.shape[2]);
-        assert_eq!(out.len(), dim, "row buffer has the wrong length");
+        assert_eq!(out.len(), self.raw.shape[2], "row buffer has the wrong length");
+        self.read_part(token, head, 0, out);
+    }
+
+    /// Copies the elements of one row from `start` on into `out`, as f32.
+    pub fn read_part(&self, token: usize, head: usize, start: usize, out: &mut [f32]) {
+        let dim = out.len();
+        assert!(start + dim <= self.raw.shape[2], "a part outside the row");
+        let row = self.raw.row(token, head).wrapping_add(start * self.raw.dtype.size());
         match self.raw.dtype {
             // SAFETY: `row` checked the indices; the constructor promised readable rows.
             DType::F32 => out.copy_from_slice(unsafe { slice(row, dim) }),

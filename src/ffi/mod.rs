@@ -11,12 +11,14 @@
 pub mod attention;
 pub mod cache;
 mod convert;
+pub mod device;
 mod guard;
 mod handle;
 pub mod policy;
 pub mod pool;
 pub mod quantizer;
 pub mod sequence;
+pub mod slots;
 pub mod store;
 pub mod types;
 pub mod version;

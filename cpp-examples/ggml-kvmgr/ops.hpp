@@ -1,0 +1,6 @@
+// The operations of the plugin: SET_ROWS, FLASH_ATTN_EXT, and ROPE on cached keys (context shift).
+#pragma once
+#include "ggml.h"
+
+bool supports(const ggml_tensor *op);
+bool compute(ggml_tensor *op);

@@ -1,0 +1,286 @@
+//! Sequences as the mask shows them, and the policy that acts on them.
+//!
+//! The engine tells for each query which slot its own token has. Query `b` continues the sequence
+//! of query `a` if it sees the slot of `a`; a batch continues a sequence of an earlier batch if its
+//! first query sees the last slot of it. That is all there is: no ids, no ends.
+//!
+//! A prompt ends when a sequence goes on with a single query. Only then, before that query attends,
+//! the prefill phase of the policy runs; with `pieces` it runs before each further piece as well.
+
+use super::{Slots, SlotsConfig, Stream};
+use crate::device::tensor::Tensor;
+use crate::error::{Result, ensure};
+use crate::policy::{Event, HeadInput, LayerInput, LayerSource};
+use crate::quantizer::Side;
+
+/// Sequences remembered for a stream; the oldest is forgotten first.
+const MAX_TRACKED: usize = 256;
+
+/// A sequence that may go on.
+#[derive(Debug, Clone)]
+pub(super) struct Tracked {
+    /// Its last slot, and when that got its token: another age means another token.
+    last: (u32, u32),
+    is_prompt: bool,
+    steps: usize,
+    /// The last queries, oldest first, `[num_q_heads, key_dim]` each.
+    queries: Vec<Box<[f32]>>,
+}
+
+/// Queries of a batch that belong to one sequence.
+struct Chain {
+    /// Indices of its queries, ascending.
+    queries: Vec<usize>,
+    tracked: Option<Tracked>,
+}
+
+/// One layer of one sequence, decoded for the policy.
+struct Decoded<'a> {
+    config: &'a SlotsConfig,
+    sequence_len: usize,
+    heads: Vec<DecodedHead>,
+}
+
+#[derive(Default)]
+struct DecodedHead {
+    positions: Vec<i32>,
+    /// Slots of the positions.
+    slots: Vec<u32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    queries: Vec<f32>,
+    num_queries: usize,
+}
+
+impl Slots {
+    /// Tells the policy about a batch whose keys and values have been written and that has not
+    /// attended yet: queries `[queries, num_q_heads, key_dim]`, the mask as for attention, and the
+    /// slot of each query's token. Runs the policy where it is due.
+    pub fn observe(
+        &mut self,
+        stream: usize,
+        query: &Tensor<'_>,
+        mask: &Tensor<'_>,
+        slots: &[u32],
+    ) -> Result<()> {
+        self.check_stream(stream, "stream")?;
+        self.check_slots(slots)?;
+        let SlotsConfig { num_slots, num_q_heads, key_dim, .. } = self.config;
+        let expected = [slots.len(), num_q_heads, key_dim];
+        ensure!(
+            query.shape() == expected,
+            InvalidArgument,
+            "query has the shape {:?}, must be {expected:?}",
+            query.shape()
+        );
+        let [rows, _, span] = mask.shape();
+        ensure!(
+            rows == slots.len() && span <= num_slots,
+            InvalidArgument,
+            "mask is of {rows} queries and {span} slots, must be of {} and at most {num_slots}",
+            slots.len()
+        );
+        for (i, slot) in slots.iter().enumerate() {
+            let (owner, slot) = self.locate(*slot);
+            ensure!(
+                owner == stream && slot < span,
+                InvalidArgument,
+                "slots[{i}] is not among the {span} visible slots of stream {stream}"
+            );
+        }
+        if !self.policy.acts_on(Event::PrefillEnd) && !self.policy.acts_on(Event::Step) {
+            return Ok(());
+        }
+        let local: Vec<u32> = slots.iter().map(|slot| slot % num_slots as u32).collect();
+        for chain in chains(&mut self.streams[stream], mask, &local) {
+            self.follow(stream, chain, query, mask, &local)?;
+        }
+        Ok(())
+    }
+
+    /// Runs the policy of one sequence if it is due, and remembers where the sequence is now.
+    fn follow(
+        &mut self,
+        stream: usize,
+        chain: Chain,
+        query: &Tensor<'_>,
+        mask: &Tensor<'_>,
+        slots: &[u32],
+    ) -> Result<()> {
+        let is_step = chain.queries.len() == 1;
+        let is_known = chain.tracked.is_some();
+        let mut tracked = chain.tracked.unwrap_or(Tracked {
+            last: (0, 0),
+            is_prompt: !is_step,
+            steps: 0,
+            queries: Vec::new(),
+        });
+        let first = chain.queries[0];
+        if is_known && tracked.is_prompt && (is_step || self.config.pieces) {
+            self.run(stream, Event::PrefillEnd, &tracked, first, mask, slots)?;
+        } else if is_known && is_step {
+            tracked.steps += 1;
+            self.run(stream, Event::Step, &tracked, first, mask, slots)?;
+        }
+        tracked.is_prompt = !is_step;
+        let window = self.policy.query_window();
+        let newest = chain.queries.len().saturating_sub(window);
+        for i in &chain.queries[newest..] {
+            let SlotsConfig { num_q_heads, key_dim, .. } = self.config;
+            let mut row = vec![0.0; num_q_heads * key_dim];
+            for (head, out) in row.chunks_exact_mut(key_dim).enumerate() {
+                query.read(*i, head, out);
+            }
+            if tracked.queries.len() == window {
+                tracked.queries.remove(0);
+            }
+            tracked.queries.push(row.into());
+        }
+        let stream = &mut self.streams[stream];
+        let last = chain.queries.last().map_or(0, |i| slots[*i]);
+        tracked.last = (last, stream.age(last as usize));
+        if stream.tracked.len() == MAX_TRACKED {
+            stream.tracked.remove(0);
+        }
+        stream.tracked.push(tracked);
+        Ok(())
+    }
+
+    /// Runs the policy on what query `first` sees of earlier batches.
+    fn run(
+        &mut self,
+        stream: usize,
+        event: Event,
+        tracked: &Tracked,
+        first: usize,
+        mask: &Tensor<'_>,
+        batch: &[u32],
+    ) -> Result<()> {
+        let mut visible = visible(mask, first);
+        let own: std::collections::HashSet<u32> = batch.iter().copied().collect();
+        visible.retain(|slot| !own.contains(slot));
+        visible.sort_by_key(|slot| self.streams[stream].age(*slot as usize));
+        let lanes = &self.streams[stream].lanes;
+        let is_live =
+            |lane: &super::Lane, slot: u32| lane.state(slot as usize) == super::SlotState::Live;
+        let held = |lane| visible.iter().filter(|slot| is_live(lane, **slot)).count();
+        let longest = lanes.iter().map(held).max().unwrap_or(0);
+        if !self.policy.is_due(event, tracked.steps, longest, visible.len()) {
+            return Ok(());
+        }
+        let heads = (0..lanes.len()).map(|head| self.decode(stream, head, &visible, tracked));
+        let mut source =
+            Decoded { config: &self.config, sequence_len: visible.len(), heads: heads.collect() };
+        let kept = self.policy.select(event, &mut source)?;
+        let heads = source.heads;
+        for (head, (decoded, keep)) in heads.iter().zip(&kept[0]).enumerate() {
+            let mut stays = vec![false; decoded.slots.len()];
+            keep.iter().for_each(|i| stays[i] = true);
+            let gone = decoded.slots.iter().zip(stays).filter(|(_, stays)| !stays);
+            let base = (stream * self.config.num_slots) as u32;
+            let gone: Vec<u32> = gone.map(|(slot, _)| base + slot).collect();
+            if !gone.is_empty() {
+                self.evict(head, &gone)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn decode(&self, stream: usize, head: usize, slots: &[u32], tracked: &Tracked) -> DecodedHead {
+        let SlotsConfig { key_dim, value_dim, .. } = self.config;
+        let group = self.config.group();
+        let lane = &self.streams[stream].lanes[head];
+        let mut out = DecodedHead { num_queries: tracked.queries.len(), ..DecodedHead::default() };
+        for (position, slot) in slots.iter().enumerate() {
+            if lane.state(*slot as usize) != super::SlotState::Live {
+                continue;
+            }
+            out.positions.push(position as i32);
+            out.slots.push(*slot);
+            for (side, dim, rows) in
+                [(Side::Key, key_dim, &mut out.keys), (Side::Value, value_dim, &mut out.values)]
+            {
+                let start = rows.len();
+                rows.resize(start + dim, 0.0);
+                lane.read(&self.sides, side as usize, *slot as usize, &mut rows[start..]);
+            }
+        }
+        for g in 0..group {
+            for query in &tracked.queries {
+                let start = (head * group + g) * key_dim;
+                out.queries.extend_from_slice(&query[start..][..key_dim]);
+            }
+        }
+        out
+    }
+}
+
+/// Splits a batch into sequences, and takes those that go on from what the stream remembers.
+fn chains(stream: &mut Stream, mask: &Tensor<'_>, slots: &[u32]) -> Vec<Chain> {
+    let mut chains: Vec<Chain> = Vec::new();
+    for (i, _) in slots.iter().enumerate() {
+        let follows =
+            |chain: &Chain| chain.queries.last().is_some_and(|last| sees(mask, i, slots[*last]));
+        match chains.iter_mut().find(|chain| follows(chain)) {
+            Some(chain) => chain.queries.push(i),
+            None => chains.push(Chain { queries: vec![i], tracked: None }),
+        }
+    }
+    // A sequence whose last slot has another token by now was rolled back or is gone.
+    let Stream { ages, tracked, .. } = stream;
+    tracked.retain(|tracked| ages.get(tracked.last.0 as usize) == Some(&tracked.last.1));
+    for chain in &mut chains {
+        let first = chain.queries[0];
+        let newest = (0..tracked.len())
+            .filter(|i| sees(mask, first, tracked[*i].last.0))
+            .max_by_key(|i| tracked[*i].last.1);
+        chain.tracked = newest.map(|i| tracked.remove(i));
+    }
+    chains
+}
+
+fn sees(mask: &Tensor<'_>, query: usize, slot: u32) -> bool {
+    let mut x = [f32::NEG_INFINITY];
+    if (slot as usize) < mask.shape()[2] {
+        mask.read_part(query, 0, slot as usize, &mut x);
+    }
+    x[0] != f32::NEG_INFINITY
+}
+
+/// The slots that a query sees.
+fn visible(mask: &Tensor<'_>, query: usize) -> Vec<u32> {
+    let mut row = vec![0.0; mask.shape()[2]];
+    mask.read_part(query, 0, 0, &mut row);
+    let seen = row.iter().enumerate().filter(|(_, x)| **x != f32::NEG_INFINITY);
+    seen.map(|(slot, _)| slot as u32).collect()
+}
+
+impl LayerSource for Decoded<'_> {
+    fn num_layers(&self) -> usize {
+        1
+    }
+
+    fn visit(
+        &mut self,
+        _layer: usize,
+        f: &mut dyn FnMut(&LayerInput<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let heads = self.heads.iter().map(|head| HeadInput {
+            positions: &head.positions,
+            keys: &head.keys,
+            values: &head.values,
+            queries: &head.queries,
+            num_queries: head.num_queries,
+            column_sums: &[],
+        });
+        f(&LayerInput {
+            layer: self.config.layer,
+            num_layers: self.config.num_layers,
+            group: self.config.group(),
+            head_dim: self.config.key_dim,
+            sequence_len: self.sequence_len,
+            heads: heads.collect(),
+            rope: None,
+        })
+    }
+}
