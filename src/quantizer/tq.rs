@@ -10,7 +10,7 @@
 //! distribution, whose best levels need no data: those of the exact marginal on the sphere for dim 64
 //! and 128, of the normal distribution otherwise. Dividing by the norm of the chosen levels keeps the
 //! length of the row (norm correction). The second stage of the paper (QJL on the residual) is left
-//! out: it makes attention worse. Rotated magnitudes saturate at 16384.
+//! out: it makes attention worse. Rotated magnitudes saturate at 32768.
 
 use super::token::TokenQuantizer;
 use super::{Entry, had};

@@ -56,11 +56,11 @@ fn blocks<const N: usize>(values: &[f32], out: &mut [u8], encode: impl Fn(&Block
 /// Whether all magnitudes are at most `limit`; false for NaN.
 #[inline(always)]
 fn fits(values: &[f32], limit: f32) -> bool {
-    let mut bad = 0;
+    let mut all = true;
     for x in values {
-        bad |= u32::from(!(x.abs() <= limit));
+        all &= x.abs() <= limit;
     }
-    bad == 0
+    all
 }
 
 #[inline(always)]
@@ -248,8 +248,10 @@ const ROUND: f32 = 12_582_912.0;
 
 #[inline(always)]
 fn int8(row: &mut [f32], out: &mut [u8]) {
-    if !fits(row, f32::MAX) {
-        sanitize(row, f32::MAX);
+    // 127 times the rounded scale must not overflow.
+    let limit = f32::MAX / 2.0;
+    if !fits(row, limit) {
+        sanitize(row, limit);
     }
     let scale = largest(row) / 127.0;
     let divisor = if scale >= f32::MIN_POSITIVE { scale } else { f32::INFINITY };
@@ -283,7 +285,7 @@ fn int4(row: &mut [f32], out: &mut [u8]) {
 }
 
 /// Largest magnitude of a rotated row: the corrected norm stays a finite f16.
-const TQ_LIMIT: f32 = 16384.0;
+const TQ_LIMIT: f32 = 32768.0;
 
 #[inline(always)]
 fn sum_of_squares(values: &[f32]) -> f32 {
