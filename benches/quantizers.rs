@@ -27,7 +27,7 @@ fn encoded(quantizer: &dyn Quantizer) -> Vec<u8> {
 }
 
 fn cell(bytes: &[u8]) -> Cell<'_> {
-    Cell { bytes, tokens: TOKENS, dim: DIM, rows: 0..TOKENS }
+    Cell { bytes, tokens: TOKENS, dim: DIM, rows: 0..TOKENS, ahead: &[] }
 }
 
 fn specs() -> impl Iterator<Item = &'static &'static str> {

@@ -18,8 +18,8 @@ fn check(
     counts: &[usize],
     steps: &[Step],
     options: &Options<'_>,
-    tolerance: f64,
 ) {
+    let tolerance = common::tolerance(engine);
     let shape = engine.shape();
     for (layer, step) in steps.iter().enumerate() {
         let mut token = 0;
@@ -94,7 +94,7 @@ fn random_batches_agree_with_the_reference() {
             let counts: Vec<_> =
                 refs.iter().map(|_| random.pick(&[1, 1, 2, 15, 16, 17, 33, 70])).collect();
             let steps = engine.step(&mut refs, &counts);
-            check(&engine, &refs, &counts, &steps, &Options::default(), 1e-4);
+            check(&engine, &refs, &counts, &steps, &Options::default());
             for (session, n) in refs.iter_mut().zip(&counts) {
                 session.commit(*n, None).unwrap();
             }
@@ -122,7 +122,7 @@ fn options_agree_with_the_reference() {
                 alibi_slopes: random.chance(50).then_some(&slopes),
             };
             let steps = run_layers(&engine, n, &options, &mut random);
-            check(&engine, &[&mut session], &[n], &steps, &options, 1e-4);
+            check(&engine, &[&mut session], &[n], &steps, &options);
             session.commit(n, None).unwrap();
         }
     }
@@ -145,7 +145,7 @@ fn compacted_forked_and_truncated_sequences_agree_with_the_reference() {
             let n = random.pick(&[1, 5, 31, 64, 65]);
             let steps = engine.step(&mut [&mut session], &[n]);
             // Rotation of queries by f32 sines costs a little.
-            check(&engine, &[&mut session], &[n], &steps, &Options::default(), 1e-4);
+            check(&engine, &[&mut session], &[n], &steps, &Options::default());
             session.commit(n - random.below(2).min(n - 1), None).unwrap();
             for lane in 0..session.sequence().lanes().len() {
                 let len = session.sequence().lanes()[lane].len();
@@ -176,7 +176,7 @@ fn compacted_forked_and_truncated_sequences_agree_with_the_reference() {
             for fork in &mut forks {
                 if fork.sequence().lanes().iter().all(|lane| !lane.is_empty()) {
                     let steps = engine.step(&mut [fork], &[2]);
-                    check(&engine, &[fork], &[2], &steps, &Options::default(), 1e-4);
+                    check(&engine, &[fork], &[2], &steps, &Options::default());
                     fork.commit(1, None).unwrap();
                 }
             }
@@ -356,7 +356,7 @@ fn results_depend_neither_on_workers_nor_on_the_rest_of_the_batch() {
         }
         let mut refs: Vec<_> = sessions.iter_mut().collect();
         let steps = engine.step(&mut refs, &counts);
-        check(&engine, &refs, &counts, &steps, &Options::default(), 1e-4);
+        check(&engine, &refs, &counts, &steps, &Options::default());
         let query = &steps[0].query;
         let expected = run_with(&engine, query, &options, 1, false);
         assert!(expected.0.iter().all(|x| f32::from_bits(*x).is_finite()));
@@ -408,7 +408,7 @@ fn long_contexts_in_parts_agree_with_the_reference() {
                 ..Options::default()
             };
             let steps = run_layers(&engine, n, &options, &mut random);
-            check(&engine, &[&mut session], &[n], &steps, &options, 1e-4);
+            check(&engine, &[&mut session], &[n], &steps, &options);
             session.commit(n, None).unwrap();
         }
     }

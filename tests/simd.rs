@@ -56,7 +56,7 @@ fn check_rows(kernels: &Kernels, format: Format, dim: usize, count: usize, n: us
             _ => out.copy_from_slice(&row.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>()),
         }
     }
-    let rows = Rows { bytes: &bytes, stride, count, dim, group: 32 };
+    let rows = Rows { bytes: &bytes, stride, count, dim, group: 32, ahead: &[] };
     let mut decoded = vec![f32::NAN; count * dim];
     kernels.decode(format, &rows, &mut decoded);
     let rounding = if format == Format::Bf16 { 4e-3 } else { 5e-4 };
@@ -114,7 +114,7 @@ fn every_half_decodes() {
     let bytes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
     for kernels in levels() {
         for format in [Format::F16, Format::Bf16] {
-            let rows = Rows { bytes: &bytes, stride: 512, count: 256, dim: 256, group: 32 };
+            let rows = Rows { bytes: &bytes, stride: 512, count: 256, dim: 256, group: 32, ahead: &bytes[..100] };
             let mut out = vec![0.0; 1 << 16];
             kernels.decode(format, &rows, &mut out);
             for (i, x) in out.iter().enumerate() {
@@ -268,7 +268,7 @@ fn rows_outside_of_the_bytes_are_refused() {
     for kernels in levels() {
         let refused = |format, stride, count, dim, group| {
             let bytes = [0; 64];
-            let rows = Rows { bytes: &bytes, stride, count, dim, group };
+            let rows = Rows { bytes: &bytes, stride, count, dim, group, ahead: &bytes };
             let mut out = vec![0.0; count * dim];
             let run = std::panic::AssertUnwindSafe(|| kernels.decode(format, &rows, &mut out));
             std::panic::catch_unwind(run).is_err()

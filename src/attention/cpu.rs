@@ -111,13 +111,14 @@ impl Call<'_> {
         part.reset(job.rows(), job.dim);
         let kernels = simd::active();
         let value = self.cache.formats()[format].side(Side::Value);
-        self.visit(job, Some(format), queries, rows, |piece, scores, decoded| {
+        self.visit(job, Some(format), queries, rows, |piece, next, scores, decoded| {
             let first = piece.queries.start * job.group;
             for (row, scores) in scores.chunks_exact_mut(piece.rows.len()).enumerate() {
                 part.weigh(first + row, scores, kernels);
             }
             let view = &piece.span.block.view;
-            let cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
+            let mut cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
+            cell.ahead = next;
             let out = &mut part.out[first * job.dim..][..piece.queries.len() * job.group * job.dim];
             if decodes(job, piece, format) {
                 decoded::axpy(&decode(value, &cell, decoded), scores, out);
@@ -130,15 +131,16 @@ impl Call<'_> {
         }
     }
 
-    /// Hands the logits of each visible piece, `[queries * group, rows]`, to `each`, and a buffer
-    /// for decoded rows; invisible ones are negative infinity. Only spans of `format`, if given.
+    /// Hands the logits of each visible piece, `[queries * group, rows]`, to `each`, with the keys
+    /// that come next and a buffer for decoded rows; invisible ones are negative infinity. Only spans
+    /// of `format`, if given.
     fn visit(
         &self,
         job: &Job<'_>,
         format: Option<usize>,
         queries: &[f32],
         scratch: &mut RowScratch,
-        mut each: impl FnMut(&Piece<'_>, &mut [f32], &mut Vec<f32>),
+        mut each: impl FnMut(&Piece<'_>, &[u8], &mut [f32], &mut Vec<f32>),
     ) {
         let RowScratch { prepared, scores, decoded } = scratch;
         let part = job.part();
@@ -154,6 +156,7 @@ impl Call<'_> {
                 continue;
             }
             let key = self.cache.formats()[this].side(Side::Key);
+            let next = self.keys_of_stop(job, i + 1);
             let shift = job.shift(span);
             for piece in job.pieces(stop, self.options.sliding_window) {
                 if ready != Some((this, shift)) {
@@ -167,16 +170,25 @@ impl Call<'_> {
                 let queries = &prepared[piece.queries.start * wide..piece.queries.end * wide];
                 scores.resize(piece.queries.len() * job.group * piece.rows.len(), 0.0);
                 let view = &span.block.view;
-                let cell = self.cache.cell(view, job.cell, Side::Key, piece.rows.clone());
+                let mut cell = self.cache.cell(view, job.cell, Side::Key, piece.rows.clone());
+                cell.ahead = self.cache.cell(view, job.cell, Side::Value, 0..0).bytes;
                 if decodes(job, &piece, this) {
                     decoded::dot(&decode(key, &cell, decoded), queries, scores);
                 } else {
                     key.dot(&cell, queries, scores);
                 }
                 self.shape_logits(job, &piece, scores);
-                each(&piece, scores, decoded);
+                each(&piece, next, scores, decoded);
             }
         }
+    }
+
+    /// The keys at a stop of the walk, if there is one.
+    fn keys_of_stop<'a>(&'a self, job: &Job<'a>, i: usize) -> &'a [u8] {
+        if i >= job.walk.num_stops() {
+            return &[];
+        }
+        self.cache.cell(&job.walk.stop(i).span.block.view, job.cell, Side::Key, 0..0).bytes
     }
 
     /// Queries turned back by `shift` positions.
@@ -277,7 +289,7 @@ impl Call<'_> {
         if head.column_sums.len() < job.lane.len {
             head.column_sums.resize(job.lane.len, 0.0);
         }
-        self.visit(job, None, queries, rows, |piece, scores, _| {
+        self.visit(job, None, queries, rows, |piece, _, scores, _| {
             let first = piece.queries.start * job.group;
             let rows = piece.rows.len();
             for (row, scores) in scores.chunks_exact_mut(rows).enumerate() {

@@ -39,7 +39,7 @@ impl Cache {
     ) -> Cell<'a> {
         let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
         let range = self.formats()[view.format()].range(cell, side, tokens, dim);
-        Cell { bytes: view.read(range), tokens, dim, rows }
+        Cell { bytes: view.read(range), tokens, dim, rows, ahead: &[] }
     }
 
     /// Seals a full open block: encodes its cells once. `None` if the block is shared or there is

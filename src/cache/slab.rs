@@ -7,8 +7,11 @@
 use std::ptr::NonNull;
 
 use super::view::BlockView;
-use crate::device::host::{Arena, page_size};
+use crate::device::host::{Arena, HUGE_PAGE, page_size};
 use crate::error::{Result, ensure};
+
+/// Limit from which on chunks are made of huge pages; below, they would be mostly empty.
+const HUGE_FROM: usize = 32 * HUGE_PAGE;
 
 /// A slab allocator over one reserved address range. Exclusive access; no allocation of its own
 /// after the first use of each chunk.
@@ -44,7 +47,9 @@ impl Slab {
         let smallest = slot_bytes.iter().copied().min().unwrap_or(1);
         ensure!(smallest > 0, Internal, "a block format of 0 bytes");
         // A chunk holds at least 8 slots, so that a class wastes little at its end.
-        let chunk_bytes = (largest * 8).max(64 << 10).next_multiple_of(page_size());
+        let is_large = limit >= HUGE_FROM;
+        let page = if is_large { HUGE_PAGE } else { page_size() };
+        let chunk_bytes = (largest * 8).max(64 << 10).next_multiple_of(page);
         // Each class may leave chunks partly used; twice the limit in addresses costs nothing.
         let chunks = limit.div_ceil(chunk_bytes).saturating_mul(2) + 2 * slot_bytes.len();
         ensure!(
@@ -54,7 +59,10 @@ impl Slab {
         );
         let class = |&slot_bytes: &usize| Class { slot_bytes, partial: Vec::new() };
         Ok(Self {
-            arena: Arena::reserve(chunks.saturating_mul(chunk_bytes))?,
+            arena: match chunks.saturating_mul(chunk_bytes) {
+                bytes if is_large => Arena::reserve_huge(bytes)?,
+                bytes => Arena::reserve(bytes)?,
+            },
             chunk_bytes,
             classes: slot_bytes.iter().map(class).collect(),
             chunks: (0..chunks).map(|_| Chunk::default()).collect(),

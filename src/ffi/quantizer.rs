@@ -263,6 +263,6 @@ impl QuantizerHandle {
         // SAFETY: the caller promises it.
         let bytes = unsafe { convert::slice(bytes.cast::<u8>(), size, "bytes") }?;
         let tokens = num_tokens as usize;
-        Ok(Cell { bytes, tokens, dim: dim as usize, rows: 0..tokens })
+        Ok(Cell { bytes, tokens, dim: dim as usize, rows: 0..tokens, ahead: &[] })
     }
 }

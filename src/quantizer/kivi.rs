@@ -171,7 +171,7 @@ impl Keys {
 
     /// The groups that hold the wanted rows of `cell`.
     fn parts<'a>(&self, cell: &Cell<'a>) -> impl Iterator<Item = Part<'a>> {
-        let Cell { bytes, tokens, dim, ref rows } = *cell;
+        let Cell { bytes, tokens, dim, ref rows, ahead } = *cell;
         assert_eq!(bytes.len(), self.bytes(tokens, dim), "{}: [{tokens}, {dim}] cell", self.spec);
         assert!(rows.end <= tokens, "{}: rows {rows:?} of {tokens}", self.spec);
         let (group, full, rows) = (self.group, self.group_bytes(self.group, dim), rows.clone());
@@ -183,10 +183,13 @@ impl Keys {
             let last = rows.end.min((i + 1) * group);
             let (metadata, codes) = bytes[i * full..].split_at(dim * 4);
             let codes = &codes[(first - i * group) * stride..(last - i * group) * stride];
-            let row = |bytes, stride, count| Rows { bytes, stride, count, dim, group };
+            let row =
+                |bytes, stride, count, ahead| Rows { bytes, stride, count, dim, group, ahead };
+            // Once is enough.
+            let ahead = if first == rows.start { ahead } else { &[] };
             Part {
-                metadata: row(metadata, dim * 2, 2),
-                codes: row(codes, stride, last - first),
+                metadata: row(metadata, dim * 2, 2, &[]),
+                codes: row(codes, stride, last - first, ahead),
                 wanted: first - rows.start..last - rows.start,
             }
         })

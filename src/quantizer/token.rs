@@ -31,13 +31,24 @@ impl TokenQuantizer {
         Ok(Arc::new(Self { spec: spec.into(), format, group: BLOCK, kernels, encode }))
     }
 
+    /// A format without parameters that `Kernels::encode_rows` encodes.
+    pub(super) fn coded(
+        spec: &str,
+        format: Format,
+        kernels: &'static Kernels,
+    ) -> Result<Arc<dyn Quantizer>> {
+        Self::plain(spec, format, kernels, |this, rows, dim, out| {
+            this.kernels.encode_rows(this.format, rows, dim, out);
+        })
+    }
+
     fn rows<'a>(&self, cell: &Cell<'a>) -> Rows<'a> {
         let stride = self.format.row_bytes(cell.dim, self.group);
-        let Cell { bytes, tokens, dim, ref rows } = *cell;
+        let Cell { bytes, tokens, dim, ref rows, ahead } = *cell;
         assert_eq!(bytes.len(), tokens * stride, "{}: [{tokens}, {dim}] cell", self.spec);
         assert!(rows.end <= tokens, "{}: rows {rows:?} of {tokens}", self.spec);
         let bytes = &bytes[rows.start * stride..rows.end * stride];
-        Rows { bytes, stride, count: rows.len(), dim, group: self.group }
+        Rows { bytes, stride, count: rows.len(), dim, group: self.group, ahead }
     }
 }
 

@@ -51,6 +51,7 @@ impl<'a> Dense<'a> {
             count,
             dim: self.dim,
             group: 32,
+            ahead: &[],
         }
     }
 }

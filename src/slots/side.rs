@@ -117,7 +117,7 @@ impl SideStore {
         let (quantizer, blocks) = &self.formats[usize::from(place.format)];
         let bytes = quantizer.bytes(self.block_size, self.dim);
         let bytes = &blocks.bytes(place.index)[..bytes];
-        Cell { bytes, tokens: self.block_size, dim: self.dim, rows: 0..self.block_size }
+        Cell { bytes, tokens: self.block_size, dim: self.dim, rows: 0..self.block_size, ahead: &[] }
     }
 
     /// Encodes a full open block in its final format.

@@ -172,6 +172,11 @@ impl Engine {
     }
 }
 
+/// The relative error that outputs may have. Rows of integers meet queries and weights of 16 bits.
+pub fn tolerance(engine: &Engine) -> f64 {
+    if engine.manager.cache().formats().len() > 1 { 5e-4 } else { 1e-4 }
+}
+
 /// `||a - b|| / ||b||`.
 pub fn relative_error(a: &[f32], b: &[f64]) -> f64 {
     let difference: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();

@@ -48,7 +48,9 @@ fn median(times: &mut [f64]) -> f64 {
 /// Measures and prints a table; `unit` names a thousand million of `work`.
 pub fn table(title: &str, unit: &str, candidates: &mut [Candidate<'_>], rounds: usize) {
     let times = medians(candidates, rounds);
-    println!("\n{title}\n\n| what | ms | {unit} | against | ratio |\n| --- | ---: | ---: | --- | ---: |");
+    println!(
+        "\n{title}\n\n| what | ms | {unit} | against | ratio |\n| --- | ---: | ---: | --- | ---: |"
+    );
     for (candidate, time) in candidates.iter().zip(&times) {
         let against = candidates.iter().position(|other| other.name == candidate.against);
         let ratio = against.map_or(String::new(), |i| format!("{:.2}", times[i] / time));

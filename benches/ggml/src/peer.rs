@@ -28,6 +28,9 @@ impl Threads {
         // SAFETY: plain parameters.
         unsafe {
             let mut params = sys::ggml_threadpool_params_default(count);
+            // Its threads would go on spinning for most of a tenth of a second after each graph and
+            // take a core from the other side.
+            params.poll = 0;
             Self(sys::ggml_threadpool_new(&raw mut params), count)
         }
     }
@@ -65,7 +68,8 @@ impl<'a> Peer<'a> {
             let each = 2 * row * input.tokens + 8 * input.query.len() + (1 << 20);
             let mask_bytes = 2 * input.tokens * input.queries.next_multiple_of(MASK_PAD);
             let mem_size = num_layers * each + mask_bytes + (1 << 20);
-            let params = sys::ggml_init_params { mem_size, mem_buffer: null_mut(), no_alloc: false };
+            let params =
+                sys::ggml_init_params { mem_size, mem_buffer: null_mut(), no_alloc: false };
             let context = sys::ggml_init(params);
             assert!(!context.is_null(), "no memory");
             let mask = causal_mask(context, input);
@@ -137,12 +141,7 @@ impl Drop for Peer<'_> {
 ///
 /// # Safety
 /// `target` holds as many encoded rows.
-unsafe fn quantize(
-    dtype: sys::ggml_type,
-    rows: &[f32],
-    wide: i64,
-    target: *mut std::ffi::c_void,
-) {
+unsafe fn quantize(dtype: sys::ggml_type, rows: &[f32], wide: i64, target: *mut std::ffi::c_void) {
     let count = rows.len() as i64 / wide;
     // SAFETY: by contract.
     unsafe {

@@ -14,7 +14,7 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::math::{load, sum_lanes};
+use super::math::{fetch, load, sum_lanes};
 use super::whole::{Factor, Whole};
 use crate::simd::rows::{BLOCK, Rows};
 
@@ -143,6 +143,7 @@ fn dot_batch<W: Whole, const Q: usize>(
         let row = |t: usize| rows.bytes.as_ptr().add(t * rows.stride);
         let whole = count / 4 * 4;
         for t in (0..whole).step_by(4) {
+            fetch(rows.ahead, t / 4, whole / 4);
             let mut lines = [_mm_setzero_ps(); 4];
             for r in 0..4 {
                 lines[r] = _mm_mul_ps(dot_row::<W, Q>(rows, row(t + r), &prepared), factors);
@@ -178,7 +179,7 @@ unsafe fn dot_row<W: Whole, const Q: usize>(
     unsafe {
         let mut sums = [_mm256_setzero_ps(); BATCH];
         for block in 0..rows.dim / BLOCK {
-            let (low, high) = (W::half(row, block, 0), W::half(row, block, 1));
+            let (low, high) = (W::half(rows, row, block, 0), W::half(rows, row, block, 1));
             let scale = W::scale(rows, row, block);
             let integers = queries.integers.as_ptr().add(2 * block).cast::<__m256i>();
             let sums_of = queries.sums.as_ptr().add(block).cast::<__m256>();
@@ -189,7 +190,7 @@ unsafe fn dot_row<W: Whole, const Q: usize>(
                 let products = _mm256_cvtepi32_ps(products);
                 sums[q] = match W::FACTOR {
                     Factor::One => _mm256_add_ps(products, sums[q]),
-                    Factor::Block => _mm256_fmadd_ps(products, scale, sums[q]),
+                    _ => _mm256_fmadd_ps(products, scale, sums[q]),
                 };
             }
             if W::HAS_MINIMUM {
@@ -246,8 +247,7 @@ struct Scaled<const Q: usize> {
 fn axpy_batch<W: Whole, const Q: usize>(rows: &Rows<'_>, weights: &[f32], outputs: &mut [f32]) {
     for first in (0..rows.count).step_by(TILE) {
         let count = TILE.min(rows.count - first);
-        let mut tile =
-            Tile { starts: [std::ptr::null(); TILE], count, weights: [[0.0; TILE]; Q] };
+        let mut tile = Tile { starts: [std::ptr::null(); TILE], count, weights: [[0.0; TILE]; Q] };
         for (t, start) in tile.starts.iter_mut().enumerate() {
             let t = first + t.min(count - 1);
             // SAFETY: `Rows::check` proved that the row lies in the bytes.
@@ -256,15 +256,22 @@ fn axpy_batch<W: Whole, const Q: usize>(rows: &Rows<'_>, weights: &[f32], output
         for (q, weights) in weights.chunks_exact(rows.count).enumerate() {
             tile.weights[q][..count].copy_from_slice(&weights[first..first + count]);
         }
-        add_tile::<W, Q>(rows, &tile, outputs);
+        let ahead = if first == 0 { rows.ahead } else { &[] };
+        add_tile::<W, Q>(rows, &tile, ahead, outputs);
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_tile<W: Whole, const Q: usize>(rows: &Rows<'_>, tile: &Tile<Q>, outputs: &mut [f32]) {
+fn add_tile<W: Whole, const Q: usize>(
+    rows: &Rows<'_>,
+    tile: &Tile<Q>,
+    ahead: &[u8],
+    outputs: &mut [f32],
+) {
     let mut scaled = Scaled {
-        pairs: [const { [const { [const { MaybeUninit::uninit() }; TILE / 16] }; Q] }; MAX_DIM / BLOCK],
+        pairs: [const { [const { [const { MaybeUninit::uninit() }; TILE / 16] }; Q] };
+            MAX_DIM / BLOCK],
         factors: [0.0; Q],
     };
     // SAFETY: the rows of the tile have these blocks; outputs are `[Q, dim]`.
@@ -276,13 +283,14 @@ fn add_tile<W: Whole, const Q: usize>(rows: &Rows<'_>, tile: &Tile<Q>, outputs: 
             return;
         }
         for block in 0..rows.dim / BLOCK {
+            fetch(ahead, block, rows.dim / BLOCK);
             let mut bias = [0.0; Q];
             if W::HAS_MINIMUM {
                 bias = sum_minima::<W, Q>(rows, tile, block);
             }
             for half in 0..2 {
                 let target = outputs.as_mut_ptr().add(block * BLOCK + half * 16);
-                add_half::<W, Q>(tile, &scaled, (block, half), &bias, target, rows.dim);
+                add_half::<W, Q>(rows, tile, &scaled, (block, half), &bias, target);
             }
         }
     }
@@ -304,8 +312,8 @@ unsafe fn scale_weights<W: Whole, const Q: usize>(
         if limit < 32767 { limit } else { 32767 }
     }
     let blocks = match W::FACTOR {
-        Factor::One => 1,
         Factor::Block => rows.dim / BLOCK,
+        Factor::One | Factor::Row => 1,
     };
     // Whole pairs of runs of eight rows.
     let runs = tile.count.div_ceil(16) * 2;
@@ -406,21 +414,21 @@ unsafe fn sum_minima<W: Whole, const Q: usize>(
 /// are `dim` apart.
 #[inline(always)]
 unsafe fn add_half<W: Whole, const Q: usize>(
+    rows: &Rows<'_>,
     tile: &Tile<Q>,
     scaled: &Scaled<Q>,
     (block, half): (usize, usize),
     bias: &[f32; Q],
     target: *mut f32,
-    dim: usize,
 ) {
     // SAFETY: by contract. Rows beyond the last repeat it with weight 0.
     unsafe {
         let mut sums = [[_mm256_setzero_si256(); 2]; Q];
-        let block_of_weights = if W::FACTOR == Factor::One { 0 } else { block };
+        let block_of_weights = if W::FACTOR == Factor::Block { block } else { 0 };
         let pairs = scaled.pairs.as_ptr().add(block_of_weights).cast::<[i32; TILE / 2]>();
         for pair in 0..tile.count.div_ceil(2) {
-            let even = W::half(*tile.starts.get_unchecked(2 * pair), block, half);
-            let odd = W::half(*tile.starts.get_unchecked(2 * pair + 1), block, half);
+            let even = W::half(rows, *tile.starts.get_unchecked(2 * pair), block, half);
+            let odd = W::half(rows, *tile.starts.get_unchecked(2 * pair + 1), block, half);
             let low = _mm256_unpacklo_epi16(even, odd);
             let high = _mm256_unpackhi_epi16(even, odd);
             for q in 0..Q {
@@ -439,7 +447,7 @@ unsafe fn add_half<W: Whole, const Q: usize>(
                 _mm256_permute2x128_si256::<0x31>(low, high),
             ];
             for (i, part) in parts.into_iter().enumerate() {
-                let target = target.add(q * dim + 8 * i);
+                let target = target.add(q * rows.dim + 8 * i);
                 let old = _mm256_add_ps(_mm256_loadu_ps(target), bias);
                 _mm256_storeu_ps(target, _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), factor, old));
             }
@@ -468,7 +476,7 @@ unsafe fn add_exactly<W: Whole, const Q: usize>(
             let row = tile.starts[t];
             for half in 0..2 {
                 let target = values.as_mut_ptr().add(16 * half);
-                _mm256_storeu_si256(target.cast(), W::half(row, block, half));
+                _mm256_storeu_si256(target.cast(), W::half(rows, row, block, half));
             }
             _mm256_storeu_ps(scale.as_mut_ptr(), W::scale(rows, row, block));
             _mm256_storeu_ps(minimum.as_mut_ptr(), W::minimum(rows, row, block));

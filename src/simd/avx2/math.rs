@@ -30,6 +30,16 @@ pub(super) fn axpy(factor: f32, x: &[f32], y: &mut [f32]) {
     scalar::axpy_f32(factor, x_rest, y_rest);
 }
 
+/// Asks memory for the `part`-th of `parts` equal parts of the bytes that are wanted next.
+#[inline(always)]
+pub(super) fn fetch(ahead: &[u8], part: usize, parts: usize) {
+    let (start, end) = (ahead.len() * part / parts, ahead.len() * (part + 1) / parts);
+    for at in (start..end).step_by(64) {
+        // SAFETY: a prefetch has no effect on values and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.as_ptr().wrapping_add(at).cast()) };
+    }
+}
+
 #[target_feature(enable = "avx2")]
 pub(super) fn scale(values: &mut [f32], factor: f32) {
     let (vectors, rest) = values.as_chunks_mut::<8>();

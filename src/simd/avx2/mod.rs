@@ -2,9 +2,11 @@
 
 #![expect(unsafe_code, reason = "intrinsics and raw loads")]
 
+mod codebook;
 mod encode;
 mod format;
 mod integer;
+mod levels;
 mod math;
 mod raw;
 mod rows;
@@ -12,7 +14,8 @@ mod whole;
 
 use super::Kernels;
 use super::rows::RowKernels;
-use format::{Raw, Affine2, Affine4, Bf16, Codes2, Codes4, F16, F32, Q4_0, Q8_0};
+use format::{Affine2, Affine4, Bf16, Codes2, Codes4, F16, F32, Format, Q4_0, Q8_0, Raw};
+use levels::{E4m3, E5m2, Int4, Int8, Iq4Nl, Mxfp4, Nvfp4, Q4_1, Q5_0, Q5_1, Tq};
 use whole::Whole;
 
 pub(super) static KERNELS: Kernels = Kernels {
@@ -32,6 +35,19 @@ pub(super) static KERNELS: Kernels = Kernels {
         whole_kernels::<Affine2>(),
         whole_kernels::<Codes4>(),
         whole_kernels::<Codes2>(),
+        whole_kernels::<Q4_1>(),
+        whole_kernels::<Q5_0>(),
+        whole_kernels::<Q5_1>(),
+        whole_kernels::<Iq4Nl>(),
+        whole_kernels::<Mxfp4>(),
+        row_kernels::<Nvfp4>(),
+        whole_kernels::<Int8>(),
+        whole_kernels::<Int4>(),
+        whole_kernels::<Tq<2>>(),
+        whole_kernels::<Tq<3>>(),
+        whole_kernels::<Tq<4>>(),
+        row_kernels::<E4m3>(),
+        row_kernels::<E5m2>(),
     ],
     // SAFETY: a `Kernels` is handed out only after `is_available` said yes, and its methods have
     // checked the lengths.
@@ -42,6 +58,8 @@ pub(super) static KERNELS: Kernels = Kernels {
     encode_q8_0: |values, out| unsafe { encode::q8_0(values, out) },
     // SAFETY: as above.
     encode_q4_0: |values, out| unsafe { encode::q4_0(values, out) },
+    // SAFETY: as above.
+    encode_rows: |format, values, dim, out| unsafe { encode::rows(format, values, dim, out) },
     // SAFETY: as above.
     dot_f32: |a, b| unsafe { math::dot(a, b) },
     // SAFETY: as above.
@@ -62,6 +80,17 @@ const fn raw_kernels<F: Raw>() -> RowKernels {
         dot: |rows, queries, scores| unsafe { raw::dot::<F>(rows, queries, scores) },
         // SAFETY: as above.
         axpy: |rows, weights, outputs| unsafe { raw::axpy::<F>(rows, weights, outputs) },
+        // SAFETY: as above.
+        decode: |rows, out| unsafe { rows::decode::<F>(rows, out) },
+    }
+}
+
+const fn row_kernels<F: Format>() -> RowKernels {
+    RowKernels {
+        // SAFETY: as for `raw_kernels`.
+        dot: |rows, queries, scores| unsafe { rows::dot::<F>(rows, queries, scores) },
+        // SAFETY: as above.
+        axpy: |rows, weights, outputs| unsafe { rows::axpy::<F>(rows, weights, outputs) },
         // SAFETY: as above.
         decode: |rows, out| unsafe { rows::decode::<F>(rows, out) },
     }

@@ -6,6 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::format::Raw;
+use super::math::fetch;
 use crate::simd::rows::Rows;
 
 /// Queries or outputs of a batch.
@@ -27,9 +28,13 @@ pub(super) fn dot<F: Raw>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]) 
             3 => dot_batch::<F, 2, 3>(rows, queries, scores),
             _ => dot_batch::<F, 2, 4>(rows, queries, scores),
         }
+        if !rows.dim.is_multiple_of(8) {
+            add_tails::<F>(rows, queries, scores);
+        }
     }
 }
 
+/// Scores of `Q` queries, `R` rows at a time, from the whole vectors of the rows.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot_batch<F: Raw, const R: usize, const Q: usize>(
@@ -37,35 +42,57 @@ fn dot_batch<F: Raw, const R: usize, const Q: usize>(
     queries: &[f32],
     scores: &mut [f32],
 ) {
-    let whole = rows.count / R * R;
-    for t in (0..whole).step_by(R) {
-        dot_rows::<F, R, Q>(rows, t, queries, scores);
-    }
-    for t in whole..rows.count {
-        dot_rows::<F, 1, Q>(rows, t, queries, scores);
+    let (dim, count) = (rows.dim, rows.count);
+    let whole = count / 4 * 4;
+    // SAFETY: `Rows::check` proved that all rows lie in the bytes; queries are `[Q, dim]` and scores
+    // `[Q, count]`.
+    unsafe {
+        let row = |t: usize| rows.bytes.as_ptr().add(t * rows.stride);
+        let scores = scores.as_mut_ptr();
+        for t in (0..whole).step_by(4) {
+            fetch(rows.ahead, t / 4, whole / 4);
+            let mut lines = [_mm_setzero_ps(); 4];
+            for first in (0..4).step_by(R) {
+                let some = dot_rows::<F, R, Q>(row(t + first), rows.stride, queries, dim);
+                lines[first..first + R].copy_from_slice(&some);
+            }
+            let [a, b, c, d] = &mut lines;
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            for q in 0..Q {
+                _mm_storeu_ps(scores.add(q * count + t), lines[q]);
+            }
+        }
+        for t in whole..count {
+            let [line] = dot_rows::<F, 1, Q>(row(t), rows.stride, queries, dim);
+            let mut values = [0.0; BATCH];
+            _mm_storeu_ps(values.as_mut_ptr(), line);
+            for q in 0..Q {
+                *scores.add(q * count + t) = values[q];
+            }
+        }
     }
 }
 
-/// Scores of `R` rows from row `t` on for `Q` queries.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn dot_rows<F: Raw, const R: usize, const Q: usize>(
-    rows: &Rows<'_>,
-    t: usize,
+/// For each of `R` rows, its scores for `Q` queries.
+///
+/// # Safety
+/// The CPU has AVX2, FMA and F16C; there are `R` rows from `start` on, `stride` apart, and queries
+/// are `[Q, dim]`.
+#[inline(always)]
+unsafe fn dot_rows<F: Raw, const R: usize, const Q: usize>(
+    start: *const u8,
+    stride: usize,
     queries: &[f32],
-    scores: &mut [f32],
-) {
-    let (dim, count) = (rows.dim, rows.count);
-    let mut sums = [[_mm256_setzero_ps(); Q]; R];
-    // SAFETY: `Rows::check` proved that rows `t..t + R` lie in the bytes; queries are `[Q, dim]` and
-    // scores `[Q, count]`; vectors stop at the last complete one of the row.
+    dim: usize,
+) -> [__m128; R] {
+    // SAFETY: by contract; vectors stop at the last complete one of the row.
     unsafe {
-        let start = rows.bytes.as_ptr().add(t * rows.stride);
+        let mut sums = [[_mm256_setzero_ps(); Q]; R];
         let query = queries.as_ptr();
         for i in 0..dim / 8 {
             let mut x = [_mm256_setzero_ps(); R];
             for r in 0..R {
-                x[r] = F::vector(start.add(r * rows.stride), i);
+                x[r] = F::vector(start.add(r * stride), i);
             }
             for q in 0..Q {
                 let y = _mm256_loadu_ps(query.add(q * dim + 8 * i));
@@ -74,15 +101,25 @@ fn dot_rows<F: Raw, const R: usize, const Q: usize>(
                 }
             }
         }
+        let mut lines = [_mm_setzero_ps(); R];
         for r in 0..R {
-            let mut totals = [0.0; BATCH];
-            _mm_storeu_ps(totals.as_mut_ptr(), add_lanes(&sums[r]));
-            let row = F::open(rows, start.add(r * rows.stride), 0);
-            for q in 0..Q {
-                for column in dim / 8 * 8..dim {
-                    totals[q] += row.element(column) * queries[q * dim + column];
-                }
-                *scores.as_mut_ptr().add(q * count + t + r) = totals[q];
+            lines[r] = add_lanes(&sums[r]);
+        }
+        lines
+    }
+}
+
+/// Adds what the elements behind the last whole vector of each row contribute.
+#[cold]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_tails<F: Raw>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]) {
+    for t in 0..rows.count {
+        for column in rows.dim / 8 * 8..rows.dim {
+            // SAFETY: `Rows::check` proved that the row lies in the bytes.
+            let x = unsafe { F::open(rows, rows.row(t).as_ptr(), 0).element(column) };
+            let queries = queries.chunks_exact(rows.dim);
+            for (query, scores) in queries.zip(scores.chunks_exact_mut(rows.count)) {
+                scores[t] += x * query[column];
             }
         }
     }
@@ -141,6 +178,9 @@ fn axpy_batch<F: Raw, const Q: usize>(rows: &Rows<'_>, weights: &[f32], outputs:
             let outputs = outputs.as_mut_ptr();
             let vectors = dim / 8;
             for i in (0..vectors / 2 * 2).step_by(2) {
+                if first == 0 {
+                    fetch(rows.ahead, i / 2, vectors / 2);
+                }
                 add_vectors::<F, Q, 2>(rows, start, turned, i, outputs);
             }
             if vectors % 2 == 1 {

@@ -3,13 +3,16 @@
 use std::arch::x86_64::*;
 
 use super::format::{Affine2, Affine4, Codes2, Codes4, Format, Q4_0, Q8_0};
-use crate::simd::rows::{BLOCK, Rows};
+use super::levels::{Int4, Int8, Iq4Nl, Mxfp4, Q4_1, Q5_0, Q5_1};
+use crate::simd::rows::{BLOCK, E2M1, IQ4_NL, Rows, e8m0_half};
 
 /// What the integers of a row are multiplied with.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Factor {
     /// Nothing.
     One,
+    /// A scale for each row.
+    Row,
     /// A scale for each block of 32.
     Block,
 }
@@ -26,7 +29,7 @@ pub(super) trait Whole: Format {
     ///
     /// # Safety
     /// The CPU has AVX2, FMA and F16C; `row` is a row of this format that has the block.
-    unsafe fn half(row: *const u8, block: usize, half: usize) -> __m256i;
+    unsafe fn half(rows: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i;
 
     /// The scales of a block in eight rows; 1 where `FACTOR` is `One`.
     ///
@@ -70,7 +73,7 @@ pub(super) trait Whole: Format {
 /// # Safety
 /// The CPU has F16C and AVX; there are two bytes at each place.
 #[inline(always)]
-unsafe fn gather_f16(starts: &[*const u8; 8], distance: usize) -> __m256 {
+pub(super) unsafe fn gather_f16(starts: &[*const u8; 8], distance: usize) -> __m256 {
     // SAFETY: by contract.
     unsafe {
         let at = |i: usize| starts[i].add(distance).cast::<i16>().read_unaligned();
@@ -84,7 +87,7 @@ unsafe fn gather_f16(starts: &[*const u8; 8], distance: usize) -> __m256 {
 /// # Safety
 /// The CPU has F16C and AVX; `at` points to two bytes.
 #[inline(always)]
-unsafe fn broadcast_f16(at: *const u8) -> __m256 {
+pub(super) unsafe fn broadcast_f16(at: *const u8) -> __m256 {
     // SAFETY: by contract.
     unsafe { _mm256_cvtph_ps(_mm_set1_epi16(at.cast::<i16>().read_unaligned())) }
 }
@@ -105,6 +108,7 @@ unsafe fn nibbles(at: *const u8, half: usize) -> __m256i {
     }
 }
 
+/// Blocks that start with an f16 scale, and perhaps an f16 minimum after it.
 macro_rules! scaled {
     ($bytes:literal) => {
         const FACTOR: Factor = Factor::Block;
@@ -121,6 +125,22 @@ macro_rules! scaled {
             unsafe { broadcast_f16(row.add(block * $bytes)) }
         }
     };
+    ($bytes:literal, with minimum) => {
+        scaled!($bytes);
+        const HAS_MINIMUM: bool = true;
+
+        #[inline(always)]
+        unsafe fn minima(_: &Rows<'_>, starts: &[*const u8; 8], block: usize) -> __m256 {
+            // SAFETY: the minimum follows the scale.
+            unsafe { gather_f16(starts, block * $bytes + 2) }
+        }
+
+        #[inline(always)]
+        unsafe fn minimum(_: &Rows<'_>, row: *const u8, block: usize) -> __m256 {
+            // SAFETY: as above.
+            unsafe { broadcast_f16(row.add(block * $bytes + 2)) }
+        }
+    };
 }
 
 impl Whole for Q8_0 {
@@ -128,7 +148,7 @@ impl Whole for Q8_0 {
     scaled!(34);
 
     #[inline(always)]
-    unsafe fn half(row: *const u8, block: usize, half: usize) -> __m256i {
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
         // SAFETY: a block is its scale and 32 codes.
         unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(row.add(block * 34 + 2 + half * 16).cast())) }
     }
@@ -139,11 +159,214 @@ impl Whole for Q4_0 {
     scaled!(18);
 
     #[inline(always)]
-    unsafe fn half(row: *const u8, block: usize, half: usize) -> __m256i {
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
         // SAFETY: a block is its scale and 16 bytes of codes.
-        unsafe {
-            _mm256_sub_epi16(nibbles(row.add(block * 18 + 2), half), _mm256_set1_epi16(8))
+        unsafe { _mm256_sub_epi16(nibbles(row.add(block * 18 + 2), half), _mm256_set1_epi16(8)) }
+    }
+}
+
+impl Whole for Q4_1 {
+    const LARGEST: i32 = 15;
+    scaled!(20, with minimum);
+
+    #[inline(always)]
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
+        // SAFETY: a block is two f16 and 16 bytes of codes.
+        unsafe { nibbles(row.add(block * 20 + 4), half) }
+    }
+}
+
+/// 16 nibbles with their fifth bits; `at` points to the 4 bytes of fifth bits.
+///
+/// # Safety
+/// The CPU has AVX2; 16 bytes of nibbles follow the fifth bits.
+#[inline(always)]
+unsafe fn five_bits(at: *const u8, half: usize) -> __m256i {
+    // SAFETY: by contract.
+    unsafe {
+        let fifth = _mm256_set1_epi16(at.add(2 * half).cast::<i16>().read_unaligned());
+        let own = _mm256_setr_epi16(
+            1,
+            2,
+            4,
+            8,
+            16,
+            32,
+            64,
+            128,
+            256,
+            512,
+            1024,
+            2048,
+            4096,
+            8192,
+            16384,
+            i16::MIN,
+        );
+        let is_set = _mm256_cmpeq_epi16(_mm256_and_si256(fifth, own), own);
+        let fifth = _mm256_and_si256(is_set, _mm256_set1_epi16(16));
+        _mm256_or_si256(nibbles(at.add(4), half), fifth)
+    }
+}
+
+impl Whole for Q5_0 {
+    const LARGEST: i32 = 16;
+    scaled!(22);
+
+    #[inline(always)]
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
+        // SAFETY: a block is an f16, fifth bits and nibbles.
+        unsafe { _mm256_sub_epi16(five_bits(row.add(block * 22 + 2), half), _mm256_set1_epi16(16)) }
+    }
+}
+
+impl Whole for Q5_1 {
+    const LARGEST: i32 = 31;
+    scaled!(24, with minimum);
+
+    #[inline(always)]
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
+        // SAFETY: a block is two f16, fifth bits and nibbles.
+        unsafe { five_bits(row.add(block * 24 + 4), half) }
+    }
+}
+
+/// 16 bytes of a table, by the low or high nibbles at `at`.
+///
+/// # Safety
+/// The CPU has AVX2; `at` points to 16 bytes.
+#[inline(always)]
+unsafe fn look_up(table: &[i8; 16], at: *const u8, half: usize) -> __m256i {
+    // SAFETY: by contract.
+    unsafe {
+        let bytes = _mm_loadu_si128(at.cast());
+        let bytes = if half == 0 { bytes } else { _mm_srli_epi16::<4>(bytes) };
+        let codes = _mm_and_si128(bytes, _mm_set1_epi8(15));
+        let table = _mm_loadu_si128(table.as_ptr().cast());
+        _mm256_cvtepi8_epi16(_mm_shuffle_epi8(table, codes))
+    }
+}
+
+impl Whole for Iq4Nl {
+    const LARGEST: i32 = 127;
+    scaled!(18);
+
+    #[inline(always)]
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
+        // SAFETY: a block is its scale and 16 bytes of codes.
+        unsafe { look_up(&IQ4_NL, row.add(block * 18 + 2), half) }
+    }
+}
+
+impl Whole for Mxfp4 {
+    const FACTOR: Factor = Factor::Block;
+    const LARGEST: i32 = 12;
+
+    #[inline(always)]
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
+        // SAFETY: a block is its exponent and 16 bytes of codes.
+        unsafe { look_up(&E2M1, row.add(block * 17 + 1), half) }
+    }
+
+    #[inline(always)]
+    unsafe fn scales(_: &Rows<'_>, starts: &[*const u8; 8], block: usize) -> __m256 {
+        let mut scales = [0.0; 8];
+        for (scale, start) in scales.iter_mut().zip(starts) {
+            // SAFETY: a block starts with its exponent.
+            *scale = e8m0_half(unsafe { *start.add(block * 17) });
         }
+        // SAFETY: eight values.
+        unsafe { _mm256_loadu_ps(scales.as_ptr()) }
+    }
+
+    #[inline(always)]
+    unsafe fn scale(_: &Rows<'_>, row: *const u8, block: usize) -> __m256 {
+        // SAFETY: as above.
+        unsafe { _mm256_set1_ps(e8m0_half(*row.add(block * 17))) }
+    }
+}
+
+/// Eight f32 at one distance from the start of each row.
+///
+/// # Safety
+/// The CPU has AVX; there are four bytes at each place.
+#[inline(always)]
+unsafe fn gather_f32(starts: &[*const u8; 8], distance: usize) -> __m256 {
+    let mut values = [0.0f32; 8];
+    for (value, start) in values.iter_mut().zip(starts) {
+        // SAFETY: by contract.
+        *value = unsafe { start.add(distance).cast::<f32>().read_unaligned() };
+    }
+    // SAFETY: eight values.
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+/// One f32 in every lane.
+///
+/// # Safety
+/// The CPU has AVX; `at` points to four bytes.
+#[inline(always)]
+unsafe fn broadcast_f32(at: *const u8) -> __m256 {
+    // SAFETY: by contract.
+    unsafe { _mm256_set1_ps(at.cast::<f32>().read_unaligned()) }
+}
+
+impl Whole for Int8 {
+    const FACTOR: Factor = Factor::Row;
+    const LARGEST: i32 = 128;
+
+    #[inline(always)]
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
+        // SAFETY: 16 codes of the row.
+        unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(row.add(block * BLOCK + half * 16).cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn scales(rows: &Rows<'_>, starts: &[*const u8; 8], _: usize) -> __m256 {
+        // SAFETY: the scale follows the codes.
+        unsafe { gather_f32(starts, rows.dim) }
+    }
+
+    #[inline(always)]
+    unsafe fn scale(rows: &Rows<'_>, row: *const u8, _: usize) -> __m256 {
+        // SAFETY: as above.
+        unsafe { broadcast_f32(row.add(rows.dim)) }
+    }
+}
+
+impl Whole for Int4 {
+    const FACTOR: Factor = Factor::Row;
+    const HAS_MINIMUM: bool = true;
+    const LARGEST: i32 = 15;
+
+    #[inline(always)]
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
+        // SAFETY: a block is 16 bytes.
+        unsafe { nibbles(row.add(block * 16), half) }
+    }
+
+    #[inline(always)]
+    unsafe fn scales(rows: &Rows<'_>, starts: &[*const u8; 8], _: usize) -> __m256 {
+        // SAFETY: scale and minimum follow the codes.
+        unsafe { gather_f32(starts, rows.dim / 2) }
+    }
+
+    #[inline(always)]
+    unsafe fn minima(rows: &Rows<'_>, starts: &[*const u8; 8], _: usize) -> __m256 {
+        // SAFETY: as above.
+        unsafe { gather_f32(starts, rows.dim / 2 + 4) }
+    }
+
+    #[inline(always)]
+    unsafe fn scale(rows: &Rows<'_>, row: *const u8, _: usize) -> __m256 {
+        // SAFETY: as above.
+        unsafe { broadcast_f32(row.add(rows.dim / 2)) }
+    }
+
+    #[inline(always)]
+    unsafe fn minimum(rows: &Rows<'_>, row: *const u8, _: usize) -> __m256 {
+        // SAFETY: as above.
+        unsafe { broadcast_f32(row.add(rows.dim / 2 + 4)) }
     }
 }
 
@@ -152,7 +375,7 @@ impl Whole for Codes4 {
     const LARGEST: i32 = 15;
 
     #[inline(always)]
-    unsafe fn half(row: *const u8, block: usize, half: usize) -> __m256i {
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
         // SAFETY: a block is 16 bytes.
         unsafe { nibbles(row.add(block * 16), half) }
     }
@@ -163,7 +386,7 @@ impl Whole for Codes2 {
     const LARGEST: i32 = 3;
 
     #[inline(always)]
-    unsafe fn half(row: *const u8, block: usize, half: usize) -> __m256i {
+    unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
         // SAFETY: a block is 8 bytes; elements 8 apart are 2 bits apart.
         unsafe {
             let bytes = _mm_loadl_epi64(row.add(block * 8).cast());
@@ -183,9 +406,9 @@ macro_rules! affine {
             const LARGEST: i32 = <$codes as Whole>::LARGEST;
 
             #[inline(always)]
-            unsafe fn half(row: *const u8, block: usize, half: usize) -> __m256i {
+            unsafe fn half(rows: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
                 // SAFETY: by contract.
-                unsafe { <$codes as Whole>::half(row, block, half) }
+                unsafe { <$codes as Whole>::half(rows, row, block, half) }
             }
 
             #[inline(always)]
