@@ -13,13 +13,20 @@
 //! for each lane. The entry is named by its first block and owns one reference to each; a sequence
 //! that matched or registered the entry owns its own references and counts as a holder. Entries
 //! without a holder are idle: an evictor orders them, and they are reclaimed when blocks run out.
+//!
+//! Everything lies in flat arrays made once: for each block a record (32 bytes), a digest (32), a
+//! place in the index (12), in the free list (4), in the memory of evicted prefixes (2), and what
+//! the evictor keeps (9 to 14).
+//!
+//! Lookups need shared access only: they add to atomic counts ([`super::counts`]) and leave the
+//! evictor alone, which therefore may name held blocks; those are passed over when they come up.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
-
+use super::counts::{Counts, Snapshot};
+use super::index::{Index, tag};
 use super::prefix::Digest;
 use crate::error::{Result, ensure};
-use crate::evictor::Evictor;
+use crate::evictor::{Evictor, Idle};
+use crate::sync::{AtomicUsize, Ordering};
 
 /// Names a block of a pool: an index below its number of blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,52 +47,82 @@ pub enum Released {
     Freed,
 }
 
+/// How long an idle prefix should stay, next to others.
+pub const DEFAULT_PRIORITY: u8 = 35;
+
+/// The highest priority.
+pub const MAX_PRIORITY: u8 = 100;
+
 /// No block: ends a bundle.
 const NONE: u32 = u32::MAX;
 
-/// The state of every block in flat arrays. Exclusive access; the owner puts a lock around it.
+/// The state of every block in flat arrays. The owner puts a reader-writer lock around it.
 #[derive(Debug)]
 pub struct BlockPool {
-    blocks: Vec<Block>,
-    free: Vec<u32>,
+    records: Vec<Record>,
     digests: Vec<Digest>,
-    index: HashMap<Digest, u32, BuildHasherDefault<DigestHasher>>,
+    free: Vec<u32>,
+    index: Index,
     evictor: Box<dyn Evictor>,
-    idle_blocks: usize,
+    idle_blocks: AtomicUsize,
     evictions: u64,
+    /// Tags of evicted prefixes, so that a miss can be told from a prefix never seen.
+    evicted: Vec<u32>,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Block {
-    /// References of sequences, plus one while an entry owns the block.
-    refs: u32,
-    /// Sequences that hold the entry named by this block.
-    holders: u32,
+#[derive(Debug)]
+#[repr(align(32))]
+struct Record {
+    counts: Counts,
+    /// Grows when the block is freed, so that stale names are recognised.
+    generation: u32,
     /// Next block of the bundle, `NONE` at its end.
     sibling: u32,
+    /// Blocks of the chain up to and including this one.
+    depth: u32,
+    /// The tag under which the index has the entry.
+    tag: u32,
     /// Whether an entry owns a reference.
     cached: bool,
+    priority: u8,
+    /// The group of a hybrid model that the entry belongs to.
+    group: u8,
+    /// Whether the entry has been idle before.
+    reused: bool,
 }
+
+const _: () = assert!(size_of::<Record>() == 32);
 
 impl BlockPool {
     /// A pool of `num_blocks` free blocks whose idle entries `evictor` orders.
     pub fn new(num_blocks: usize, evictor: Box<dyn Evictor>) -> Self {
-        let empty = Block { refs: 0, holders: 0, sibling: NONE, cached: false };
+        let empty = |_| Record {
+            counts: Counts::new(),
+            generation: 0,
+            sibling: NONE,
+            depth: 0,
+            tag: 0,
+            cached: false,
+            priority: DEFAULT_PRIORITY,
+            group: 0,
+            reused: false,
+        };
         Self {
-            blocks: vec![empty; num_blocks],
+            records: (0..num_blocks).map(empty).collect(),
+            digests: vec![[0; 32]; num_blocks],
             // Popped from the end: low numbers first, and the block freed last is used next.
             free: (0..num_blocks as u32).rev().collect(),
-            digests: vec![[0; 32]; num_blocks],
-            index: HashMap::with_capacity_and_hasher(num_blocks, BuildHasherDefault::default()),
+            index: Index::new(num_blocks),
             evictor,
-            idle_blocks: 0,
+            idle_blocks: AtomicUsize::new(0),
             evictions: 0,
+            evicted: vec![0; num_blocks / 2 + 1],
         }
     }
 
     /// Blocks in the pool.
     pub fn num_blocks(&self) -> usize {
-        self.blocks.len()
+        self.records.len()
     }
 
     /// Blocks that nobody refers to.
@@ -95,7 +132,12 @@ impl BlockPool {
 
     /// Blocks that only a prefix entry refers to.
     pub fn num_idle(&self) -> usize {
-        self.idle_blocks
+        self.idle_blocks.load(Ordering::Relaxed)
+    }
+
+    /// Blocks that can be allocated: free ones and those of idle entries.
+    pub fn num_available(&self) -> usize {
+        self.num_free() + self.num_idle()
     }
 
     /// Prefix entries, held and idle.
@@ -108,9 +150,28 @@ impl BlockPool {
         self.evictions
     }
 
+    /// Bytes of bookkeeping, the evictor's included.
+    pub fn metadata_bytes(&self) -> usize {
+        let n = self.num_blocks();
+        n * (size_of::<Record>() + size_of::<Digest>() + size_of::<u32>())
+            + self.index.bytes()
+            + self.evicted.len() * size_of::<u32>()
+            + self.evictor.bytes()
+    }
+
     /// References to `block`, its entry's included.
     pub fn refs(&self, block: BlockId) -> u32 {
-        self.blocks[block.0 as usize].refs
+        self.records[block.0 as usize].counts.get().refs
+    }
+
+    /// How often `block` has been freed: with its number it names one life of it.
+    pub fn generation(&self, block: BlockId) -> u32 {
+        self.records[block.0 as usize].generation
+    }
+
+    /// Whether an entry owns `block`.
+    pub fn is_cached(&self, block: BlockId) -> bool {
+        self.records[block.0 as usize].cached
     }
 
     /// Appends `n` blocks with one reference each to `out`, or none at all.
@@ -123,37 +184,72 @@ impl BlockPool {
             self.num_blocks()
         );
         for id in self.free.drain(free - n..).rev() {
-            self.blocks[id as usize] = Block { refs: 1, holders: 0, sibling: NONE, cached: false };
+            let record = &mut self.records[id as usize];
+            record.counts.set(Snapshot { refs: 1, holders: 0 });
             out.push(BlockId(id));
         }
         Ok(())
     }
 
+    /// One block with one reference, from the free list or from the next idle entry.
+    pub fn take(&mut self) -> Option<BlockId> {
+        while self.free.is_empty() {
+            self.evict_one()?;
+        }
+        let id = self.free.pop()?;
+        let record = &mut self.records[id as usize];
+        record.counts.set(Snapshot { refs: 1, holders: 0 });
+        Some(BlockId(id))
+    }
+
     /// Adds a reference. Answers whether the block was idle before.
     pub fn retain(&mut self, block: BlockId) -> bool {
-        let block = &mut self.blocks[block.0 as usize];
-        assert!(block.refs > 0, "retain of a free block");
-        block.refs += 1;
-        let was_idle = block.cached && block.refs == 2;
-        self.idle_blocks -= usize::from(was_idle);
+        let record = &self.records[block.0 as usize];
+        let before = record.counts.add(false);
+        assert!(before.refs > 0, "retain of a free block");
+        let was_idle = record.cached && before.refs == 1;
+        self.idle_blocks.fetch_sub(usize::from(was_idle), Ordering::Relaxed);
         was_idle
     }
 
     /// Drops a reference.
     pub fn release(&mut self, id: BlockId) -> Released {
-        let block = &mut self.blocks[id.0 as usize];
-        assert!(block.refs > 0, "release of a free block");
-        block.refs -= 1;
-        match block.refs {
+        let record = &mut self.records[id.0 as usize];
+        match record.counts.sub_exclusive(1, 0).refs {
             0 => {
+                record.generation = record.generation.wrapping_add(1);
                 self.free.push(id.0);
                 Released::Freed
             }
-            1 if block.cached => {
-                self.idle_blocks += 1;
+            1 if record.cached => {
+                self.idle_blocks.fetch_add(1, Ordering::Relaxed);
                 Released::Idle
             }
             _ => Released::Used,
+        }
+    }
+
+    /// Adds a reference to a block of a table, and a hold if the block is an entry.
+    pub fn share(&mut self, id: u32) {
+        let record = &mut self.records[id as usize];
+        let holders = u32::from(record.cached);
+        record.counts.add_exclusive(1, holders);
+    }
+
+    /// Drops what [`Self::share`], [`Self::find_held`] or [`Self::register_one`] gave.
+    pub fn unshare(&mut self, id: u32) {
+        let record = &mut self.records[id as usize];
+        if !record.cached {
+            if record.counts.sub_exclusive(1, 0).refs == 0 {
+                record.generation = record.generation.wrapping_add(1);
+                self.free.push(id);
+            }
+            return;
+        }
+        let left = record.counts.sub_exclusive(1, 1);
+        if left.holders == 0 {
+            self.idle_blocks.fetch_add(usize::from(left.refs == 1), Ordering::Relaxed);
+            self.enlist(id);
         }
     }
 
@@ -162,212 +258,248 @@ impl BlockPool {
     pub fn register(&mut self, digest: &Digest, blocks: &[BlockId]) -> Option<EntryId> {
         let head = blocks.first()?.0;
         let fresh = |id: &BlockId| {
-            let block = &self.blocks[id.0 as usize];
-            block.refs > 0 && !block.cached
+            let record = &self.records[id.0 as usize];
+            record.counts.get().refs > 0 && !record.cached
         };
-        if self.index.contains_key(digest) || !blocks.iter().all(fresh) {
+        if self.find(digest, 0).is_some() || !blocks.iter().all(fresh) {
             return None;
         }
         for (i, id) in blocks.iter().enumerate() {
-            let block = &mut self.blocks[id.0 as usize];
-            block.refs += 1;
-            block.cached = true;
-            block.sibling = blocks.get(i + 1).map_or(NONE, |next| next.0);
+            let record = &mut self.records[id.0 as usize];
+            record.counts.add_exclusive(1, u32::from(i == 0));
+            record.cached = true;
+            record.sibling = blocks.get(i + 1).map_or(NONE, |next| next.0);
         }
-        self.blocks[head as usize].holders = 1;
-        self.digests[head as usize] = *digest;
-        self.index.insert(*digest, head);
+        self.enter(head, digest, 0, 0);
         Some(EntryId(head))
+    }
+
+    /// Makes `block`, which its caller alone refers to, the entry for `digest` in `group`, held by
+    /// that reference. Answers another block if that one is the entry already.
+    pub fn register_one(
+        &mut self,
+        digest: &Digest,
+        group: u8,
+        depth: u32,
+        block: u32,
+    ) -> Option<u32> {
+        if let Some(known) = self.find(digest, group) {
+            return Some(known);
+        }
+        let record = &mut self.records[block as usize];
+        record.counts.add_exclusive(1, 1);
+        record.cached = true;
+        record.sibling = NONE;
+        self.enter(block, digest, group, depth);
+        None
     }
 
     /// The entry for `digest`, if it is known. Changes nothing; [`Self::hold`] takes it.
     pub fn lookup(&self, digest: &Digest) -> Option<EntryId> {
-        self.index.get(digest).copied().map(EntryId)
+        self.find(digest, 0).map(EntryId)
+    }
+
+    /// Shared: holds the entry for `digest` in `group` and refers to its block once.
+    pub fn find_held(&self, digest: &Digest, group: u8) -> Option<u32> {
+        let head = self.find(digest, group)?;
+        self.hold_one(head);
+        Some(head)
+    }
+
+    /// Shared: holds the entries of the longest run of `digests`, from the first on, that is known
+    /// in `group`, and appends their blocks to `out`.
+    pub fn find_run(&self, digests: &[Digest], group: u8, out: &mut Vec<BlockId>) -> usize {
+        const BATCH: usize = 32;
+        let start = out.len();
+        for batch in digests.chunks(BATCH) {
+            // First reads of the index are independent of one another, so their misses overlap.
+            let (mut tags, mut firsts) = ([0; BATCH], [0; BATCH]);
+            for (i, digest) in batch.iter().enumerate() {
+                tags[i] = tag(digest, group);
+                firsts[i] = self.index.first(tags[i]);
+            }
+            for (i, digest) in batch.iter().enumerate() {
+                let guess = (firsts[i] as u32).wrapping_sub(1);
+                let guessed = (firsts[i] >> 32) as u32 == tags[i]
+                    && firsts[i] != 0
+                    && self.is_entry(guess, digest, group);
+                let found = if guessed {
+                    Some(guess)
+                } else {
+                    self.index.find(tags[i], |block| self.is_entry(block, digest, group))
+                };
+                let Some(head) = found else { return out.len() - start };
+                self.hold_one(head);
+                out.push(BlockId(head));
+            }
+        }
+        out.len() - start
     }
 
     /// Adds a holder to `entry` and a reference to each of its blocks, appended to `out` in lane
     /// order with whether each was idle before.
     pub fn hold(&mut self, entry: EntryId, out: &mut Vec<(BlockId, bool)>) {
-        let head = &mut self.blocks[entry.0 as usize];
-        if head.holders == 0 {
-            self.evictor.remove(entry.0);
-        }
-        head.holders += 1;
+        self.records[entry.0 as usize].counts.add_exclusive(0, 1);
         let mut id = entry.0;
         while id != NONE {
             let was_idle = self.retain(BlockId(id));
             out.push((BlockId(id), was_idle));
-            id = self.blocks[id as usize].sibling;
+            id = self.records[id as usize].sibling;
         }
     }
 
     /// Removes a holder of `entry`. The holder's block references are released apart from this.
     /// Call it for the last block of a chain first, so that leaves are reclaimed first.
     pub fn unhold(&mut self, entry: EntryId) {
-        let head = &mut self.blocks[entry.0 as usize];
-        assert!(head.holders > 0, "unhold of an idle entry");
-        head.holders -= 1;
-        if head.holders == 0 {
-            self.evictor.insert(entry.0);
+        if self.records[entry.0 as usize].counts.sub_exclusive(0, 1).holders == 0 {
+            self.enlist(entry.0);
         }
     }
 
     /// Starts to reclaim the next idle entry: it can no longer be found, but keeps its blocks
     /// until [`Self::finish_eviction`], so that their bytes can be offloaded in between.
     pub fn begin_eviction(&mut self) -> Option<(Digest, Vec<BlockId>)> {
-        let head = self.evictor.pop()?;
-        let digest = self.digests[head as usize];
-        self.index.remove(&digest);
-        self.evictions += 1;
+        let head = self.next_idle()?;
+        self.leave(head);
         let mut blocks = Vec::new();
         let mut id = head;
         while id != NONE {
             blocks.push(BlockId(id));
-            id = self.blocks[id as usize].sibling;
+            id = self.records[id as usize].sibling;
         }
-        Some((digest, blocks))
+        Some((self.digests[head as usize], blocks))
     }
 
     /// Drops the entry's reference to one of its blocks. Answers whether the block is free now.
     pub fn finish_eviction(&mut self, id: BlockId) -> bool {
-        let block = &mut self.blocks[id.0 as usize];
-        assert!(block.cached, "block {} is in no entry", id.0);
-        block.cached = false;
-        block.refs -= 1;
-        if block.refs > 0 {
+        let record = &mut self.records[id.0 as usize];
+        assert!(record.cached, "block {} is in no entry", id.0);
+        record.cached = false;
+        if record.counts.sub_exclusive(1, 0).refs > 0 {
             return false;
         }
-        self.idle_blocks -= 1;
+        record.generation = record.generation.wrapping_add(1);
+        self.idle_blocks.fetch_sub(1, Ordering::Relaxed);
         self.free.push(id.0);
         true
     }
 
+    /// Reclaims every idle entry. Answers how many.
+    pub fn clear(&mut self) -> usize {
+        let mut cleared = 0;
+        while self.evict_one().is_some() {
+            cleared += 1;
+        }
+        cleared
+    }
+
+    /// Gives the entry of `block` another priority, from now on and not only when it next becomes
+    /// idle. Answers whether there is such an entry.
+    pub fn set_priority(&mut self, block: BlockId, priority: u8) -> bool {
+        let record = &mut self.records[block.0 as usize];
+        if !record.cached || record.counts.get().refs == 0 {
+            return false;
+        }
+        record.priority = priority.min(MAX_PRIORITY);
+        self.evictor.set_priority(block.0, record.priority);
+        true
+    }
+
+    /// Whether the prefix of `digest` was evicted, as far as is remembered.
+    pub fn was_evicted(&self, digest: &Digest, group: u8) -> bool {
+        let tag = tag(digest, group);
+        self.evicted[tag as usize % self.evicted.len()] == tag
+    }
+
+    fn find(&self, digest: &Digest, group: u8) -> Option<u32> {
+        self.index.find(tag(digest, group), |block| self.is_entry(block, digest, group))
+    }
+
+    fn is_entry(&self, block: u32, digest: &Digest, group: u8) -> bool {
+        self.records[block as usize].group == group && self.digests[block as usize] == *digest
+    }
+
+    fn hold_one(&self, head: u32) {
+        let record = &self.records[head as usize];
+        let before = record.counts.add(true);
+        if before.refs == 1 {
+            self.idle_blocks.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    fn enter(&mut self, head: u32, digest: &Digest, group: u8, depth: u32) {
+        let tag = tag(digest, group);
+        let record = &mut self.records[head as usize];
+        record.tag = tag;
+        (record.group, record.depth) = (group, depth);
+        (record.priority, record.reused) = (DEFAULT_PRIORITY, false);
+        self.digests[head as usize] = *digest;
+        self.index.insert(tag, head);
+    }
+
+    fn enlist(&mut self, head: u32) {
+        let record = &mut self.records[head as usize];
+        let idle = Idle {
+            slot: head,
+            priority: record.priority,
+            depth: record.depth,
+            tag: record.tag,
+            reused: std::mem::replace(&mut record.reused, true),
+        };
+        self.evictor.insert(idle);
+    }
+
+    /// Takes the next entry that nobody holds out of the evictor.
+    fn next_idle(&mut self) -> Option<u32> {
+        loop {
+            let head = self.evictor.pop()?;
+            let record = &self.records[head as usize];
+            // Held by a lookup since: it comes back when the last holder leaves.
+            if record.cached && record.counts.get().holders == 0 {
+                return Some(head);
+            }
+        }
+    }
+
+    /// Takes an entry out of the index.
+    fn leave(&mut self, head: u32) {
+        let tag = self.records[head as usize].tag;
+        self.index.remove(tag, head);
+        let place = tag as usize % self.evicted.len();
+        self.evicted[place] = tag;
+        self.evictions += 1;
+    }
+
+    fn evict_one(&mut self) -> Option<()> {
+        let head = self.next_idle()?;
+        self.leave(head);
+        let mut id = head;
+        while id != NONE {
+            self.finish_eviction(BlockId(id));
+            id = self.records[id as usize].sibling;
+        }
+        Some(())
+    }
+
     /// Checks every invariant; for tests and debugging. O(blocks).
     pub fn check_integrity(&self) {
-        let used = self.blocks.iter().filter(|block| block.refs > 0).count();
-        assert_eq!(used + self.free.len(), self.blocks.len(), "free list and references disagree");
-        assert!(self.free.iter().all(|id| self.blocks[*id as usize].refs == 0));
-        let idle = self.blocks.iter().filter(|block| block.cached && block.refs == 1).count();
-        assert_eq!(idle, self.idle_blocks);
-        for (digest, head) in &self.index {
-            assert_eq!(&self.digests[*head as usize], digest);
-            assert!(self.blocks[*head as usize].cached);
+        let counts = |id: u32| self.records[id as usize].counts.get();
+        let used = self.records.iter().filter(|record| record.counts.get().refs > 0).count();
+        assert_eq!(used + self.free.len(), self.records.len(), "free list and references disagree");
+        assert!(self.free.iter().all(|id| counts(*id) == Snapshot { refs: 0, holders: 0 }));
+        let is_idle = |record: &&Record| record.cached && record.counts.get().refs == 1;
+        assert_eq!(self.records.iter().filter(is_idle).count(), self.num_idle());
+        let mut unheld = 0;
+        for head in self.index.blocks() {
+            let record = &self.records[head as usize];
+            assert!(record.cached && record.counts.get().refs > 0);
+            assert_eq!(self.find(&self.digests[head as usize], record.group), Some(head));
+            unheld += usize::from(record.counts.get().holders == 0);
         }
-        let unheld = self.index.values().filter(|head| self.blocks[**head as usize].holders == 0);
-        assert_eq!(unheld.count(), self.evictor.len(), "idle entries and evictor disagree");
+        assert!(self.evictor.len() >= unheld, "an idle entry is missing from the evictor");
     }
-}
-
-/// A digest is uniform already: its first eight bytes are its hash.
-#[derive(Debug, Default)]
-struct DigestHasher(u64);
-
-impl Hasher for DigestHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some(bytes) = bytes.first_chunk::<8>() {
-            self.0 = u64::from_le_bytes(*bytes);
-        }
-    }
-
-    fn write_usize(&mut self, _length: usize) {}
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::evictor;
-
-    fn pool(n: usize) -> BlockPool {
-        BlockPool::new(n, evictor::create("lru", n).unwrap())
-    }
-
-    fn evict(pool: &mut BlockPool) -> Option<Digest> {
-        let (digest, blocks) = pool.begin_eviction()?;
-        for block in blocks {
-            pool.finish_eviction(block);
-        }
-        Some(digest)
-    }
-
-    #[test]
-    fn allocation_is_all_or_nothing() {
-        let mut pool = pool(4);
-        let mut out = Vec::new();
-        pool.allocate(3, &mut out).unwrap();
-        assert_eq!(out, [BlockId(0), BlockId(1), BlockId(2)]);
-        assert!(pool.allocate(2, &mut out).is_err());
-        assert_eq!((out.len(), pool.num_free()), (3, 1));
-        assert_eq!(pool.release(BlockId(1)), Released::Freed);
-        pool.allocate(0, &mut out).unwrap();
-        pool.check_integrity();
-    }
-
-    #[test]
-    fn an_entry_lives_from_register_to_eviction() {
-        let mut pool = pool(4);
-        let mut blocks = Vec::new();
-        pool.allocate(2, &mut blocks).unwrap();
-        let entry = pool.register(&[1; 32], &blocks).unwrap();
-        assert!(pool.register(&[1; 32], &blocks).is_none(), "known digest");
-        assert!(pool.register(&[2; 32], &blocks).is_none(), "blocks of another entry");
-        assert!(pool.begin_eviction().is_none(), "held entries stay");
-
-        pool.unhold(entry);
-        for block in &blocks {
-            assert_eq!(pool.release(*block), Released::Idle);
-        }
-        pool.check_integrity();
-        assert_eq!(pool.num_idle(), 2);
-
-        let mut held = Vec::new();
-        pool.hold(pool.lookup(&[1; 32]).unwrap(), &mut held);
-        assert_eq!(held, [(blocks[0], true), (blocks[1], true)]);
-        assert!(pool.begin_eviction().is_none());
-        pool.unhold(entry);
-        held.iter().for_each(|(block, _)| _ = pool.release(*block));
-
-        assert_eq!(evict(&mut pool), Some([1; 32]));
-        assert_eq!((pool.num_free(), pool.num_idle(), pool.num_entries()), (4, 0, 0));
-        pool.check_integrity();
-    }
-
-    #[test]
-    fn leaves_are_reclaimed_before_their_parents() {
-        let mut pool = pool(8);
-        let mut blocks = Vec::new();
-        pool.allocate(3, &mut blocks).unwrap();
-        let chain: Vec<_> = (0..3u8)
-            .map(|i| pool.register(&[i; 32], &blocks[i as usize..][..1]).unwrap())
-            .collect();
-        let free = |pool: &mut BlockPool, n: usize| {
-            for i in (0..n).rev() {
-                pool.unhold(chain[i]);
-                pool.release(blocks[i]);
-            }
-        };
-        free(&mut pool, 3);
-        let mut held = Vec::new();
-        pool.hold(chain[0], &mut held);
-        free(&mut pool, 1);
-        let order: Vec<_> =
-            std::iter::from_fn(|| evict(&mut pool)).map(|digest| digest[0]).collect();
-        assert_eq!(order, [2, 1, 0]);
-    }
-
-    #[test]
-    fn a_block_used_past_the_eviction_of_its_entry_is_freed_by_its_user() {
-        let mut pool = pool(2);
-        let mut blocks = Vec::new();
-        pool.allocate(1, &mut blocks).unwrap();
-        let entry = pool.register(&[9; 32], &blocks).unwrap();
-        pool.unhold(entry);
-        evict(&mut pool).unwrap();
-        assert_eq!(pool.num_free(), 1);
-        assert_eq!(pool.release(blocks[0]), Released::Freed);
-        pool.check_integrity();
-    }
-}
+#[path = "pool_tests.rs"]
+mod tests;

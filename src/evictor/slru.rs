@@ -1,0 +1,56 @@
+//! Segmented LRU: new slots are on probation; a slot that somebody came back for is protected.
+//! Probation is reclaimed first. Protection holds at most a share of all slots; beyond that its
+//! least recently used returns to probation.
+//!
+//! Paper: Karedla, Love, Wherry, "Caching strategies to improve disk system performance", 1994.
+
+use super::lists::Lists;
+use super::{Entry, Evictor, Idle};
+use crate::registry::{Domain, Param};
+
+pub(super) static ENTRY: Entry = Entry {
+    name: "slru",
+    summary: "segmented LRU: what was used again outlives what was not",
+    params: &[Param {
+        name: "protected",
+        help: "largest share of the slots that is protected",
+        domain: Domain::Real { default: 0.8, min: 0.0, max: 1.0 },
+    }],
+    create: |args, capacity| {
+        let limit = (args.real("protected") * capacity as f64) as usize;
+        Box::new(Slru { lists: Lists::new(capacity, 2), limit })
+    },
+};
+
+const PROBATION: usize = 0;
+const PROTECTED: usize = 1;
+
+#[derive(Debug)]
+struct Slru {
+    lists: Lists,
+    limit: usize,
+}
+
+impl Evictor for Slru {
+    fn insert(&mut self, idle: Idle) {
+        self.lists.remove(idle.slot);
+        self.lists.push(if idle.reused { PROTECTED } else { PROBATION }, idle.slot);
+        if self.lists.len_of(PROTECTED) > self.limit
+            && let Some(demoted) = self.lists.pop(PROTECTED)
+        {
+            self.lists.push(PROBATION, demoted);
+        }
+    }
+
+    fn pop(&mut self) -> Option<u32> {
+        self.lists.pop(PROBATION).or_else(|| self.lists.pop(PROTECTED))
+    }
+
+    fn bytes(&self) -> usize {
+        self.lists.bytes()
+    }
+
+    fn len(&self) -> usize {
+        self.lists.len()
+    }
+}
