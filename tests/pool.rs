@@ -234,7 +234,7 @@ fn evictors_order_as_they_say() {
     assert_eq!(order("fifo", &again), [0, 1, 2]);
     assert_eq!(order("lfu", &again), [1, 2, 0]);
     assert_eq!(order("slru", &again), [1, 2, 0]);
-    assert_eq!(order("s3-fifo", &again), [1, 2, 0]);
+    assert_eq!(order("s3_fifo", &again), [1, 2, 0]);
     assert_eq!(order("priority", &again), [1, 0, 2]);
     assert_eq!(order("cost(weight=1)", &again), [1, 2, 0]);
 }

@@ -106,7 +106,7 @@ fn main() {
     compare(rounds, &|| ours::w5(1_000_000), &|| kvbm::w5(1_000_000));
     println!("\nmetadata: {:.1} bytes a block at 1M blocks", ours::metadata(1_000_000));
     println!("\n| evictor | hit % at 8k | 16k | 32k |\n|---|---|---|---|");
-    for evictor in ["lru", "fifo", "lfu", "slru", "s3-fifo", "priority", "cost"] {
+    for evictor in ["lru", "fifo", "lfu", "slru", "s3_fifo", "priority", "cost"] {
         let rate = |blocks| 100.0 * ours::w2(evictor, blocks);
         println!("| {evictor} | {:.1} | {:.1} | {:.1} |", rate(8192), rate(16384), rate(32768));
     }

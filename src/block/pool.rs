@@ -15,7 +15,7 @@
 //! without a holder are idle: an evictor orders them, and they are reclaimed when blocks run out.
 //!
 //! Everything lies in flat arrays made once: for each block a record (32 bytes), a digest (32), a
-//! place in the index (12), in the free list (4), in the memory of evicted prefixes (2), and what
+//! place in the index (12), in the free list (4), in the memory of evicted prefixes (1), and what
 //! the evictor keeps (9 to 14).
 //!
 //! Lookups need shared access only: they add to atomic counts ([`super::counts`]) and leave the
@@ -116,7 +116,7 @@ impl BlockPool {
             evictor,
             idle_blocks: AtomicUsize::new(0),
             evictions: 0,
-            evicted: vec![0; num_blocks / 2 + 1],
+            evicted: vec![0; num_blocks / 4 + 1],
         }
     }
 
@@ -232,8 +232,10 @@ impl BlockPool {
     /// Adds a reference to a block of a table, and a hold if the block is an entry.
     pub fn share(&mut self, id: u32) {
         let record = &mut self.records[id as usize];
+        let was_idle = record.cached && record.counts.get().refs == 1;
         let holders = u32::from(record.cached);
         record.counts.add_exclusive(1, holders);
+        self.idle_blocks.fetch_sub(usize::from(was_idle), Ordering::Relaxed);
     }
 
     /// Drops what [`Self::share`], [`Self::find_held`] or [`Self::register_one`] gave.

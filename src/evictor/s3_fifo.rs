@@ -8,7 +8,7 @@ use super::{Entry, Evictor, Idle};
 use crate::registry::{Domain, Param};
 
 pub(super) static ENTRY: Entry = Entry {
-    name: "s3-fifo",
+    name: "s3_fifo",
     summary: "small, main and ghost FIFO queues (SOSP 2023)",
     params: &[Param {
         name: "small",
@@ -22,7 +22,7 @@ pub(super) static ENTRY: Entry = Entry {
             uses: vec![0; capacity],
             tags: vec![0; capacity],
             small,
-            ghosts: vec![0; (capacity / 4).max(1)],
+            ghosts: vec![0; (capacity / 8).max(1)],
         })
     },
 };
