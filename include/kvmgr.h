@@ -886,6 +886,11 @@ typedef struct {
 #define KVMGR_UNSUPPORTED -20
 
 /**
+ * No device of the wanted type is usable on this machine; the message says why.
+ */
+#define KVMGR_NO_DEVICE -21
+
+/**
  * A device reported an error.
  */
 #define KVMGR_DEVICE_ERROR -30

@@ -23,6 +23,8 @@ pub enum Kind {
     OutOfMemory,
     /// This build, device or pipeline cannot do what was asked.
     Unsupported,
+    /// No device of the wanted kind is usable on this machine.
+    NoDevice,
     /// A device (CUDA) reported an error.
     Device,
     /// A store failed to put, get or remove.

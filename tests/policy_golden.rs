@@ -1,10 +1,12 @@
 //! Policies against vectors that other programs made; `tests/golden/README.md` names them.
 
 use kvmgr::error::Result;
-use kvmgr::policy::{Event, HeadInput, LayerInput, LayerSource, Pipeline};
+use kvmgr::policy::{Event, HeadInput, HeadScores, LayerInput, LayerSource, Pipeline};
 use kvmgr::shape::{KeepSet, Rope, RopeStyle};
 use safetensors::SafeTensors;
 
+/// Every press of the full set of vectors.
+static MANIFEST: &str = include_str!("golden/policy_manifest.txt");
 static FILE: &[u8] = include_bytes!("golden/policy_subset.safetensors");
 
 const LAYERS: usize = 2;
@@ -41,6 +43,16 @@ impl Golden {
         self.bytes(name).iter().map(|bytes| i32::from_le_bytes(*bytes) as usize).collect()
     }
 
+    /// The scores of a press, which may be stored once for all ratios.
+    fn scores(&self, press: &str, layer: usize) -> Vec<f32> {
+        let own = format!("{press}/l{layer}.score");
+        if self.has(&own) {
+            return self.floats(&own);
+        }
+        let base = press.split('@').next().unwrap_or(press);
+        self.floats(&format!("{base}@0.5/l{layer}.score"))
+    }
+
     /// The kept indices of one head of a press.
     fn kept(&self, press: &str, layer: usize, head: usize) -> Vec<usize> {
         let place = format!("{press}/l{layer}");
@@ -61,6 +73,7 @@ impl Golden {
 struct Prompt {
     positions: Vec<i32>,
     keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
     queries: Vec<Vec<f32>>,
     column_sums: Vec<Vec<f32>>,
 }
@@ -73,6 +86,7 @@ impl Prompt {
         Self {
             positions: (0..LEN as i32).collect(),
             keys: each("k"),
+            values: each("v"),
             queries: each("q"),
             column_sums: each("column_sums"),
         }
@@ -91,13 +105,14 @@ impl LayerSource for Prompt {
     ) -> Result<()> {
         let rows = |list: &'static str, h: usize, width: usize| match list {
             "keys" => &self.keys[layer][h * LEN * width..][..LEN * width],
+            "values" => &self.values[layer][h * LEN * width..][..LEN * width],
             "queries" => &self.queries[layer][h * GROUP * LEN * width..][..GROUP * LEN * width],
             _ => &self.column_sums[layer][h * LEN..][..LEN],
         };
         let head = |h: usize| HeadInput {
             positions: &self.positions,
             keys: rows("keys", h, DIM),
-            values: &[],
+            values: rows("values", h, DIM),
             queries: rows("queries", h, DIM),
             num_queries: LEN,
             column_sums: rows("column_sums", h, 1),
@@ -126,8 +141,76 @@ fn assert_close(found: impl Iterator<Item = f32>, expected: &[f32], tolerance: f
     }
 }
 
-/// Runs `spec` on the prompt and compares its keep sets, and its scores outside the window.
-fn check_press(golden: &Golden, press: &str, spec: &str, window: Option<usize>) {
+/// What this library does about a press of the reference.
+enum Claim {
+    /// This pipeline keeps the same tokens, `KEEP` being the fraction that stays, and has the same
+    /// scores for tokens that it does not protect.
+    Same(&'static str),
+    /// The same tokens; the scores have another scale.
+    SameTokens(&'static str),
+    /// Nothing yet: what it would take.
+    Open(&'static str),
+}
+
+/// The press without `@RATIO`, and the claim.
+const CLAIMS: &[(&str, Claim)] = {
+    use Claim::{Open, Same, SameTokens};
+    const QUERY_STATISTICS: &str = "mean and covariance of queries before RoPE";
+    const CHUNKS: &str = "scores and allowances by chunks of tokens";
+    const OUTPUT: &str = "the output projection";
+    const HIDDEN: &str = "hidden states and weights from a file";
+    const ALL_QUERIES: &str = "all queries of the prompt";
+    const REPLAY: &str = "queries of a second pass, and an allowance over all layers";
+    const TABLE: &str = "a table of heads from a file";
+    &[
+        ("streaming_llm", SameTokens("stream(4) | keep(KEEP)")),
+        ("snapkv", Same("snapkv | keep(KEEP)")),
+        ("snapkv_w32_k7", Same("snapkv(w=32, kernel=7) | keep_tokens(256)")),
+        ("adakv_snapkv", Same("snapkv(64, 5) | adakv(0.2) | keep(KEEP)")),
+        ("keyrerotation_snapkv", Same("snapkv(64, 5) | keep(KEEP) | pos(cache_relative)")),
+        ("pyramidkv", Same("snapkv | pyramid(w=64, beta=20) | keep(KEEP)")),
+        ("knorm", Same("knorm | keep(KEEP)")),
+        ("keydiff", Same("keydiff | keep(KEEP)")),
+        ("tova", Same("tova | keep(KEEP)")),
+        ("observed_attention", Same("observed | keep(KEEP)")),
+        // Scores are ranks, which rounding may swap; `lagkv_cross` compares what they rank.
+        ("lagkv", SameTokens("lagkv | keep(KEEP)")),
+        ("lagkv_cross", Same("lagkv(lag=64, cross=yes) | keep(KEEP)")),
+        ("cur", Same("cur | keep(KEEP)")),
+        ("finch", Same("finch(w=48) | keep(KEEP) | pos(cache_relative)")),
+        // Every layer is lazy at threshold 0: sinks and a recent window of n_recent - n_last.
+        ("simlayerkv", SameTokens("stream(sink=4, recent=127)")),
+        ("expected_attention", Open(QUERY_STATISTICS)),
+        ("expected_attention_nocov", Open(QUERY_STATISTICS)),
+        ("expected_attention_eps1e-2", Open(QUERY_STATISTICS)),
+        ("adakv_expected_attention_e2", Open(QUERY_STATISTICS)),
+        ("critical_expected_attention", Open(QUERY_STATISTICS)),
+        ("cap", Open(QUERY_STATISTICS)),
+        ("lukv", Open(QUERY_STATISTICS)),
+        ("critical_snapkv", Open(OUTPUT)),
+        ("critical_adakv_snapkv", Open(OUTPUT)),
+        ("leverage", Open("keys before RoPE and the sketch of the reference")),
+        ("compactor", Open(ALL_QUERIES)),
+        ("noncausal_attn", Open(ALL_QUERIES)),
+        ("qfilter", Open(TABLE)),
+        ("duo_attention", Open(TABLE)),
+        ("chunkkv_snapkv", Open(CHUNKS)),
+        ("entropy_chunkkv_snapkv", Open(CHUNKS)),
+        ("chunk_knorm", Open(CHUNKS)),
+        ("block_keydiff", Open(CHUNKS)),
+        ("dms_kvzap_linear", Open(HIDDEN)),
+        ("dms_kvzap_mlp", Open(HIDDEN)),
+        ("fastkvzip", Open(HIDDEN)),
+        ("kvzip", Open(REPLAY)),
+        ("kvzip_plus", Open(REPLAY)),
+        ("merging_snapkv", Open("evicted values merged into survivors")),
+        ("cam_knorm", Open("evicted values merged into survivors")),
+        ("think", Open("pruning of key channels")),
+    ]
+};
+
+/// Runs `spec` on the prompt and compares its keep sets, and its scores of unprotected tokens.
+fn check_press(golden: &Golden, press: &str, spec: &str, has_scores: bool) {
     let pipeline = Pipeline::parse(spec).expect(spec);
     let mut prompt = Prompt::new(golden);
     let kept = pipeline.select(Event::PrefillEnd, &mut prompt).expect(spec);
@@ -141,14 +224,14 @@ fn check_press(golden: &Golden, press: &str, spec: &str, window: Option<usize>) 
                 assert_eq!(indices(set), expected, "{press} layer {layer} head {head}");
             }
         }
-        let Some(window) = window else { continue };
-        let expected = golden.floats(&format!("{press}/l{layer}.score"));
+        if !has_scores {
+            continue;
+        }
+        let expected = golden.scores(press, layer);
         let mut check = |input: &LayerInput<'_>| {
             let scores = pipeline.score(Event::PrefillEnd, input)?;
             for (found, expected) in scores.iter().zip(expected.chunks_exact(LEN)) {
-                let old = found.scores[..LEN - window].iter().copied();
-                assert_close(old, &expected[..LEN - window], TOLERANCE, press);
-                assert!(found.protected.iter().enumerate().all(|(i, p)| *p == (i + window >= LEN)));
+                check_scores(found, expected, press);
             }
             Ok(())
         };
@@ -156,18 +239,51 @@ fn check_press(golden: &Golden, press: &str, spec: &str, window: Option<usize>) 
     }
 }
 
-#[test]
-fn prompts_are_compressed_as_kvpress_does() {
-    let golden = Golden::open();
-    for (removed, kept) in [("0.25", "75%"), ("0.5", "0.5"), ("0.75", "0.25")] {
-        let press = |name: &str| format!("{name}@{removed}");
-        check_press(&golden, &press("streaming_llm"), &format!("stream(4) | keep({kept})"), None);
-        check_press(&golden, &press("snapkv"), &format!("snapkv | keep({kept})"), Some(64));
-        let spec = format!("snapkv(64, 5) | adakv(0.2) | keep({kept})");
-        check_press(&golden, &press("adakv_snapkv"), &spec, Some(64));
+/// Compares the scores of tokens that are not protected: relative to themselves, or to the mean
+/// size of a score where signs cancel.
+fn check_scores(found: &HeadScores, expected: &[f32], press: &str) {
+    let open = || (0..LEN).filter(|i| !found.protected[*i]);
+    let mean = open().map(|i| expected[i].abs()).sum::<f32>() / open().count() as f32;
+    let has_signs = open().any(|i| expected[i] < 0.0) && open().any(|i| expected[i] > 0.0);
+    for i in open() {
+        let size = if has_signs { expected[i].abs().max(mean) } else { expected[i].abs() };
+        let error = f64::from((found.scores[i] - expected[i]).abs());
+        let limit = TOLERANCE * f64::from(size);
+        assert!(
+            error <= limit,
+            "{press}: token {i} is {}, must be {}",
+            found.scores[i],
+            expected[i]
+        );
     }
-    let spec = "snapkv(w=32, kernel=7) | keep_tokens(256)";
-    check_press(&golden, "snapkv_w32_k7@0.5", spec, Some(32));
+}
+
+#[test]
+fn every_press_of_the_manifest_is_claimed_and_agrees() {
+    let golden = Golden::open();
+    let mut open = 0;
+    for press in MANIFEST.lines() {
+        let (name, removed) = press.split_once('@').unwrap_or((press, "0"));
+        let claim = CLAIMS.iter().find(|(claimed, _)| *claimed == name);
+        let (_, claim) = claim.unwrap_or_else(|| panic!("nobody claims {press}"));
+        let keep = (1.0 - removed.parse::<f64>().expect("a ratio")).to_string();
+        match claim {
+            Claim::Same(spec) => check_press(&golden, press, &spec.replace("KEEP", &keep), true),
+            Claim::SameTokens(spec) => {
+                check_press(&golden, press, &spec.replace("KEEP", &keep), false);
+            }
+            Claim::Open(reason) => {
+                assert!(!reason.is_empty());
+                assert!(!golden.has(&format!("{press}/l0.kept")), "{press} has data and no claim");
+                open += 1;
+            }
+        }
+    }
+    for (claimed, _) in CLAIMS {
+        let is_there = |press: &str| press.split('@').next() == Some(claimed);
+        assert!(MANIFEST.lines().any(is_there), "the manifest has no {claimed}");
+    }
+    assert!(open < MANIFEST.lines().count());
 }
 
 #[test]

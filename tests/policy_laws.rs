@@ -115,7 +115,16 @@ fn is_subset(small: &KeepSet, large: &KeepSet) -> bool {
 fn budgets_are_kept_to_the_token() {
     for len in [1, 3, 4, 5, 31, 64, 65, 100, 257] {
         let layer = Layer::even(3, len, len as u64);
-        for (spec, whole) in [("snapkv(w=16)", 16), ("h2o(recent=10)", 10), ("stream(sink=4)", 4)] {
+        for (spec, whole) in [
+            ("snapkv(w=16)", 16),
+            ("h2o(recent=10)", 10),
+            ("stream(sink=4)", 4),
+            ("tova", 1),
+            ("finch(w=9)", 9),
+            ("keydiff", 0),
+            ("lagkv(lag=8)", 0),
+            ("random", 0),
+        ] {
             for (keep, n) in [
                 ("keep(0.25)", len / 4),
                 ("keep(29%)", len * 29 / 100),
@@ -142,7 +151,19 @@ fn budgets_are_kept_to_the_token() {
 fn laws_of_composition() {
     for (len, seed) in [(40, 1), (100, 2), (200, 3)] {
         let layer = Layer::even(4, len, seed);
-        for score in ["snapkv(w=16)", "h2o(recent=10)", "stream"] {
+        for score in [
+            "snapkv(w=16)",
+            "h2o(recent=10)",
+            "stream",
+            "tova",
+            "keydiff",
+            "knorm",
+            "lagkv(lag=16)",
+            "cur",
+            "observed",
+            "finch(w=16)",
+            "random(seed=3)",
+        ] {
             let run = |rest: &str| select(&format!("{score} | {rest}"), Event::PrefillEnd, &layer);
             assert_eq!(run("keep(1.0)"), vec![KeepSet::all(len); 4], "{score}: keep all");
             assert_eq!(run("keep(0.5)"), run("uniform | keep(0.5)"), "{score}: default budget");

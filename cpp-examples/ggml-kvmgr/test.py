@@ -3,32 +3,10 @@
 Usage: test.py LLAMA_BUILD PLUGIN MODEL TEXT
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 import time
-import urllib.request
 
-BUILD, PLUGIN, MODEL, TEXT = sys.argv[1:5]
-PORT = 18089
-
-
-def run(program, *args, spec=None, plugin=True, timeout=200, **extra):
-    """The output of a program of llama.cpp, with or without the plugin."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("KVMGR_")}
-    if plugin:
-        env["GGML_BACKEND_PATH"] = PLUGIN
-    if spec:
-        env["KVMGR_SPEC"] = spec
-    env.update(extra)
-    command = [os.path.join(BUILD, "bin", program), *args]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          timeout=timeout, check=False)
-    output = done.stdout.decode(errors="replace")
-    assert done.returncode == 0, f"{command} with {spec}: exit {done.returncode}\n{output[-2000:]}"
-    return output
+from llama import MODEL, TEXT, post, run, server, text
 
 
 def perplexity(**options):
@@ -75,41 +53,34 @@ def test_refusals():
         assert word in output and "not loaded" in output, output[-500:]
 
 
-def post(path, body):
-    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.load(answer)
+def test_states():
+    """llama.cpp's own test of saving, loading, copying and removing sequences. Its last part starts
+    without flash attention, which only the transparent mode can do; parts 2 to 7 come before."""
+    args = ["-m", MODEL, "-p", "And the Lord said unto Moses", "-n", "16", "-t", "1", "-fa", "on"]
+    assert "All tests passed" in run("test-save-load-state", *args)
+    for spec, parts in (("full", 7), ("quant(k=q8_0, v=q8_0)", 6), ("quant(k=had+q4_0, v=q4_0)", 6)):
+        output = run("test-save-load-state", *args, spec=spec, expect=None)
+        assert output.count("PASS") == parts, f"{spec}: {output[-3000:]}"
+        assert "start with -fa on" in output, output[-3000:]
 
 
 def server_answers(plugin, spec=None):
     """Greedy answers of a server with parallel slots, of prompts that share a prefix."""
-    env = dict(os.environ)
-    if plugin:
-        env["GGML_BACKEND_PATH"] = PLUGIN
-    if spec:
-        env["KVMGR_SPEC"] = spec
-    command = [os.path.join(BUILD, "bin", "llama-server"), "-m", MODEL, "-c", "1024", "-np", "4", "-t", "1",
-               "-fa", "on", "--port", str(PORT), "--no-webui"]
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            for _ in range(200):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5)
-                    break
-                except OSError:
-                    time.sleep(0.2)
-            with open(TEXT, encoding="utf-8") as file:
-                text = file.read()
-            answers = []
-            for i in range(8):
-                body = {"prompt": text[:150] + text[400 * i:400 * i + 60], "n_predict": 12,
-                        "temperature": 0, "cache_prompt": True}
-                answers.append(post("/completion", body)["content"])
-            assert all(answers), answers
-            return answers
-        finally:
-            server.terminate()
+    with server(plugin, spec, "-c", "1024", "-np", "4"):
+        prompts = [text()[:150] + text()[400 * i:400 * i + 60] for i in range(8)]
+        body = {"n_predict": 12, "temperature": 0, "cache_prompt": True}
+        answers = [post("/completion", {**body, "prompt": prompt})["content"] for prompt in prompts]
+    assert all(answers), answers
+    return answers
+
+
+def shifted_answer(plugin, spec=None):
+    """A greedy answer longer than the context, which is shifted three times."""
+    with server(plugin, spec, "-c", "256", "-np", "1", "--context-shift"):
+        body = {"prompt": text()[:120], "n_predict": 400, "temperature": 0, "ignore_eos": True}
+        answer = post("/completion", body)
+    assert answer["truncated"], answer
+    return answer["content"]
 
 
 def test_server():
@@ -119,8 +90,17 @@ def test_server():
     assert len(server_answers(True, "snapkv(w=16) | keep(0.5) | quant(k=q8_0, v=q8_0)")) == len(stock)
 
 
+def test_context_shift():
+    stock = shifted_answer(False)
+    assert len(stock) > 300, stock
+    assert shifted_answer(True) == stock
+    assert shifted_answer(True, "full") == stock
+    assert len(shifted_answer(True, "quant(k=had+q4_0, v=q4_0)")) > 300
+
+
 if __name__ == "__main__":
-    for test in (test_perplexity, test_operations, test_refusals, test_server):
+    for test in (test_perplexity, test_operations, test_refusals, test_states, test_server,
+                 test_context_shift):
         start = time.time()
         test()
         print(f"{test.__name__}: ok, {time.time() - start:.1f} s", flush=True)

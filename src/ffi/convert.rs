@@ -2,9 +2,10 @@
 
 use std::ffi::{CStr, c_char};
 
+use super::device;
 use super::types::{
-    KVMGR_DEVICE_CPU, KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16, KVMGR_DTYPE_F32, KVMGR_SIDE_KEY,
-    KVMGR_SIDE_VALUE, kvmgr_device_type, kvmgr_dtype, kvmgr_side, kvmgr_tensor,
+    KVMGR_DEVICE_CPU, KVMGR_DEVICE_CUDA, KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16, KVMGR_DTYPE_F32,
+    KVMGR_SIDE_KEY, KVMGR_SIDE_VALUE, kvmgr_device_type, kvmgr_dtype, kvmgr_side, kvmgr_tensor,
 };
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::dtype::DType;
@@ -255,12 +256,7 @@ pub(super) unsafe fn dense<'a>(tensor: *const kvmgr_tensor, name: &str) -> Resul
 unsafe fn tensor_parts(tensor: *const kvmgr_tensor, name: &str, ndim: u32) -> Result<Parts> {
     // SAFETY: the caller promises a readable tensor.
     let tensor = &unsafe { slice(tensor, 1, name) }?[0];
-    ensure!(
-        matches!(tensor.device_type, kvmgr_device_type(0) | KVMGR_DEVICE_CPU),
-        Unsupported,
-        "{name}.device_type is {}, this build reads CPU memory only",
-        tensor.device_type.0
-    );
+    check_device(tensor, name)?;
     let dtype = tensor.dtype.parse(&format!("{name}.dtype"))?;
     ensure!(tensor.ndim == ndim, InvalidArgument, "{name}.ndim is {}, must be {ndim}", tensor.ndim);
     let mut shape = [1usize; 3];
@@ -283,6 +279,20 @@ unsafe fn tensor_parts(tensor: *const kvmgr_tensor, name: &str, ndim: u32) -> Re
         dtype.size()
     );
     Ok((tensor.data.cast(), dtype, shape, strides))
+}
+
+/// Refuses memory that is not the CPU's, with the reason that helps most.
+fn check_device(tensor: &kvmgr_tensor, name: &str) -> Result<()> {
+    match tensor.device_type {
+        kvmgr_device_type(0) | KVMGR_DEVICE_CPU => Ok(()),
+        KVMGR_DEVICE_CUDA => {
+            device::cuda_devices().map_err(|error| error.within(format!("{name}.device_type")))?;
+            bail!(Unsupported, "{name}.device_type is CUDA, this build reads CPU memory only")
+        }
+        kvmgr_device_type(value) => {
+            bail!(InvalidArgument, "{name}.device_type is {value}, not a kvmgr_device_type")
+        }
+    }
 }
 
 fn tensor_strides(

@@ -49,9 +49,9 @@ pub(super) fn last_message() -> *const c_char {
 
 fn fail(error: &Error) -> kvmgr_status {
     let status = status_of(error.kind());
-    // Running out of blocks is everyday life of a scheduler, not news.
+    // Running out of blocks is everyday life of a scheduler, and most machines have no GPU.
     let level = match error.kind() {
-        Kind::OutOfBlocks | Kind::NotFound => Level::Debug,
+        Kind::OutOfBlocks | Kind::NotFound | Kind::NoDevice => Level::Debug,
         _ => Level::Error,
     };
     log(level, format_args!("{}", error.message()));

@@ -11,6 +11,7 @@
 pub mod attention;
 pub mod cache;
 mod convert;
+pub mod device;
 mod guard;
 mod handle;
 pub mod policy;

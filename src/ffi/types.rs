@@ -26,6 +26,8 @@ pub const KVMGR_OUT_OF_BLOCKS: kvmgr_status = -10;
 pub const KVMGR_OUT_OF_MEMORY: kvmgr_status = -11;
 /// This build, device or pipeline cannot do what was asked.
 pub const KVMGR_UNSUPPORTED: kvmgr_status = -20;
+/// No device of the wanted type is usable on this machine; the message says why.
+pub const KVMGR_NO_DEVICE: kvmgr_status = -21;
 /// A device reported an error.
 pub const KVMGR_DEVICE_ERROR: kvmgr_status = -30;
 /// A store failed.
@@ -46,6 +48,7 @@ pub(super) fn status_of(kind: Kind) -> kvmgr_status {
         Kind::OutOfBlocks => KVMGR_OUT_OF_BLOCKS,
         Kind::OutOfMemory => KVMGR_OUT_OF_MEMORY,
         Kind::Unsupported => KVMGR_UNSUPPORTED,
+        Kind::NoDevice => KVMGR_NO_DEVICE,
         Kind::Device => KVMGR_DEVICE_ERROR,
         Kind::Store => KVMGR_STORE_ERROR,
         Kind::Corrupt => KVMGR_CORRUPT,
@@ -64,6 +67,7 @@ pub(super) const STATUSES: &[(kvmgr_status, &std::ffi::CStr)] = &[
     (KVMGR_OUT_OF_BLOCKS, c"OUT_OF_BLOCKS"),
     (KVMGR_OUT_OF_MEMORY, c"OUT_OF_MEMORY"),
     (KVMGR_UNSUPPORTED, c"UNSUPPORTED"),
+    (KVMGR_NO_DEVICE, c"NO_DEVICE"),
     (KVMGR_DEVICE_ERROR, c"DEVICE_ERROR"),
     (KVMGR_STORE_ERROR, c"STORE_ERROR"),
     (KVMGR_CORRUPT, c"CORRUPT"),

@@ -265,4 +265,9 @@ impl HeadScores {
         let len = head.positions.len();
         Self { scores: vec![0.0; len], protected: vec![false; len] }
     }
+
+    /// These scores, nothing protected.
+    pub fn open(scores: Vec<f32>) -> Self {
+        Self { protected: vec![false; scores.len()], scores }
+    }
 }

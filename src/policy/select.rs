@@ -1,5 +1,6 @@
 //! From scores to keep sets: shared by every pipeline.
 
+use super::budget::LayerShare;
 use super::{HeadInput, HeadScores, LayerInput, Phase};
 use crate::error::{Result, ensure};
 use crate::shape::{KeepSet, LaneWidth, Needs};
@@ -42,6 +43,8 @@ impl Phase {
         let share = |head: &HeadInput<'_>| {
             let len = head.positions.len();
             let share = self.allowance.share(len, layer.sequence_len);
+            let LayerInput { layer, num_layers, .. } = *layer;
+            let share = self.budget.layer_share(&LayerShare { layer, num_layers, len, share });
             if len <= whole { share.max(len) } else { share }
         };
         layer.heads.iter().map(share).collect()

@@ -17,6 +17,23 @@ PRESSES = [
     *(f"{press}@{ratio}" for press in ("streaming_llm", "snapkv", "adakv_snapkv") for ratio in ("0.25", "0.5", "0.75")),
     "snapkv_w32_k7@0.5",
 ]
+# The scores of these do not depend on the ratio: they are stored once, with 0.5.
+ONE_SCORE = ("knorm", "keydiff", "tova", "observed_attention", "lagkv", "cur", "pyramidkv")
+PRESSES += [f"{press}@{ratio}" for press in ONE_SCORE for ratio in ("0.25", "0.5", "0.75")]
+PRESSES += ["lagkv_cross@0.5", "finch@0.5", "keyrerotation_snapkv@0.5", "simlayerkv"]
+# The reference attends to these with keys at new positions and the query at its old one.
+NO_ATTENTION = ("finch", "keyrerotation_snapkv")
+
+
+def wanted(press, name):
+    base, _, ratio = press.partition("@")
+    field = name.rsplit(".", 1)[1]
+    once = field == "score" and base in ONE_SCORE and ratio != "0.5"
+    return field in ("score", "kept", "kept_flat", "kept_cu", "dec_attn") and not (
+        once or (field == "dec_attn" and base in NO_ATTENTION)
+    )
+
+
 TRACES = ("h2o_hh96_r32", "h2o_hh32_r96", "streaming_s4_r124_orig_pos", "streaming_s4_r124_cache_pos")
 
 
@@ -36,12 +53,15 @@ def main():
             name = f"{layer}.h{head}.kept"
             subset[f"h2o_prefill/{name}"] = traces[f"d2o_like/{name}"]
     for press in PRESSES:
-        subset |= {name: tensor for name, tensor in presses.items() if name.startswith(f"{press}/")}
+        own = {name: tensor for name, tensor in presses.items() if name.startswith(f"{press}/")}
+        subset |= {name: tensor for name, tensor in own.items() if wanted(press, name)}
         if margins[press] is not None:
             subset[f"{press}/min_margin"] = np.array([margins[press]], np.float32)
     subset |= {name: tensor for name, tensor in traces.items() if name.split("/")[0] in TRACES}
     subset = {name: np.ascontiguousarray(tensor) for name, tensor in subset.items()}
     save_file(subset, Path(__file__).with_name("policy_subset.safetensors"))
+    names = sorted(press["key"] for press in manifest)
+    Path(__file__).with_name("policy_manifest.txt").write_text("\n".join(names) + "\n")
 
 
 main()

@@ -9,11 +9,30 @@ use crate::shape::LaneWidth;
 
 registry! {
     /// Every budget, in the order of the documentation.
-    pub static BUDGETS: Entry = { uniform, adakv, }
+    pub static BUDGETS: Entry = { uniform, adakv, pyramid, }
+}
+
+/// What a budget over layers knows of one head.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerShare {
+    /// Index of the layer.
+    pub layer: usize,
+    /// Layers of the model.
+    pub num_layers: usize,
+    /// Tokens of the head.
+    pub len: usize,
+    /// What the allowance is before the budget.
+    pub share: usize,
 }
 
 /// Spreads an allowance.
 pub trait Budget: Debug + Send + Sync {
+    /// The allowance of a head of this layer; possibly more than the head has. The same for all
+    /// layers unless a budget says otherwise.
+    fn layer_share(&self, at: &LayerShare) -> usize {
+        at.share
+    }
+
     /// Tokens that each head keeps, at most as many as it has. `shares[h]` is the allowance of head
     /// `h`, which may be more than it has; heads of different lengths may use what others leave.
     fn spread(&self, scores: &[HeadScores], shares: &[usize]) -> Vec<usize>;

@@ -4,7 +4,7 @@ mod probability;
 
 use std::fmt::Debug;
 
-use super::{Allowance, Event, HeadScores, LayerInput};
+use super::{Allowance, Event, HeadInput, HeadScores, LayerInput};
 use crate::error::Result;
 use crate::registry::{Args, Param, registry};
 use crate::shape::{KeepSet, LaneWidth, Needs};
@@ -13,7 +13,9 @@ pub use probability::WindowProbabilities;
 
 registry! {
     /// Every score, in the order of the documentation.
-    pub static SCORES: Entry = { full, stream, snapkv, h2o, }
+    pub static SCORES: Entry = {
+        full, stream, snapkv, h2o, tova, keydiff, knorm, lagkv, cur, observed, finch, random,
+    }
 }
 
 /// How important tokens are.
@@ -76,4 +78,12 @@ pub struct Entry {
     pub examples: &'static [&'static str],
     /// Makes the score.
     pub create: fn(&Args) -> Result<Box<dyn Score>>,
+}
+
+/// The scores of each head, one after the other.
+fn per_head(
+    layer: &LayerInput<'_>,
+    score: impl Fn(&HeadInput<'_>) -> HeadScores,
+) -> Vec<HeadScores> {
+    layer.heads.iter().map(score).collect()
 }

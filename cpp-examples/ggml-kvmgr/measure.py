@@ -1,0 +1,116 @@
+"""Tables and endurance of the plugin inside the unmodified binaries of llama.cpp.
+
+Usage: measure.py LLAMA_BUILD PLUGIN MODEL TEXT table|soak
+
+table  KL divergence from the f16 cache of llama.cpp, and the KV memory held
+soak   500 requests from 4 clients: shared prompts, cancelled streams, context shifts; the greedy
+       answers and the resident memory of the server are compared
+"""
+
+import concurrent.futures
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+import urllib.request
+
+from llama import MODEL, PORT, TEXT, post, run, server, text
+
+POLICY = ("snapkv(w=16)", "snapkv(w=16) | adakv(0.2)", "stream(sink=4)")
+SPECS = ["full", "quant(q8_0)", "quant(k=had+q4_0, v=q4_0)", "quant(kivi4)", "quant(kivi2)",
+         *(f"{policy} | keep({keep})" for policy in POLICY for keep in (0.5, 0.25))]
+
+
+def divergence(base, *cache, **options):
+    """KLD, same top token %, tokens/s and the report of the plugin."""
+    args = ["-m", MODEL, "-f", TEXT, "-c", "512", "-b", "512", "-ub", "64", "-t", "1", "--chunks", "8",
+            "-fa", "on", "--kl-divergence-base", base, "--kl-divergence", *cache]
+    for _ in range(6):  # the program loses its last lines now and then
+        start = time.time()
+        output = run("llama-perplexity", *args, **options)
+        seconds = time.time() - start
+        found = re.search(r"Mean +KLD: +([-0-9.]+)", output), re.search(r"Same top p: +([0-9.]+)", output)
+        if all(found):
+            return float(found[0].group(1)), float(found[1].group(1)), 8 * 512 / seconds, output
+    raise AssertionError(output[-2000:])
+
+
+def table():
+    """Speed counts the start of the program. What a stock type holds is its size against f16."""
+    print("| cache | KV MiB held | KLD | same top token % | tokens/s |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as folder:
+        base = os.path.join(folder, "base")
+        run("llama-perplexity", "-m", MODEL, "-f", TEXT, "-c", "512", "-b", "512", "-t", "1", "--chunks", "8",
+            "-fa", "on", "--kl-divergence-base", base, plugin=False)
+        rows, lossless = [], None
+        for spec in SPECS:
+            kld, same, speed, output = divergence(base, spec=spec, KVMGR_STATS="1", KVMGR_COMPRESS="piece")
+            held = float(re.search(r"([0-9.]+) MiB of KV held", output).group(1))
+            lossless = lossless or held
+            name = spec.replace("|", "\\|")
+            rows.append(f"| `{name}` | {held:.3f} | {kld:.5f} | {same:.2f} | {speed:.0f} |")
+        for kind, bits in (("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5)):
+            kld, same, speed, _ = divergence(base, "-ctk", kind, "-ctv", kind, plugin=False)
+            print(f"| stock {kind} | {lossless * bits / 16:.3f} | {kld:.5f} | {same:.2f} | {speed:.0f} |")
+        print("\n".join(rows))
+
+
+def resident_mib(process):
+    with open(f"/proc/{process.pid}/status", encoding="ascii") as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1)) / 1024
+
+
+def cancelled(body):
+    """Reads a little of a stream and goes away."""
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}/completion",
+                                     json.dumps({**body, "stream": True}).encode(),
+                                     {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        answer.read(200)
+
+
+def one_request(number):
+    """None of a cancelled request, otherwise its greedy answer."""
+    rng = random.Random(number)
+    whole = text()
+    start = 400 * rng.randrange(20)
+    shared = whole[:150] if number % 2 else ""
+    body = {"prompt": shared + whole[start:start + rng.randrange(20, 120)], "temperature": 0,
+            "n_predict": 480 if number % 25 == 3 else rng.randrange(4, 24), "cache_prompt": True,
+            "ignore_eos": True}
+    if number % 7 == 5:
+        cancelled({**body, "n_predict": 200})
+        return None
+    return post("/completion", body)["content"]
+
+
+def soak_once(plugin, spec, count=500):
+    with server(plugin, spec, "-c", "2048", "-np", "4", "--context-shift") as process:
+        answers, resident = [], []
+        with concurrent.futures.ThreadPoolExecutor(4) as clients:
+            for first in range(0, count, 50):
+                answers += clients.map(one_request, range(first, first + 50))
+                resident.append(resident_mib(process))
+        assert process.poll() is None, "the server died"
+    return answers, resident
+
+
+def soak():
+    stock, base = soak_once(False, None)
+    again, _ = soak_once(False, None)
+    # Batches of several slots round differently from single ones, also without the plugin.
+    stable = sum(a == b for a, b in zip(stock, again))
+    print(f"stock: {stable} of {len(stock)} answers are the same in a second run; RSS MiB {base}")
+    for spec in (None, "full", "quant(k=had+q4_0, v=q4_0)"):
+        ours, resident = soak_once(True, spec)
+        same = sum(a == b for a, b in zip(stock, ours))
+        print(f"{spec}: {same} of {len(stock)} answers as stock; RSS MiB after each 50 requests "
+              f"{[round(mib) for mib in resident]}", flush=True)
+
+
+if __name__ == "__main__":
+    {"table": table, "soak": soak}[sys.argv[5]]()

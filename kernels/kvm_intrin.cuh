@@ -1,0 +1,109 @@
+// Everything that is PTX, one small function each; no NVIDIA header, so NVRTC needs no include path.
+// Under KVM_EMU the same names come from tests/cuda/emu.hpp, which runs a kernel on the CPU.
+#pragma once
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+struct alignas(16) u32x4 {
+    u32 x[4];
+};
+
+#ifdef KVM_EMU
+#include "emu.hpp"
+#else
+
+#define KVM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define KVM_DEVICE __device__ __forceinline__
+#define KVM_DYN_SMEM(name) extern __shared__ __align__(16) unsigned char name[]
+
+KVM_DEVICE u32 kvm_tid() { return threadIdx.x; }
+KVM_DEVICE u32 kvm_bid() { return blockIdx.x; }
+KVM_DEVICE u32 kvm_grid() { return gridDim.x; }
+KVM_DEVICE void kvm_sync() { __syncthreads(); }
+KVM_DEVICE void kvm_syncwarp() { __syncwarp(); }
+KVM_DEVICE void kvm_fence() { __threadfence(); }
+KVM_DEVICE u32 kvm_atomic_add(u32* p, u32 x) { return atomicAdd(p, x); }
+
+KVM_DEVICE float kvm_shfl_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+/// Reads past L1: what other CTAs wrote before a fence is seen.
+KVM_DEVICE float kvm_ld_cg(const float* p) {
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+    return x;
+}
+
+KVM_DEVICE u32 kvm_smem_addr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+/// 16 bytes from global to shared memory, or 16 zero bytes; visible after commit and wait.
+KVM_DEVICE void kvm_cp_async16(void* to, const void* from, bool is_valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(kvm_smem_addr(to)),
+                 "l"(from), "r"(is_valid ? 16 : 0)
+                 : "memory");
+}
+KVM_DEVICE void kvm_cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> KVM_DEVICE void kvm_cp_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+/// Four 8x8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8.
+KVM_DEVICE void kvm_ldsm4(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(kvm_smem_addr(row))
+                 : "memory");
+}
+KVM_DEVICE void kvm_ldsm4_trans(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(kvm_smem_addr(row))
+                 : "memory");
+}
+/// Transposes an 8x8 matrix of 16-bit elements held by a warp.
+KVM_DEVICE u32 kvm_movm(u32 x) {
+    u32 y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+#define KVM_MMA(type)                                                                             \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                           \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                     \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+/// d += a b, a [16, 16] by rows, b [16, 8] by columns.
+template <bool BF16> KVM_DEVICE void kvm_mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    if constexpr (BF16) {
+        KVM_MMA("bf16");
+    } else {
+        KVM_MMA("f16");
+    }
+}
+
+/// Two floats as 16-bit elements, `low` in the lower half.
+template <bool BF16> KVM_DEVICE u32 kvm_pack(float low, float high) {
+    u32 x;
+    if constexpr (BF16) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    }
+    return x;
+}
+
+KVM_DEVICE float kvm_infinity() { return __int_as_float(0x7f800000); }
+KVM_DEVICE float kvm_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+KVM_DEVICE float kvm_log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif

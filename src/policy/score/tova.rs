@@ -1,0 +1,100 @@
+//! TOVA: what the last query attends to, over all heads of the layer.
+//!
+//! ```text
+//! score[j] = mean over all query heads h of P[h, T - 1, j]
+//! ```
+//!
+//! All KV heads of a layer share the scores, so they keep the same tokens. The `recent` newest tokens
+//! are protected; the authors protect none, and then the newest one may be dropped itself. Where an
+//! earlier stage left the heads of a layer with different tokens, each head uses the mean of its own
+//! group.
+
+use super::{Entry, Score, WindowProbabilities};
+use crate::error::{Result, ensure};
+use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
+use crate::registry::{Domain, Param};
+use crate::shape::{LaneWidth, Needs};
+use crate::simd;
+
+pub(super) static ENTRY: Entry = Entry {
+    name: "tova",
+    summary: "keeps what the last query attends to, the same tokens for all heads of a layer",
+    paper: "TOVA, arXiv 2401.06104",
+    params: &[Param {
+        name: "recent",
+        help: "newest tokens that stay",
+        domain: Domain::Int { default: 1, min: 0, max: 1 << 20 },
+    }],
+    needs: Needs::KEYS.union(Needs::QUERY_WINDOW),
+    examples: &["tova | keep_tokens(256)", "prefill_end | tova | keep(0.5)"],
+    create: |args| Ok(Box::new(Tova { recent: args.count("recent") })),
+};
+
+#[derive(Debug)]
+struct Tova {
+    recent: usize,
+}
+
+impl Score for Tova {
+    fn needs(&self) -> Needs {
+        ENTRY.needs
+    }
+
+    fn query_window(&self) -> usize {
+        1
+    }
+
+    fn lane_width(&self) -> LaneWidth {
+        LaneWidth::Layer
+    }
+
+    fn events(&self, _allowance: Allowance) -> &'static [Event] {
+        &[Event::PrefillEnd, Event::Step]
+    }
+
+    fn keeps_whole(&self) -> usize {
+        self.recent
+    }
+
+    fn score(&self, layer: &LayerInput<'_>, budgets: &[usize]) -> Result<Vec<HeadScores>> {
+        let mut probabilities = WindowProbabilities::new(simd::active());
+        let mut means = Vec::with_capacity(layer.heads.len());
+        for head in &layer.heads {
+            means.push(group_mean(layer, head, &mut probabilities)?);
+        }
+        let is_even = layer.heads.windows(2).all(|pair| pair[0].positions == pair[1].positions);
+        if let (true, [first, others @ ..]) = (is_even, means.as_mut_slice()) {
+            for (j, sum) in first.iter_mut().enumerate() {
+                *sum += others.iter().map(|other| other[j]).sum::<f32>();
+                *sum /= (others.len() + 1) as f32;
+            }
+            others.iter_mut().for_each(|other| other.clone_from(first));
+        }
+        let finish = |(scores, budget): (Vec<f32>, &usize)| {
+            let first = scores.len() - self.recent.min(*budget).min(scores.len());
+            HeadScores { protected: (0..scores.len()).map(|i| i >= first).collect(), scores }
+        };
+        Ok(means.into_iter().zip(budgets).map(finish).collect())
+    }
+}
+
+/// The probabilities of the last query, averaged over the query heads of a group.
+fn group_mean(
+    layer: &LayerInput<'_>,
+    head: &HeadInput<'_>,
+    probabilities: &mut WindowProbabilities,
+) -> Result<Vec<f32>> {
+    let (len, dim) = (head.positions.len(), layer.head_dim);
+    let mut mean = vec![0.0f32; len];
+    if len == 0 {
+        return Ok(mean);
+    }
+    ensure!(head.num_queries > 0, InvalidState, "tova has observed no query of the last token");
+    for queries in head.queries.chunks_exact(head.num_queries * dim) {
+        let last = &queries[(head.num_queries - 1) * dim..];
+        let row = probabilities.compute(head.keys, last, dim, |_| len);
+        mean.iter_mut().zip(row).for_each(|(sum, p)| *sum += p);
+    }
+    mean.iter_mut().for_each(|sum| *sum /= layer.group as f32);
+    Ok(mean)
+}
