@@ -11,6 +11,7 @@ use kvmgr::error::Result;
 use kvmgr::policy::{
     Event, HeadInput, LayerInput, LayerSource, Pipeline, STAGES, StageClass, StageInfo,
 };
+use kvmgr::shape::{Rope, RopeStyle};
 
 const HEADS: usize = 8;
 const GROUP: usize = 4;
@@ -23,6 +24,8 @@ struct Layer {
     rows: Vec<f32>,
     queries: Vec<f32>,
     column_sums: Vec<f32>,
+    query_covariance: Vec<f32>,
+    rope: Rope,
 }
 
 impl Layer {
@@ -40,6 +43,8 @@ impl Layer {
             rows: noise(HEADS * len * DIM),
             queries: noise(HEADS * GROUP * WINDOW * DIM),
             column_sums: noise(HEADS * len),
+            query_covariance: noise(GROUP * DIM * DIM),
+            rope: Rope::new(RopeStyle::Half, DIM, 1e4),
         }
     }
 
@@ -52,6 +57,8 @@ impl Layer {
             queries: &self.queries[h * GROUP * WINDOW * DIM..][..GROUP * WINDOW * DIM],
             num_queries: WINDOW,
             column_sums: &self.column_sums[h * len..][..len],
+            query_mean: &self.rows[..GROUP * DIM],
+            query_covariance: &self.query_covariance,
         };
         LayerInput {
             layer: 0,
@@ -60,7 +67,7 @@ impl Layer {
             head_dim: DIM,
             sequence_len: len,
             heads: (0..HEADS).map(head).collect(),
-            rope: None,
+            rope: Some(&self.rope),
         }
     }
 }

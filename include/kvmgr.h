@@ -99,6 +99,11 @@
 #define KVMGR_NEEDS_ROPE 16
 
 /**
+ * The policy reads mean and covariance of the queries before rotation.
+ */
+#define KVMGR_NEEDS_QUERY_STATISTICS 32
+
+/**
  * Flag: full blocks are kept after their sequence ends and shared by prefix.
  */
 #define KVMGR_POOL_PREFIX 1
@@ -209,6 +214,11 @@ typedef uint32_t kvmgr_log_level;
 typedef void (*kvmgr_log_fn)(void *user_data, kvmgr_log_level level, const char *message);
 
 /**
+ * Where memory is, in DLPack's numbering; 0 means CPU too.
+ */
+typedef uint32_t kvmgr_device_type;
+
+/**
  * The engine's own store. Set struct_size to sizeof(kvmgr_store_ops).
  *
  * The functions may be called from several threads at once. They must not call the library back,
@@ -282,6 +292,11 @@ typedef uint32_t kvmgr_side;
 typedef uint32_t kvmgr_event;
 
 /**
+ * Which elements of a head RoPE pairs.
+ */
+typedef uint32_t kvmgr_rope_style;
+
+/**
  * What a policy is told about one layer. Set struct_size to its sizeof. Lists that the policy
  * does not need (kvmgr_policy_needs) may be NULL.
  */
@@ -342,6 +357,35 @@ typedef struct {
    * [T] original positions, ascending; NULL means 0 to T - 1.
    */
   const int32_t *positions;
+  /**
+   * [num_q_heads, head_dim]: mean of the queries before rotation, without the first 4 tokens.
+   */
+  const float *query_mean;
+  /**
+   * [num_q_heads, head_dim, head_dim]: their population covariance.
+   */
+  const float *query_covariance;
+  /**
+   * rope_dims / 2 frequencies in radians for each position, or NULL for powers of rope_base.
+   */
+  const float *rope_inv_freq;
+  /**
+   * How the model rotates queries and keys; needed with
+   * KVMGR_NEEDS_QUERY_STATISTICS.
+   */
+  kvmgr_rope_style rope_style;
+  /**
+   * Rotated elements of a head, even, at most head_dim; 0 means head_dim.
+   */
+  uint32_t rope_dims;
+  /**
+   * Base of the frequencies; 0 means 10000.
+   */
+  float rope_base;
+  /**
+   * Must be 0.
+   */
+  uint32_t reserved;
 } kvmgr_policy_input;
 
 /**
@@ -425,11 +469,6 @@ typedef uint32_t kvmgr_lane_width;
  * The element type of a tensor.
  */
 typedef uint32_t kvmgr_dtype;
-
-/**
- * Which elements of a head RoPE pairs.
- */
-typedef uint32_t kvmgr_rope_style;
 
 /**
  * Settings of a cache. Set struct_size to its sizeof; every other zero means the default.
@@ -601,11 +640,6 @@ typedef struct {
    */
   uint64_t num_sequences;
 } kvmgr_cache_stats;
-
-/**
- * Where memory is, in DLPack's numbering; 0 means CPU too.
- */
-typedef uint32_t kvmgr_device_type;
 
 /**
  * A strided view of the caller's memory. The library never keeps it beyond the call.
@@ -1069,6 +1103,15 @@ KVMGR_NODISCARD
 kvmgr_status kvmgr_set_log(void *user_data,
                            kvmgr_log_level max_level,
                            kvmgr_log_fn log);
+
+/**
+ * How many devices of a type this machine offers: 1 for KVMGR_DEVICE_CPU, for KVMGR_DEVICE_CUDA
+ * what the driver counts. When the answer is 0, kvmgr_last_error_message says why: no driver
+ * library, no visible device, a driver that is too old. Neither the build nor the library needs
+ * CUDA; the driver is looked for at each call, so this is not for a hot path. Any thread; the
+ * caller's current CUDA context stays as it is.
+ */
+uint32_t kvmgr_device_count(kvmgr_device_type device_type);
 
 /**
  * Kinds of stores that kvmgr_store_create knows.

@@ -142,7 +142,8 @@ fn check_policy(cache: &Cache, policy: &Pipeline) -> Result<()> {
     let mut caps =
         Needs(Needs::KEYS.0 | Needs::VALUES.0).union(Needs::QUERY_WINDOW).union(Needs::COLUMN_SUM);
     if cache.config().rope.is_some() {
-        caps = caps.union(Needs::ROPE);
+        // Statistics are of queries that are turned back.
+        caps = caps.union(Needs::ROPE).union(Needs::QUERY_STATISTICS);
     }
     let missing = policy.needs().missing_from(caps);
     ensure!(
@@ -376,7 +377,7 @@ fn fresh_key() -> Key {
 }
 
 fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Observation>> {
-    let attention = Needs::QUERY_WINDOW.union(Needs::COLUMN_SUM);
+    let attention = Needs::QUERY_WINDOW.union(Needs::COLUMN_SUM).union(Needs::QUERY_STATISTICS);
     let needs = policy.needs();
     (needs.0 & attention.0 != 0)
         .then(|| Arc::new(Observation::new(&cache.config().shape, needs, policy.query_window())))
@@ -399,6 +400,8 @@ struct HeadBuffers {
     queries: Vec<f32>,
     num_queries: usize,
     column_sums: Vec<f32>,
+    query_mean: Vec<f32>,
+    query_covariance: Vec<f32>,
 }
 
 impl<'a> Layers<'a> {
@@ -426,6 +429,12 @@ impl<'a> Layers<'a> {
                 seen.queries_by_head(shape.group(), shape.head_dim, &mut buffers.queries);
                 buffers.num_queries = seen.num_queries();
                 buffers.column_sums.clone_from(&seen.column_sums);
+                buffers.query_mean.clear();
+                buffers.query_covariance.clear();
+                for statistics in &seen.statistics {
+                    buffers.query_mean.extend_from_slice(statistics.mean());
+                    buffers.query_covariance.extend(statistics.covariance());
+                }
             }
         }
     }
@@ -450,6 +459,8 @@ impl LayerSource for Layers<'_> {
             queries: &head.queries,
             num_queries: head.num_queries,
             column_sums: &head.column_sums,
+            query_mean: &head.query_mean,
+            query_covariance: &head.query_covariance,
         });
         f(&LayerInput {
             layer,

@@ -31,18 +31,10 @@ impl ModelShape {
     /// Checks every documented range.
     pub fn validate(&self) -> Result<()> {
         let Self { num_layers, num_q_heads, num_kv_heads, head_dim } = *self;
-        let range = |name: &str, value: usize, max: usize| {
-            ensure!(
-                (1..=max).contains(&value),
-                InvalidArgument,
-                "{name} is {value}, must be in 1..={max}"
-            );
-            Ok(())
-        };
-        range("num_layers", num_layers, 4096)?;
-        range("num_kv_heads", num_kv_heads, 4096)?;
-        range("num_q_heads", num_q_heads, 65536)?;
-        range("head_dim", head_dim, MAX_HEAD_DIM)?;
+        check_range("num_layers", num_layers, 4096)?;
+        check_range("num_kv_heads", num_kv_heads, 4096)?;
+        check_range("num_q_heads", num_q_heads, 65536)?;
+        check_range("head_dim", head_dim, MAX_HEAD_DIM)?;
         ensure!(
             num_q_heads.is_multiple_of(num_kv_heads),
             InvalidArgument,
@@ -50,6 +42,12 @@ impl ModelShape {
         );
         Ok(())
     }
+}
+
+/// Refuses a number outside of `1..=max`.
+pub fn check_range(name: &str, value: usize, max: usize) -> Result<()> {
+    ensure!((1..=max).contains(&value), InvalidArgument, "{name} is {value}, must be in 1..={max}");
+    Ok(())
 }
 
 /// What one block table of a sequence covers.
@@ -150,12 +148,16 @@ impl Needs {
     /// The rotation parameters of the model.
     pub const ROPE: Self = Self(1 << 4);
 
-    const NAMES: [(Self, &'static str); 5] = [
+    /// Mean and covariance of the queries of each head before RoPE.
+    pub const QUERY_STATISTICS: Self = Self(1 << 5);
+
+    const NAMES: [(Self, &'static str); 6] = [
         (Self::KEYS, "KEYS"),
         (Self::VALUES, "VALUES"),
         (Self::QUERY_WINDOW, "QUERY_WINDOW"),
         (Self::COLUMN_SUM, "COLUMN_SUM"),
         (Self::ROPE, "ROPE"),
+        (Self::QUERY_STATISTICS, "QUERY_STATISTICS"),
     ];
 
     /// Both sets together.

@@ -153,7 +153,7 @@ fn layouts_agree() {
         kvmgr_sequence_stats { struct_size, num_tokens, num_blocks }
         kvmgr_block_copy { source, target }
         kvmgr_attention_options { struct_size, scale, softcap, sliding_window, sinks, alibi_slopes }
-        kvmgr_policy_input { struct_size, layer, num_tokens, event, keys, column_sums, positions }
+        kvmgr_policy_input { struct_size, layer, num_tokens, event, keys, column_sums, positions, query_mean, query_covariance, rope_inv_freq, rope_style, rope_dims, rope_base, reserved }
         kvmgr_store_ops { struct_size, put, get, contains, remove, destroy }
         kvmgr_store_stats { struct_size, objects, misses }
     }

@@ -6,13 +6,13 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Random, config};
+use common::{Engine, Random, config, relative_error};
 use kvmgr::attention::{Attention, Options, reference};
 use kvmgr::cache::Cache;
 use kvmgr::device::tensor::{Tensor, TensorMut};
 use kvmgr::manager::Manager;
 use kvmgr::sequence::{Observation, Sequence, SequenceConfig};
-use kvmgr::shape::{KeepSet, LaneWidth, ModelShape, Needs};
+use kvmgr::shape::{KeepSet, LaneWidth, ModelShape, Needs, Rope, RopeStyle};
 
 const WINDOW: usize = 5;
 
@@ -209,4 +209,57 @@ fn sums_of_long_contexts_cover_all_rows() {
         watched.step(1, &Options::default(), workers);
         watched.check_sums();
     }
+}
+
+/// What the policy is told about the queries of a head, against their mean and covariance in f64.
+#[test]
+fn statistics_are_of_all_queries_before_rotation() {
+    let shape = ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 16 };
+    let mut engine = Engine::new(config(shape, "expected | keep(0.5)"), 77);
+    let mut session = engine.session();
+    let counts = [3, 2, 40, 1, 17];
+    let mut rows: Vec<Vec<Vec<f32>>> = vec![Vec::new(); shape.num_layers * shape.num_q_heads];
+    let rope = Rope::new(RopeStyle::Half, shape.head_dim, 10_000.0);
+    let mut position = 0;
+    for n in counts {
+        let steps = engine.step(&mut [&mut session], &[n]);
+        session.commit(n, None).unwrap();
+        for (layer, step) in steps.iter().enumerate() {
+            for (i, query) in step.query.chunks_exact(shape.head_dim).enumerate() {
+                let (token, head) = (position + i / shape.num_q_heads, i % shape.num_q_heads);
+                if token >= 4 {
+                    let mut query = query.to_vec();
+                    rope.rotate(&mut query, -(token as i32));
+                    rows[layer * shape.num_q_heads + head].push(query);
+                }
+            }
+        }
+        position += n;
+    }
+    let child = session.fork().unwrap();
+    for (i, rows) in rows.iter().enumerate() {
+        let (layer, head) = (i / shape.num_q_heads, i % shape.num_q_heads);
+        let (kv_head, g) = (head / shape.group(), head % shape.group());
+        let n = rows.len() as f64;
+        let mean: Vec<f64> = (0..shape.head_dim)
+            .map(|c| rows.iter().map(|row| f64::from(row[c])).sum::<f64>() / n)
+            .collect();
+        let covariance = (0..shape.head_dim * shape.head_dim).map(|i| {
+            let (a, b) = (i / shape.head_dim, i % shape.head_dim);
+            let product =
+                |row: &Vec<f32>| (f64::from(row[a]) - mean[a]) * (f64::from(row[b]) - mean[b]);
+            rows.iter().map(product).sum::<f64>() / n
+        });
+        let covariance: Vec<f64> = covariance.collect();
+        for session in [&session, &child] {
+            let seen = session.sequence().observation().unwrap().head(layer, kv_head).lock();
+            let found = &seen.statistics[g];
+            assert_eq!(found.count(), rows.len());
+            assert!(relative_error(found.mean(), &mean) < 1e-5, "mean of head {i}");
+            let found: Vec<f32> = found.covariance().collect();
+            assert!(relative_error(&found, &covariance) < 1e-5, "covariance of head {i}");
+        }
+    }
+    session.end_prefill().unwrap();
+    assert!(session.sequence().lanes().iter().all(|lane| lane.len() == 63 / 2));
 }

@@ -10,6 +10,7 @@ fn the_committed_header_is_fresh() {
     let files = [
         "types",
         "version",
+        "device",
         "store",
         "quantizer",
         "policy",

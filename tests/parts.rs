@@ -112,6 +112,50 @@ fn a_policy_scores_and_selects_what_it_is_told() {
 }
 
 #[test]
+fn a_policy_takes_statistics_of_queries_and_the_rotation() {
+    use kvmgr::ffi::types::{KVMGR_ROPE_HALF, kvmgr_rope_style};
+    let (mut policy, mut needs, mut window) = (ptr::null_mut(), 0, 0);
+    let rows: Vec<f32> = (0..2 * 12 * DIM).map(|i| (i * 7 % 13) as f32 - 6.0).collect();
+    let statistics = vec![0.5f32; 4 * DIM * DIM];
+    // SAFETY: zeros are valid for the input; strings, places and buffers of the documented sizes.
+    unsafe {
+        let spec = c"expected(sink=2) | keep(0.5)";
+        assert_eq!(kvmgr_policy_create(spec.as_ptr(), &raw mut policy), KVMGR_OK);
+        assert_eq!(kvmgr_policy_needs(policy, &raw mut needs, &raw mut window), KVMGR_OK);
+        let expected = KVMGR_NEEDS_KEYS | KVMGR_NEEDS_VALUES | KVMGR_NEEDS_ROPE;
+        assert_eq!(needs, expected | KVMGR_NEEDS_QUERY_STATISTICS);
+        let mut input: kvmgr_policy_input = std::mem::zeroed();
+        input.struct_size = size_of::<kvmgr_policy_input>();
+        (input.num_q_heads, input.num_kv_heads, input.head_dim) = (4, 2, DIM as u32);
+        (input.num_tokens, input.keys, input.values) = (12, rows.as_ptr(), rows.as_ptr());
+        let (mut kept, mut counts) = ([99; 24], [0; 2]);
+        let mut select = |input: &kvmgr_policy_input| {
+            kvmgr_policy_select(policy, input, kept.as_mut_ptr(), counts.as_mut_ptr())
+        };
+        let refused = |status, text: &str| {
+            assert_eq!(status, KVMGR_INVALID_ARGUMENT);
+            assert!(message().contains(text), "{}", message());
+        };
+        refused(select(&input), "query_mean is NULL");
+        input.query_mean = statistics.as_ptr();
+        refused(select(&input), "query_covariance is NULL");
+        input.query_covariance = statistics.as_ptr();
+        refused(select(&input), "rope_style is KVMGR_ROPE_NONE");
+        input.rope_style = kvmgr_rope_style(77);
+        refused(select(&input), "rope_style is 77");
+        input.rope_style = KVMGR_ROPE_HALF;
+        input.rope_dims = DIM as u32 + 2;
+        refused(select(&input), "must be at most head_dim");
+        (input.rope_dims, input.reserved) = (0, 3);
+        refused(select(&input), "reserved is 3, must be 0");
+        input.reserved = 0;
+        assert_eq!(select(&input), KVMGR_OK, "{}", message());
+        assert_eq!((counts, &kept[..2], &kept[12..14]), ([6, 6], &[0, 1][..], &[0, 1][..]));
+    }
+    kvmgr_policy_release(policy);
+}
+
+#[test]
 fn a_store_keeps_objects_until_it_is_full() {
     let mut store = ptr::null_mut();
     let (key, other) = ([1u8; KVMGR_STORE_KEY_SIZE], [2u8; KVMGR_STORE_KEY_SIZE]);

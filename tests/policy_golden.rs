@@ -76,6 +76,9 @@ struct Prompt {
     values: Vec<Vec<f32>>,
     queries: Vec<Vec<f32>>,
     column_sums: Vec<Vec<f32>>,
+    query_mean: Vec<Vec<f32>>,
+    query_covariance: Vec<Vec<f32>>,
+    rope: Rope,
 }
 
 impl Prompt {
@@ -89,6 +92,9 @@ impl Prompt {
             values: each("v"),
             queries: each("q"),
             column_sums: each("column_sums"),
+            query_mean: each("query_mean"),
+            query_covariance: each("query_covariance"),
+            rope: Rope::new(RopeStyle::Half, DIM, 1e4),
         }
     }
 }
@@ -107,6 +113,10 @@ impl LayerSource for Prompt {
             "keys" => &self.keys[layer][h * LEN * width..][..LEN * width],
             "values" => &self.values[layer][h * LEN * width..][..LEN * width],
             "queries" => &self.queries[layer][h * GROUP * LEN * width..][..GROUP * LEN * width],
+            "query_mean" => &self.query_mean[layer][h * GROUP * width..][..GROUP * width],
+            "query_covariance" => {
+                &self.query_covariance[layer][h * GROUP * width..][..GROUP * width]
+            }
             _ => &self.column_sums[layer][h * LEN..][..LEN],
         };
         let head = |h: usize| HeadInput {
@@ -116,6 +126,8 @@ impl LayerSource for Prompt {
             queries: rows("queries", h, DIM),
             num_queries: LEN,
             column_sums: rows("column_sums", h, 1),
+            query_mean: rows("query_mean", h, DIM),
+            query_covariance: rows("query_covariance", h, DIM * DIM),
         };
         f(&LayerInput {
             layer,
@@ -124,7 +136,7 @@ impl LayerSource for Prompt {
             head_dim: DIM,
             sequence_len: LEN,
             heads: (0..HEADS).map(head).collect(),
-            rope: None,
+            rope: Some(&self.rope),
         })
     }
 }
@@ -155,7 +167,6 @@ enum Claim {
 /// The press without `@RATIO`, and the claim.
 const CLAIMS: &[(&str, Claim)] = {
     use Claim::{Open, Same, SameTokens};
-    const QUERY_STATISTICS: &str = "mean and covariance of queries before RoPE";
     const CHUNKS: &str = "scores and allowances by chunks of tokens";
     const OUTPUT: &str = "the output projection";
     const HIDDEN: &str = "hidden states and weights from a file";
@@ -180,13 +191,13 @@ const CLAIMS: &[(&str, Claim)] = {
         ("finch", Same("finch(w=48) | keep(KEEP) | pos(cache_relative)")),
         // Every layer is lazy at threshold 0: sinks and a recent window of n_recent - n_last.
         ("simlayerkv", SameTokens("stream(sink=4, recent=127)")),
-        ("expected_attention", Open(QUERY_STATISTICS)),
-        ("expected_attention_nocov", Open(QUERY_STATISTICS)),
-        ("expected_attention_eps1e-2", Open(QUERY_STATISTICS)),
-        ("adakv_expected_attention_e2", Open(QUERY_STATISTICS)),
-        ("critical_expected_attention", Open(QUERY_STATISTICS)),
-        ("cap", Open(QUERY_STATISTICS)),
-        ("lukv", Open(QUERY_STATISTICS)),
+        ("expected_attention", Same("expected | keep(KEEP)")),
+        ("expected_attention_nocov", Same("expected(cov=0) | keep(KEEP)")),
+        ("expected_attention_eps1e-2", Same("expected(eps=1e-2) | keep(KEEP)")),
+        ("adakv_expected_attention_e2", Same("expected(eps=1e-2) | adakv(0.2) | keep(KEEP)")),
+        ("critical_expected_attention", Open(OUTPUT)),
+        ("cap", Open("leverage of values under a mean query")),
+        ("lukv", Open(TABLE)),
         ("critical_snapkv", Open(OUTPUT)),
         ("critical_adakv_snapkv", Open(OUTPUT)),
         ("leverage", Open("keys before RoPE and the sketch of the reference")),
@@ -243,6 +254,7 @@ fn check_press(golden: &Golden, press: &str, spec: &str, has_scores: bool) {
 /// size of a score where signs cancel.
 fn check_scores(found: &HeadScores, expected: &[f32], press: &str) {
     let open = || (0..LEN).filter(|i| !found.protected[*i]);
+    assert!(open().count() > 0, "{press}: everything is protected");
     let mean = open().map(|i| expected[i].abs()).sum::<f32>() / open().count() as f32;
     let has_signs = open().any(|i| expected[i] < 0.0) && open().any(|i| expected[i] > 0.0);
     for i in open() {
@@ -255,6 +267,30 @@ fn check_scores(found: &HeadScores, expected: &[f32], press: &str) {
             found.scores[i],
             expected[i]
         );
+    }
+}
+
+#[test]
+fn exactly_the_window_of_snapkv_is_protected() {
+    let golden = Golden::open();
+    let specs = [
+        ("snapkv | keep(0.5)", 64),
+        ("snapkv(64, 5) | adakv(0.2) | keep(0.5)", 64),
+        ("snapkv(w=32, kernel=7) | keep_tokens(256)", 32),
+    ];
+    for (spec, window) in specs {
+        let pipeline = Pipeline::parse(spec).expect(spec);
+        let mut prompt = Prompt::new(&golden);
+        for layer in 0..prompt.num_layers() {
+            let mut check = |input: &LayerInput<'_>| {
+                for found in pipeline.score(Event::PrefillEnd, input)? {
+                    let is_right = |(i, p): (usize, &bool)| *p == (i + window >= LEN);
+                    assert!(found.protected.iter().enumerate().all(is_right), "{spec}");
+                }
+                Ok(())
+            };
+            prompt.visit(layer, &mut check).expect(spec);
+        }
     }
 }
 

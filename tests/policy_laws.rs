@@ -1,9 +1,11 @@
 //! What policies choose: budgets, laws of composition, random pipelines.
 
+use std::sync::LazyLock;
+
 use kvmgr::error::{Kind, Result};
 use kvmgr::policy::{Event, HeadInput, LayerInput, LayerSource, Pipeline, STAGES, StageClass};
 use kvmgr::registry::Domain;
-use kvmgr::shape::KeepSet;
+use kvmgr::shape::{KeepSet, Rope, RopeStyle};
 use proptest::prelude::*;
 
 /// One layer of random observations; heads may be ragged.
@@ -21,6 +23,8 @@ struct Head {
     keys: Vec<f32>,
     queries: Vec<f32>,
     column_sums: Vec<f32>,
+    query_mean: Vec<f32>,
+    query_covariance: Vec<f32>,
 }
 
 impl Layer {
@@ -42,6 +46,8 @@ impl Layer {
                 keys: noise(1, len * dim),
                 queries: noise(2, group * num_queries * dim),
                 column_sums: noise(3, *len).iter().map(|x| x.abs()).collect(),
+                query_mean: noise(4, group * dim),
+                query_covariance: covariance(&noise(5, group * dim), dim),
             }
         };
         Self { group, dim, num_queries, heads: lens.iter().enumerate().map(head).collect() }
@@ -60,7 +66,7 @@ impl Layer {
             head_dim: self.dim,
             sequence_len: self.sequence_len(),
             heads: self.heads.iter().map(|head| head.input(self.num_queries)).collect(),
-            rope: None,
+            rope: Some(&ROPE),
         }
     }
 
@@ -79,6 +85,8 @@ impl Head {
             queries: &self.queries,
             num_queries,
             column_sums: &self.column_sums,
+            query_mean: &self.query_mean,
+            query_covariance: &self.query_covariance,
         }
     }
 }
@@ -92,6 +100,17 @@ impl LayerSource for Layer {
         f(&self.input())
     }
 }
+
+/// The covariance `[group, dim, dim]` of one direction for each query head.
+fn covariance(directions: &[f32], dim: usize) -> Vec<f32> {
+    let product = |row: &[f32]| -> Vec<f32> {
+        row.iter().flat_map(|x| row.iter().map(move |y| x * y)).collect()
+    };
+    directions.chunks_exact(dim).flat_map(product).collect()
+}
+
+/// The rotation of all layers.
+static ROPE: LazyLock<Rope> = LazyLock::new(|| Rope::new(RopeStyle::Half, 8, 1e4));
 
 /// About uniform in -2..2, from a hash.
 fn noise(x: u64) -> f32 {
@@ -157,6 +176,7 @@ fn laws_of_composition() {
             "stream",
             "tova",
             "keydiff",
+            "expected(eps=0.01)",
             "knorm",
             "lagkv(lag=16)",
             "cur",

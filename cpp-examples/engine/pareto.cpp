@@ -33,6 +33,17 @@ const char *kPolicies[] = {
     "h2o(recent=32) | keep(%)",
     "snapkv(w=32) | keep(%)",
     "snapkv(w=32) | adakv(0.2) | keep(%)",
+    "snapkv(w=32) | pyramid(w=32) | keep(%)",
+    "finch(w=32) | keep(%)",
+    "prefill_end | tova | keep(%)",
+    "observed | keep(%)",
+    "keydiff | keep(%)",
+    "knorm | keep(%)",
+    "expected | keep(%)",
+    "expected | adakv(0.2) | keep(%)",
+    "lagkv | keep(%)",
+    "cur | keep(%)",
+    "random(seed=1) | keep(%)",
 };
 
 const char *kQuantizers[] = {"q8_0", "q4_0", "k=had+q4_0, v=q4_0", "kivi4", "kivi2"};

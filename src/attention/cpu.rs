@@ -3,23 +3,16 @@
 use std::cell::RefCell;
 
 use super::Options;
+use super::decoded::{self, DECODE_FROM};
 use super::job::{Job, Piece};
 use super::plan::{Plan, Task};
 use super::state::States;
 use crate::cache::{Cache, OPEN};
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::quantizer::{Cell, Quantizer, Side};
+use crate::sequence::{FIRST_STATISTIC, QueryStatistics};
 use crate::shape::Needs;
 use crate::simd::{self, Rows};
-
-/// Query vectors of a task from which on rows are decoded once and then used as f32, instead of
-/// being dequantized again for each batch. With 64 vectors this saves 1 % (`had+q4_0`) to 9 %
-/// (`q4_0`) of the time; with 32 it loses up to 14 %.
-const DECODE_FROM: usize = 64;
-
-/// Query vectors that go through decoded rows together: fewer loads for each multiply-add than
-/// with 8, and reading f32 again costs less than that.
-const DECODED_BATCH: usize = 4;
 
 /// One call of `run`.
 pub(super) struct Call<'a> {
@@ -121,27 +114,13 @@ impl Call<'_> {
         self.visit(job, Some(format), queries, rows, |piece, scores, decoded| {
             let first = piece.queries.start * job.group;
             for (row, scores) in scores.chunks_exact_mut(piece.rows.len()).enumerate() {
-                let mut max = kernels.max(scores);
-                if max == f32::NEG_INFINITY {
-                    if !scores.iter().any(|score| score.is_nan()) {
-                        scores.fill(0.0);
-                        continue;
-                    }
-                    // Nothing but NaN is not the same as nothing: let it into the sum.
-                    max = f32::MIN;
-                }
-                part.raise(first + row, max);
-                part.sum[first + row] += kernels.exp_sub(scores, part.max[first + row]);
+                part.weigh(first + row, scores, kernels);
             }
             let view = &piece.span.block.view;
             let cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
             let out = &mut part.out[first * job.dim..][..piece.queries.len() * job.group * job.dim];
             if decodes(job, piece, format) {
-                let rows = decode(value, &cell, decoded);
-                let batches = scores.chunks(DECODED_BATCH * rows.count);
-                for (weights, out) in batches.zip(out.chunks_mut(DECODED_BATCH * rows.dim)) {
-                    kernels.axpy(simd::Format::F32, &rows, weights, out);
-                }
+                decoded::axpy(&decode(value, &cell, decoded), scores, out);
             } else {
                 value.axpy(&cell, scores, out);
             }
@@ -191,11 +170,7 @@ impl Call<'_> {
                 let view = &span.block.view;
                 let cell = self.cache.cell(view, job.cell, Side::Key, piece.rows.clone());
                 if decodes(job, &piece, this) {
-                    let rows = decode(key, &cell, decoded);
-                    let batches = queries.chunks(DECODED_BATCH * rows.dim);
-                    for (q, scores) in batches.zip(scores.chunks_mut(DECODED_BATCH * rows.count)) {
-                        simd::active().dot(simd::Format::F32, &rows, q, scores);
-                    }
+                    decoded::dot(&decode(key, &cell, decoded), queries, scores);
                 } else {
                     key.dot(&cell, queries, scores);
                 }
@@ -267,8 +242,30 @@ impl Call<'_> {
                 head.push_query(observation.window(), job.position(i), observed);
             }
         }
+        if needs.contains(Needs::QUERY_STATISTICS) {
+            self.add_statistics(job, query, &mut scratch.observed);
+        }
         if needs.contains(Needs::COLUMN_SUM) {
             self.add_column_sums(job, scratch);
+        }
+    }
+
+    /// Adds the queries of the task, turned back to position 0, to the statistics of their heads.
+    fn add_statistics(&self, job: &Job<'_>, query: &Tensor<'_>, rows: &mut Vec<f32>) {
+        let Some(observation) = &job.sequence.observation else { return };
+        let mut head = observation.head(self.layer, job.task.kv_head).lock();
+        head.statistics.resize_with(job.group, QueryStatistics::default);
+        let first = (0..job.task.num_queries).find(|i| job.position(*i) >= FIRST_STATISTIC);
+        let Some(first) = first else { return };
+        for (g, statistics) in head.statistics.iter_mut().enumerate() {
+            rows.resize((job.task.num_queries - first) * job.dim, 0.0);
+            for (i, row) in (first..).zip(rows.chunks_exact_mut(job.dim)) {
+                query.read(job.token(i * job.group), job.q_head(g), row);
+                if let Some(rope) = &self.cache.config().rope {
+                    rope.rotate(row, -job.position(i));
+                }
+            }
+            statistics.add(rows, job.dim);
         }
     }
 

@@ -17,6 +17,7 @@
 //! indices inside the cache for sequences that are cache relative.
 
 mod cpu;
+pub(crate) mod decoded;
 mod job;
 mod plan;
 pub mod reference;

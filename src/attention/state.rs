@@ -7,6 +7,8 @@
 //!
 //! The empty state has `m = -inf`; it must never meet another `-inf` in a subtraction.
 
+use crate::simd::Kernels;
+
 /// `rows` states, each with an output of `dim` elements.
 #[derive(Debug, Default)]
 pub(crate) struct States {
@@ -55,6 +57,22 @@ impl States {
         let factor = (old - max).exp();
         self.sum[row] *= factor;
         self.out[row * self.dim..][..self.dim].iter_mut().for_each(|x| *x *= factor);
+    }
+
+    /// Turns logits of a row into weights, `exp(logit - maximum)`, and adds them to the denominator.
+    /// The values times these weights are then the caller's to add to `out`.
+    pub(crate) fn weigh(&mut self, row: usize, scores: &mut [f32], kernels: &Kernels) {
+        let mut max = kernels.max(scores);
+        if max == f32::NEG_INFINITY {
+            if !scores.iter().any(|score| score.is_nan()) {
+                scores.fill(0.0);
+                return;
+            }
+            // Nothing but NaN is not the same as nothing: let it into the sum.
+            max = f32::MIN;
+        }
+        self.raise(row, max);
+        self.sum[row] += kernels.exp_sub(scores, self.max[row]);
     }
 
     /// Adds the states of `other`.

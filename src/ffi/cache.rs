@@ -4,7 +4,7 @@ use std::ffi::c_char;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::convert;
+use super::convert::{self, RopeFields};
 use super::guard::{guard, guard_or};
 use super::handle::{self, Exclusive, Opaque};
 use super::policy::kvmgr_policy;
@@ -12,15 +12,14 @@ use super::pool::to_usize;
 use super::sequence::{SequenceHandle, kvmgr_sequence};
 use super::store::kvmgr_store;
 use super::types::{
-    KVMGR_LANE_AUTO, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER, KVMGR_LANE_SEQUENCE, KVMGR_ROPE_HALF,
-    KVMGR_ROPE_INTERLEAVED, KVMGR_ROPE_NONE, kvmgr_dtype, kvmgr_lane_width, kvmgr_rope_style,
-    kvmgr_status,
+    KVMGR_LANE_AUTO, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER, KVMGR_LANE_SEQUENCE, kvmgr_dtype,
+    kvmgr_lane_width, kvmgr_rope_style, kvmgr_status,
 };
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
 use crate::log::{Level, log};
 use crate::manager::{Manager, ManagerConfig, Session};
-use crate::shape::{LaneWidth, MAX_HEAD_DIM, ModelShape, Rope, RopeStyle};
+use crate::shape::{LaneWidth, ModelShape};
 use crate::simd;
 
 /// The KV cache of a model: block memory, formats, policies, prefix sharing and offload as one.
@@ -273,40 +272,17 @@ unsafe fn parse_config(config: &kvmgr_cache_config) -> Result<ManagerConfig> {
         salt: config.hash_salt,
         prefix: flags & KVMGR_CACHE_PREFIX != 0,
         // SAFETY: the caller promises the frequencies.
-        rope: unsafe { parse_rope(config) }?,
+        rope: unsafe {
+            convert::rope(&RopeFields {
+                style: config.rope_style,
+                dims: config.rope_dims,
+                base: config.rope_base,
+                inv_freq: config.rope_inv_freq,
+                head_dim: config.head_dim,
+            })
+        }?,
         store,
     })
-}
-
-/// # Safety
-/// `rope_inv_freq` is NULL or has half as many elements as are rotated.
-unsafe fn parse_rope(config: &kvmgr_cache_config) -> Result<Option<Rope>> {
-    let style = match config.rope_style {
-        KVMGR_ROPE_NONE => return Ok(None),
-        KVMGR_ROPE_HALF => RopeStyle::Half,
-        KVMGR_ROPE_INTERLEAVED => RopeStyle::Interleaved,
-        kvmgr_rope_style(value) => {
-            bail!(InvalidArgument, "rope_style is {value}, not a kvmgr_rope_style")
-        }
-    };
-    let dims = if config.rope_dims == 0 { config.head_dim } else { config.rope_dims } as usize;
-    ensure!(
-        dims.is_multiple_of(2) && (2..=MAX_HEAD_DIM).contains(&dims),
-        InvalidArgument,
-        "rope_dims is {dims}, must be even and in 2..={MAX_HEAD_DIM}"
-    );
-    let base = if config.rope_base == 0.0 { 10_000.0 } else { config.rope_base };
-    ensure!(
-        base.is_finite() && base > 0.0,
-        InvalidArgument,
-        "rope_base is {base}, must be finite and positive"
-    );
-    if config.rope_inv_freq.is_null() {
-        return Ok(Some(Rope::new(style, dims, base)));
-    }
-    // SAFETY: the caller promises the frequencies.
-    let inv_freq = unsafe { convert::slice(config.rope_inv_freq, dims / 2, "rope_inv_freq") }?;
-    Ok(Some(Rope { style, inv_freq: inv_freq.to_vec() }))
 }
 
 fn stats_of(manager: &Manager) -> kvmgr_cache_stats {

@@ -5,12 +5,14 @@ use std::ffi::{CStr, c_char};
 use super::device;
 use super::types::{
     KVMGR_DEVICE_CPU, KVMGR_DEVICE_CUDA, KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16, KVMGR_DTYPE_F32,
-    KVMGR_SIDE_KEY, KVMGR_SIDE_VALUE, kvmgr_device_type, kvmgr_dtype, kvmgr_side, kvmgr_tensor,
+    KVMGR_ROPE_HALF, KVMGR_ROPE_INTERLEAVED, KVMGR_ROPE_NONE, KVMGR_SIDE_KEY, KVMGR_SIDE_VALUE,
+    kvmgr_device_type, kvmgr_dtype, kvmgr_rope_style, kvmgr_side, kvmgr_tensor,
 };
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
 use crate::quantizer::Side;
+use crate::shape::{MAX_HEAD_DIM, Rope, RopeStyle};
 use crate::simd::Format;
 use crate::slots::Dense;
 
@@ -25,6 +27,19 @@ pub(super) unsafe fn slice<'a, T>(data: *const T, len: usize, name: &str) -> Res
     }
     // SAFETY: not NULL, aligned, of a possible size; the caller promises the rest.
     Ok(unsafe { std::slice::from_raw_parts(data, len) })
+}
+
+/// `len` elements at `data`, or none if it is NULL.
+///
+/// # Safety
+/// As for [`slice`].
+pub(super) unsafe fn optional_slice<'a, T>(
+    data: *const T,
+    len: usize,
+    name: &str,
+) -> Result<Option<&'a [T]>> {
+    // SAFETY: the caller promises it.
+    (!data.is_null()).then(|| unsafe { slice(data, len, name) }).transpose()
 }
 
 /// `len` elements at `data` to write; NULL is fine when `len` is 0.
@@ -144,6 +159,48 @@ pub(super) unsafe fn fill_struct<T: Copy>(out: *mut T, value: &T, name: &str) ->
         source.copy_to_nonoverlapping(out.cast::<u8>().add(head), size.min(own) - head);
     }
     Ok(())
+}
+
+/// The fields with which a struct says how a model rotates.
+pub(super) struct RopeFields {
+    pub(super) style: kvmgr_rope_style,
+    pub(super) dims: u32,
+    pub(super) base: f32,
+    pub(super) inv_freq: *const f32,
+    pub(super) head_dim: u32,
+}
+
+/// How a model rotates, `None` if the caller does not say.
+///
+/// # Safety
+/// `inv_freq` is NULL or has half as many elements as are rotated.
+pub(super) unsafe fn rope(fields: &RopeFields) -> Result<Option<Rope>> {
+    let style = match fields.style {
+        KVMGR_ROPE_NONE => return Ok(None),
+        KVMGR_ROPE_HALF => RopeStyle::Half,
+        KVMGR_ROPE_INTERLEAVED => RopeStyle::Interleaved,
+        kvmgr_rope_style(value) => {
+            bail!(InvalidArgument, "rope_style is {value}, not a kvmgr_rope_style")
+        }
+    };
+    let dims = if fields.dims == 0 { fields.head_dim } else { fields.dims } as usize;
+    ensure!(
+        dims.is_multiple_of(2) && (2..=MAX_HEAD_DIM).contains(&dims),
+        InvalidArgument,
+        "rope_dims is {dims}, must be even and in 2..={MAX_HEAD_DIM}"
+    );
+    let base = if fields.base == 0.0 { 10_000.0 } else { fields.base };
+    ensure!(
+        base.is_finite() && base > 0.0,
+        InvalidArgument,
+        "rope_base is {base}, must be finite and positive"
+    );
+    if fields.inv_freq.is_null() {
+        return Ok(Some(Rope::new(style, dims, base)));
+    }
+    // SAFETY: the caller promises the frequencies.
+    let inv_freq = unsafe { slice(fields.inv_freq, dims / 2, "rope_inv_freq") }?;
+    Ok(Some(Rope { style, inv_freq: inv_freq.to_vec() }))
 }
 
 /// No struct of this library will ever be larger.

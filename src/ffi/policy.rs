@@ -3,14 +3,14 @@
 use std::ffi::c_char;
 use std::sync::{Arc, LazyLock};
 
-use super::convert;
+use super::convert::{self, RopeFields};
 use super::guard::{guard, guard_or};
 use super::handle::{self, Opaque};
-use super::types::kvmgr_status;
+use super::types::{kvmgr_rope_style, kvmgr_status};
 use super::version::{Listing, describe};
 use crate::error::{Result, bail, ensure};
 use crate::policy::{Event, HeadInput, LayerInput, LayerSource, Pipeline, STAGES};
-use crate::shape::{ModelShape, Needs};
+use crate::shape::{ModelShape, Needs, Rope};
 
 /// A token policy parsed from a spec. Immutable. Shared: retain and release, any thread.
 #[derive(Debug)]
@@ -37,11 +37,14 @@ pub const KVMGR_NEEDS_QUERY_WINDOW: u32 = 4;
 pub const KVMGR_NEEDS_COLUMN_SUM: u32 = 8;
 /// The policy needs to know how the model rotates keys.
 pub const KVMGR_NEEDS_ROPE: u32 = 16;
+/// The policy reads mean and covariance of the queries before rotation.
+pub const KVMGR_NEEDS_QUERY_STATISTICS: u32 = 32;
 
 const _: () = {
     assert!(KVMGR_NEEDS_KEYS == Needs::KEYS.0 && KVMGR_NEEDS_VALUES == Needs::VALUES.0);
     assert!(KVMGR_NEEDS_QUERY_WINDOW == Needs::QUERY_WINDOW.0);
     assert!(KVMGR_NEEDS_COLUMN_SUM == Needs::COLUMN_SUM.0 && KVMGR_NEEDS_ROPE == Needs::ROPE.0);
+    assert!(KVMGR_NEEDS_QUERY_STATISTICS == Needs::QUERY_STATISTICS.0);
 };
 
 /// When a policy acts.
@@ -86,6 +89,21 @@ pub struct kvmgr_policy_input {
     pub column_sums: *const f32,
     /// [T] original positions, ascending; NULL means 0 to T - 1.
     pub positions: *const i32,
+    /// [num_q_heads, head_dim]: mean of the queries before rotation, without the first 4 tokens.
+    pub query_mean: *const f32,
+    /// [num_q_heads, head_dim, head_dim]: their population covariance.
+    pub query_covariance: *const f32,
+    /// rope_dims / 2 frequencies in radians for each position, or NULL for powers of rope_base.
+    pub rope_inv_freq: *const f32,
+    /// How the model rotates queries and keys; needed with
+    /// KVMGR_NEEDS_QUERY_STATISTICS.
+    pub rope_style: kvmgr_rope_style,
+    /// Rotated elements of a head, even, at most head_dim; 0 means head_dim.
+    pub rope_dims: u32,
+    /// Base of the frequencies; 0 means 10000.
+    pub rope_base: f32,
+    /// Must be 0.
+    pub reserved: u32,
 }
 
 static LISTING: LazyLock<Listing> = LazyLock::new(|| {
@@ -231,6 +249,9 @@ struct Input<'a> {
     values: &'a [f32],
     queries: &'a [f32],
     column_sums: &'a [f32],
+    query_mean: &'a [f32],
+    query_covariance: &'a [f32],
+    rope: Option<Rope>,
     positions: Vec<i32>,
 }
 
@@ -268,12 +289,9 @@ impl<'a> Input<'a> {
             unsafe { convert::slice(data, len, name) }
         };
         let rows = heads * tokens;
-        let positions = if raw.positions.is_null() {
-            (0..tokens as i32).collect()
-        } else {
-            // SAFETY: the caller promises it.
-            unsafe { convert::slice(raw.positions, tokens, "positions") }?.to_vec()
-        };
+        // SAFETY: the caller promises it.
+        let positions = unsafe { convert::optional_slice(raw.positions, tokens, "positions") }?;
+        let positions = positions.map_or_else(|| (0..tokens as i32).collect(), <[i32]>::to_vec);
         let first = positions[0];
         ensure!(first >= 0, InvalidArgument, "positions[0] is {first}, must not be negative");
         Ok(Self {
@@ -289,6 +307,20 @@ impl<'a> Input<'a> {
                 "queries",
             )?,
             column_sums: list(raw.column_sums, rows, Needs::COLUMN_SUM, "column_sums")?,
+            query_mean: list(
+                raw.query_mean,
+                shape.num_q_heads * dim,
+                Needs::QUERY_STATISTICS,
+                "query_mean",
+            )?,
+            query_covariance: list(
+                raw.query_covariance,
+                shape.num_q_heads * dim * dim,
+                Needs::QUERY_STATISTICS,
+                "query_covariance",
+            )?,
+            // SAFETY: the caller promises the frequencies.
+            rope: unsafe { rope(&raw, needs) }?,
             positions,
             raw,
         })
@@ -317,11 +349,44 @@ impl<'a> Input<'a> {
                         self.raw.num_queries as usize
                     },
                     column_sums: part(self.column_sums, h),
+                    query_mean: part(self.query_mean, h),
+                    query_covariance: part(self.query_covariance, h),
                 })
                 .collect(),
-            rope: None,
+            rope: self.rope.as_ref(),
         }
     }
+}
+
+/// The rotation, if the policy needs it.
+///
+/// # Safety
+/// `rope_inv_freq` is NULL or has half as many elements as are rotated.
+unsafe fn rope(raw: &kvmgr_policy_input, needs: Needs) -> Result<Option<Rope>> {
+    ensure!(raw.reserved == 0, InvalidArgument, "reserved is {}, must be 0", raw.reserved);
+    if !needs.contains(Needs::QUERY_STATISTICS) {
+        return Ok(None); // Closing gaps of positions is the engine's part.
+    }
+    let fields = RopeFields {
+        style: raw.rope_style,
+        dims: raw.rope_dims,
+        base: raw.rope_base,
+        inv_freq: raw.rope_inv_freq,
+        head_dim: raw.head_dim,
+    };
+    // SAFETY: the caller promises it.
+    let rope = unsafe { convert::rope(&fields) }?;
+    let Some(rope) = rope else {
+        bail!(InvalidArgument, "rope_style is KVMGR_ROPE_NONE, but the policy needs the rotation");
+    };
+    ensure!(
+        2 * rope.inv_freq.len() <= raw.head_dim as usize,
+        InvalidArgument,
+        "rope_dims is {}, must be at most head_dim {}",
+        raw.rope_dims,
+        raw.head_dim
+    );
+    Ok(Some(rope))
 }
 
 /// A source of a single layer.

@@ -173,10 +173,7 @@ pub unsafe extern "C" fn kvmgr_sequence_commit(
                 InvalidArgument,
                 "num_tokens is {num_tokens}, only {reserved} are reserved"
             );
-            let tokens = match tokens.is_null() {
-                true => None,
-                false => Some(convert::slice(tokens, num_tokens, "tokens")?),
-            };
+            let tokens = convert::optional_slice(tokens, num_tokens, "tokens")?;
             session.commit(num_tokens, tokens)
         })
     })

@@ -447,12 +447,9 @@ unsafe fn parse_options<'a>(
     }
     // SAFETY: the caller promises it.
     let options = unsafe { convert::config(options, "kvmgr_mask_options") }?;
-    let list = |data: *const f32, name: &str| -> Result<Option<&'a [f32]>> {
-        if data.is_null() {
-            return Ok(None);
-        }
+    let list = |data: *const f32, name: &str| {
         // SAFETY: the caller promises it.
-        unsafe { convert::slice(data, num_q_heads, name) }.map(Some)
+        unsafe { convert::optional_slice(data, num_q_heads, name) }
     };
     Ok(Options {
         scale: options.scale,

@@ -59,6 +59,11 @@ pub struct HeadInput<'a> {
     /// Attention probability that each token received so far, summed over all observed queries and
     /// over the query heads of the group, `[T]`. Missing ones at the end count as 0.
     pub column_sums: &'a [f32],
+    /// Mean of the queries of each query head before RoPE, `[group, head_dim]`; empty unless needed
+    /// and seen.
+    pub query_mean: &'a [f32],
+    /// Their population covariance, `[group, head_dim, head_dim]`; empty unless needed and seen.
+    pub query_covariance: &'a [f32],
 }
 
 /// What a score sees of one layer.

@@ -71,6 +71,12 @@ fn check(needs: Needs, layer: &LayerInput<'_>, head: &HeadInput<'_>) -> Result<(
     exact(Needs::VALUES, "values", head.values.len(), len * dim)?;
     let queries = layer.group * head.num_queries * dim;
     exact(Needs::QUERY_WINDOW, "queries", head.queries.len(), queries)?;
+    if !head.query_mean.is_empty() || !head.query_covariance.is_empty() {
+        let covariance = layer.group * dim * dim;
+        let need = Needs::QUERY_STATISTICS;
+        exact(need, "query_mean", head.query_mean.len(), layer.group * dim)?;
+        exact(need, "query_covariance", head.query_covariance.len(), covariance)?;
+    }
     ensure!(
         head.column_sums.len() <= len,
         InvalidArgument,

@@ -11,13 +11,15 @@ mod compact;
 mod lane;
 mod observation;
 mod prefix;
+mod statistics;
 mod swap;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub use lane::{Lane, Positions, Span};
-pub use observation::{HeadObservation, Observation};
+pub use observation::{FIRST_STATISTIC, HeadObservation, Observation};
+pub use statistics::QueryStatistics;
 
 use crate::block::prefix::Digest;
 use crate::block::{BlockId, EntryId};

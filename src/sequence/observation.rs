@@ -3,7 +3,11 @@
 
 use parking_lot::Mutex;
 
+use super::statistics::QueryStatistics;
 use crate::shape::{KeepSet, ModelShape, Needs};
+
+/// Queries of earlier positions are left out of statistics: sinks are unlike all others.
+pub const FIRST_STATISTIC: i32 = 4;
 
 /// Observations of one sequence, one part for each (layer, KV head) so that workers that attend
 /// for different heads never wait for each other.
@@ -23,6 +27,9 @@ pub struct HeadObservation {
     /// Attention probability that each cached row received so far, summed over queries and over
     /// the query heads of the group.
     pub column_sums: Vec<f32>,
+    /// Statistics of each query head of the group, from position [`FIRST_STATISTIC`] on. Tokens that
+    /// are truncated or not committed stay in them.
+    pub statistics: Vec<QueryStatistics>,
 }
 
 impl Observation {

@@ -13,16 +13,14 @@ use std::ops::Range;
 
 use super::dense::Dense;
 use super::lane::Block;
-use super::{Slots, SlotsConfig};
+use super::{Slots, SlotsConfig, check_shape};
 use crate::attention::States;
+use crate::attention::decoded::{self, DECODE_FROM};
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::error::{Result, ensure};
 use crate::quantizer::{Cell, Quantizer};
 use crate::simd::{self, Format, Rows};
 
-/// Query vectors from which on rows are decoded once and used as f32; see `attention::cpu`.
-const DECODE_FROM: usize = 64;
-const DECODED_BATCH: usize = 4;
 /// Rows of a group of the engine's own memory.
 const DENSE_ROWS: usize = 64;
 
@@ -220,20 +218,12 @@ impl Dense<'_> {
 impl Masked<'_> {
     fn check(&self, num_q_heads: usize, key_dim: usize, value_dim: usize) -> Result<()> {
         let [queries, ..] = self.query.shape();
-        let expect = |name: &str, found: [usize; 3], expected: [usize; 3]| {
-            ensure!(
-                found == expected,
-                InvalidArgument,
-                "{name} has the shape {found:?}, must be {expected:?}"
-            );
-            Ok(())
-        };
-        expect("query", self.query.shape(), [queries, num_q_heads, key_dim])?;
-        expect("output", self.output.shape(), [queries, num_q_heads, value_dim])?;
+        check_shape("query", self.query.shape(), [queries, num_q_heads, key_dim])?;
+        check_shape("output", self.output.shape(), [queries, num_q_heads, value_dim])?;
         if let Some(mask) = &self.mask {
             let [_, heads, span] = mask.shape();
             let heads = if heads == 1 { 1 } else { num_q_heads };
-            expect("mask", mask.shape(), [queries, heads, span])?;
+            check_shape("mask", mask.shape(), [queries, heads, span])?;
         }
         Ok(())
     }
@@ -431,16 +421,7 @@ impl Task<'_> {
             let (query, head) = (row / self.group, row % self.group);
             let mask = &mask[self.mask_index(query, head, group.rows)..][rows.clone()];
             self.shape_logits(row, mask, scores);
-            let mut max = kernels.max(scores);
-            if max == f32::NEG_INFINITY {
-                if !scores.iter().any(|score| score.is_nan()) {
-                    scores.fill(0.0);
-                    continue;
-                }
-                max = f32::MIN;
-            }
-            part.raise(row, max);
-            part.sum[row] += kernels.exp_sub(scores, part.max[row]);
+            part.weigh(row, scores, kernels);
         }
         let out = &mut part.out[first * self.value_dim..][..vectors * self.value_dim];
         group.value.axpy(rows, scores, out, decodes.then_some(decoded));
@@ -481,11 +462,7 @@ impl Source<'_> {
                 }
             };
         };
-        let rows = self.decode(rows, decoded);
-        let batches = queries.chunks(DECODED_BATCH * rows.dim);
-        for (queries, scores) in batches.zip(scores.chunks_mut(DECODED_BATCH * rows.count)) {
-            simd::active().dot(Format::F32, &rows, queries, scores);
-        }
+        decoded::dot(&self.decode(rows, decoded), queries, scores);
     }
 
     /// `outputs[i] += sum over t of weights[i, t] * row[t]`.
@@ -506,11 +483,7 @@ impl Source<'_> {
                 }
             };
         };
-        let rows = self.decode(rows, decoded);
-        let batches = weights.chunks(DECODED_BATCH * rows.count);
-        for (weights, outputs) in batches.zip(outputs.chunks_mut(DECODED_BATCH * rows.dim)) {
-            simd::active().axpy(Format::F32, &rows, weights, outputs);
-        }
+        decoded::axpy(&self.decode(rows, decoded), weights, outputs);
     }
 
     fn decode<'a>(&self, rows: Range<usize>, decoded: &'a mut Vec<f32>) -> Rows<'a> {

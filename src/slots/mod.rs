@@ -25,7 +25,7 @@ use crate::device::tensor::Tensor;
 use crate::error::{Result, ensure};
 use crate::policy::{Pipeline, PositionMode};
 use crate::quantizer::Side;
-use crate::shape::{MAX_HEAD_DIM, Needs};
+use crate::shape::{MAX_HEAD_DIM, ModelShape, Needs, check_range};
 
 pub use attend::{Masked, Options};
 pub use dense::Dense;
@@ -99,32 +99,17 @@ struct Stream {
 
 impl SlotsConfig {
     fn validate(&self) -> Result<()> {
-        let range = |name: &str, value: usize, max: usize| {
-            ensure!(
-                (1..=max).contains(&value),
-                InvalidArgument,
-                "{name} is {value}, must be in 1..={max}"
-            );
-            Ok(())
-        };
-        range("num_layers", self.num_layers, 4096)?;
-        range("num_kv_heads", self.num_kv_heads, 4096)?;
-        range("num_q_heads", self.num_q_heads, 65536)?;
-        range("key_dim", self.key_dim, MAX_HEAD_DIM)?;
-        range("value_dim", self.value_dim, MAX_HEAD_DIM)?;
-        range("num_slots", self.num_slots, 1 << 30)?;
-        range("num_streams", self.num_streams, 4096)?;
-        range("block_size", self.block_size, MAX_BLOCK)?;
         let Self { layer, num_layers, num_q_heads, num_kv_heads, .. } = *self;
+        check_range("key_dim", self.key_dim, MAX_HEAD_DIM)?;
+        ModelShape { num_layers, num_q_heads, num_kv_heads, head_dim: self.key_dim }.validate()?;
+        check_range("value_dim", self.value_dim, MAX_HEAD_DIM)?;
+        check_range("num_slots", self.num_slots, 1 << 30)?;
+        check_range("num_streams", self.num_streams, 4096)?;
+        check_range("block_size", self.block_size, MAX_BLOCK)?;
         ensure!(
             layer < num_layers,
             InvalidArgument,
             "layer is {layer}, must be below num_layers {num_layers}"
-        );
-        ensure!(
-            num_q_heads.is_multiple_of(num_kv_heads),
-            InvalidArgument,
-            "num_q_heads is {num_q_heads}, must be a multiple of num_kv_heads {num_kv_heads}"
         );
         Ok(())
     }
@@ -199,13 +184,7 @@ impl Slots {
         let SlotsConfig { num_slots, num_kv_heads, block_size, .. } = self.config;
         let dim = self.dim(side);
         self.check_slots(slots)?;
-        let expected = [slots.len(), num_kv_heads, dim];
-        ensure!(
-            values.shape() == expected,
-            InvalidArgument,
-            "values has the shape {:?}, must be {expected:?}",
-            values.shape()
-        );
+        check_shape("values", values.shape(), [slots.len(), num_kv_heads, dim])?;
         let mut row = vec![0.0; dim];
         for (i, slot) in slots.iter().enumerate() {
             let stream = &mut self.streams[*slot as usize / num_slots];
@@ -346,6 +325,16 @@ impl Slots {
         ensure!(stream < limit, InvalidArgument, "{name} is {stream}, must be below {limit}");
         Ok(())
     }
+}
+
+/// Refuses a tensor of another shape.
+fn check_shape(name: &str, found: [usize; 3], expected: [usize; 3]) -> Result<()> {
+    ensure!(
+        found == expected,
+        InvalidArgument,
+        "{name} has the shape {found:?}, must be {expected:?}"
+    );
+    Ok(())
 }
 
 impl Stream {

@@ -7,11 +7,12 @@
 //! A prompt ends when a sequence goes on with a single query. Only then, before that query attends,
 //! the prefill phase of the policy runs; with `pieces` it runs before each further piece as well.
 
-use super::{Slots, SlotsConfig, Stream};
+use super::{Lane, SlotState, Slots, SlotsConfig, Stream, check_shape};
 use crate::device::tensor::Tensor;
 use crate::error::{Result, ensure};
 use crate::policy::{Event, HeadInput, LayerInput, LayerSource};
 use crate::quantizer::Side;
+use crate::shape::Needs;
 
 /// Sequences remembered for a stream; the oldest is forgotten first.
 const MAX_TRACKED: usize = 256;
@@ -66,13 +67,7 @@ impl Slots {
         self.check_stream(stream, "stream")?;
         self.check_slots(slots)?;
         let SlotsConfig { num_slots, num_q_heads, key_dim, .. } = self.config;
-        let expected = [slots.len(), num_q_heads, key_dim];
-        ensure!(
-            query.shape() == expected,
-            InvalidArgument,
-            "query has the shape {:?}, must be {expected:?}",
-            query.shape()
-        );
+        check_shape("query", query.shape(), [slots.len(), num_q_heads, key_dim])?;
         let [rows, _, span] = mask.shape();
         ensure!(
             rows == slots.len() && span <= num_slots,
@@ -161,8 +156,7 @@ impl Slots {
         visible.retain(|slot| !own.contains(slot));
         visible.sort_by_key(|slot| self.streams[stream].age(*slot as usize));
         let lanes = &self.streams[stream].lanes;
-        let is_live =
-            |lane: &super::Lane, slot: u32| lane.state(slot as usize) == super::SlotState::Live;
+        let is_live = |lane: &Lane, slot: u32| lane.state(slot as usize) == SlotState::Live;
         let held = |lane| visible.iter().filter(|slot| is_live(lane, **slot)).count();
         let longest = lanes.iter().map(held).max().unwrap_or(0);
         if !self.policy.is_due(event, tracked.steps, longest, visible.len()) {
@@ -188,18 +182,20 @@ impl Slots {
 
     fn decode(&self, stream: usize, head: usize, slots: &[u32], tracked: &Tracked) -> DecodedHead {
         let SlotsConfig { key_dim, value_dim, .. } = self.config;
-        let group = self.config.group();
+        let (group, needs) = (self.config.group(), self.policy.needs());
         let lane = &self.streams[stream].lanes[head];
         let mut out = DecodedHead { num_queries: tracked.queries.len(), ..DecodedHead::default() };
         for (position, slot) in slots.iter().enumerate() {
-            if lane.state(*slot as usize) != super::SlotState::Live {
+            if lane.state(*slot as usize) != SlotState::Live {
                 continue;
             }
             out.positions.push(position as i32);
             out.slots.push(*slot);
-            for (side, dim, rows) in
-                [(Side::Key, key_dim, &mut out.keys), (Side::Value, value_dim, &mut out.values)]
-            {
+            let sides = [
+                (Needs::KEYS, Side::Key, key_dim, &mut out.keys),
+                (Needs::VALUES, Side::Value, value_dim, &mut out.values),
+            ];
+            for (_, side, dim, rows) in sides.into_iter().filter(|side| needs.contains(side.0)) {
                 let start = rows.len();
                 rows.resize(start + dim, 0.0);
                 lane.read(&self.sides, side as usize, *slot as usize, &mut rows[start..]);
@@ -271,7 +267,7 @@ impl LayerSource for Decoded<'_> {
             values: &head.values,
             queries: &head.queries,
             num_queries: head.num_queries,
-            column_sums: &[],
+            ..HeadInput::default()
         });
         f(&LayerInput {
             layer: self.config.layer,

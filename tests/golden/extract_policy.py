@@ -20,6 +20,10 @@ PRESSES = [
 # The scores of these do not depend on the ratio: they are stored once, with 0.5.
 ONE_SCORE = ("knorm", "keydiff", "tova", "observed_attention", "lagkv", "cur", "pyramidkv")
 PRESSES += [f"{press}@{ratio}" for press in ONE_SCORE for ratio in ("0.25", "0.5", "0.75")]
+EXPECTED = ("expected_attention", "adakv_expected_attention_e2")
+ONE_SCORE += EXPECTED
+PRESSES += [f"{press}@{ratio}" for press in EXPECTED for ratio in ("0.25", "0.5", "0.75")]
+PRESSES += ["expected_attention_nocov@0.5", "expected_attention_eps1e-2@0.5"]
 PRESSES += ["lagkv_cross@0.5", "finch@0.5", "keyrerotation_snapkv@0.5", "simlayerkv"]
 # The reference attends to these with keys at new positions and the query at its old one.
 NO_ATTENTION = ("finch", "keyrerotation_snapkv")
@@ -49,6 +53,12 @@ def main():
     for layer in LAYERS:
         columns = states[f"{layer}.attn_colsum"]
         subset[f"states/{layer}.column_sums"] = columns.reshape(2, 4, -1).sum(axis=1)
+        queries = states[f"{layer}.q_pre"][:, 4:].astype(np.float64)
+        mean = queries.mean(axis=1)
+        deviations = queries - mean[:, None]
+        covariance = deviations.transpose(0, 2, 1) @ deviations / queries.shape[1]
+        subset[f"states/{layer}.query_mean"] = mean.astype(np.float32)
+        subset[f"states/{layer}.query_covariance"] = covariance.astype(np.float32)
         for head in (0, 1):
             name = f"{layer}.h{head}.kept"
             subset[f"h2o_prefill/{name}"] = traces[f"d2o_like/{name}"]

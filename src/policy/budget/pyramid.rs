@@ -80,7 +80,7 @@ mod tests {
     #[test]
     fn the_mean_over_the_layers_is_the_share() {
         assert_eq!(shares(512, 256, 2), [448, 64]);
-        for (len, share, layers) in [(4096, 1024, 32), (4096, 2048, 8), (8192, 1300, 5)] {
+        for (len, share, layers) in [(8192, 2000, 32), (4096, 2048, 8), (8192, 1300, 5)] {
             let found = shares(len, share, layers);
             assert!(found.is_sorted_by(|a, b| a > b), "{found:?}");
             let total: usize = found.iter().sum();

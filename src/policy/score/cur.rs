@@ -10,9 +10,9 @@
 
 use super::{Entry, Score, per_head};
 use crate::error::Result;
-use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
+use crate::policy::{HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
-use crate::shape::{LaneWidth, Needs};
+use crate::shape::Needs;
 use crate::simd;
 
 pub(super) static ENTRY: Entry = Entry {
@@ -59,14 +59,6 @@ struct Cur {
 impl Score for Cur {
     fn needs(&self) -> Needs {
         ENTRY.needs
-    }
-
-    fn lane_width(&self) -> LaneWidth {
-        LaneWidth::Head
-    }
-
-    fn events(&self, _allowance: Allowance) -> &'static [Event] {
-        &[Event::PrefillEnd]
     }
 
     fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {

@@ -13,7 +13,7 @@ use super::{Entry, Score};
 use crate::error::Result;
 use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
-use crate::shape::{LaneWidth, Needs};
+use crate::shape::Needs;
 
 pub(super) static ENTRY: Entry = Entry {
     name: "h2o",
@@ -49,10 +49,6 @@ struct H2o {
 impl Score for H2o {
     fn needs(&self) -> Needs {
         Needs::COLUMN_SUM
-    }
-
-    fn lane_width(&self) -> LaneWidth {
-        LaneWidth::Head
     }
 
     fn events(&self, _allowance: Allowance) -> &'static [Event] {

@@ -9,8 +9,8 @@
 
 use super::{Entry, Score, per_head};
 use crate::error::Result;
-use crate::policy::{Allowance, Event, HeadScores, LayerInput};
-use crate::shape::{LaneWidth, Needs};
+use crate::policy::{HeadScores, LayerInput};
+use crate::shape::Needs;
 use crate::simd;
 
 pub(super) static ENTRY: Entry = Entry {
@@ -29,14 +29,6 @@ struct Knorm;
 impl Score for Knorm {
     fn needs(&self) -> Needs {
         ENTRY.needs
-    }
-
-    fn lane_width(&self) -> LaneWidth {
-        LaneWidth::Head
-    }
-
-    fn events(&self, _allowance: Allowance) -> &'static [Event] {
-        &[Event::PrefillEnd]
     }
 
     fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {

@@ -12,9 +12,9 @@
 
 use super::{Entry, Score, per_head};
 use crate::error::Result;
-use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
+use crate::policy::{HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
-use crate::shape::{LaneWidth, Needs};
+use crate::shape::Needs;
 
 pub(super) static ENTRY: Entry = Entry {
     name: "lagkv",
@@ -58,14 +58,6 @@ struct LagKv {
 impl Score for LagKv {
     fn needs(&self) -> Needs {
         ENTRY.needs
-    }
-
-    fn lane_width(&self) -> LaneWidth {
-        LaneWidth::Head
-    }
-
-    fn events(&self, _allowance: Allowance) -> &'static [Event] {
-        &[Event::PrefillEnd]
     }
 
     fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {

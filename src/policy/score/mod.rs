@@ -9,12 +9,13 @@ use crate::error::Result;
 use crate::registry::{Args, Param, registry};
 use crate::shape::{KeepSet, LaneWidth, Needs};
 
+use probability::QueryWindow;
 pub use probability::WindowProbabilities;
 
 registry! {
     /// Every score, in the order of the documentation.
     pub static SCORES: Entry = {
-        full, stream, snapkv, h2o, tova, keydiff, knorm, lagkv, cur, observed, finch, random,
+        full, stream, snapkv, h2o, tova, keydiff, expected, knorm, lagkv, cur, observed, finch, random,
     }
 }
 
@@ -28,11 +29,17 @@ pub trait Score: Debug + Send + Sync {
         0
     }
 
-    /// The coarsest lanes that can express what this score chooses.
-    fn lane_width(&self) -> LaneWidth;
+    /// The coarsest lanes that can express what this score chooses: those of single heads, unless
+    /// heads are sure to agree.
+    fn lane_width(&self) -> LaneWidth {
+        LaneWidth::Head
+    }
 
-    /// The moments at which it acts with this allowance when the spec does not say.
-    fn events(&self, allowance: Allowance) -> &'static [Event];
+    /// The moments at which it acts with this allowance when the spec does not say: once, when the
+    /// prompt ends, unless the score is made for steps.
+    fn events(&self, _allowance: Allowance) -> &'static [Event] {
+        &[Event::PrefillEnd]
+    }
 
     /// Whether survivors form a few runs, which lanes can trim without touching blocks.
     fn keeps_runs(&self) -> bool {

@@ -1,6 +1,8 @@
 //! Attention probabilities of a few queries: the primitive behind window scores.
 
-use crate::simd::{Format, Kernels, Rows};
+use crate::error::{Result, ensure};
+use crate::policy::{HeadInput, HeadScores, LayerInput};
+use crate::simd::{self, Format, Kernels, Rows};
 
 /// Keys that are multiplied with all queries while they are in the fastest cache.
 const TILE: usize = 32;
@@ -59,6 +61,75 @@ impl WindowProbabilities {
                 self.rows[t * len + start..][..count].copy_from_slice(products);
             }
         }
+    }
+}
+
+/// The last queries of a head and what they see of its tokens.
+#[derive(Debug)]
+pub(super) struct QueryWindow<'a> {
+    head: &'a HeadInput<'a>,
+    dim: usize,
+    /// Queries in the window, at least 1.
+    pub(super) queries: usize,
+    /// Tokens before the window; the others are protected.
+    pub(super) old: usize,
+}
+
+impl<'a> QueryWindow<'a> {
+    /// The scores that `score` gives the tokens before the last `w` queries of each head, of as many
+    /// elements as there are tokens. Heads of at most `w` tokens stay whole. `name` is that of the
+    /// stage. If fewer queries were observed, the window is as short as they are.
+    pub(super) fn score_heads(
+        name: &str,
+        w: usize,
+        layer: &LayerInput<'_>,
+        score: impl Fn(&QueryWindow<'_>, &mut WindowProbabilities) -> Vec<f32>,
+    ) -> Result<Vec<HeadScores>> {
+        let mut probabilities = WindowProbabilities::new(simd::active());
+        let mut one = |head: &HeadInput<'_>| {
+            let len = head.positions.len();
+            if len <= w {
+                return Ok(HeadScores { scores: vec![0.0; len], protected: vec![true; len] });
+            }
+            let queries = head.num_queries.min(w);
+            ensure!(queries > 0, InvalidState, "{name} has observed no queries of the last tokens");
+            let mut window = QueryWindow { head, dim: layer.head_dim, queries, old: 0 };
+            window.old = window.up_to(window.position(0) - 1);
+            let scores = score(&window, &mut probabilities);
+            Ok(HeadScores { scores, protected: (0..len).map(|i| i >= window.old).collect() })
+        };
+        layer.heads.iter().map(&mut one).collect()
+    }
+
+    /// Tokens of the head.
+    pub(super) fn len(&self) -> usize {
+        self.head.positions.len()
+    }
+
+    /// The position of query `t` of the window.
+    pub(super) fn position(&self, t: usize) -> i64 {
+        let last = self.head.positions[self.len() - 1];
+        i64::from(last) - (self.queries - 1 - t) as i64
+    }
+
+    /// Calls `each` with the probabilities `[queries, T]` of each query head of the group.
+    pub(super) fn for_each_query_head(
+        &self,
+        probabilities: &mut WindowProbabilities,
+        mut each: impl FnMut(usize, &[f32]),
+    ) {
+        let HeadInput { keys, queries, num_queries, .. } = *self.head;
+        for (g, queries) in queries.chunks_exact(num_queries * self.dim).enumerate() {
+            let last = &queries[(num_queries - self.queries) * self.dim..];
+            let visible = |t| self.up_to(self.position(t));
+            each(g, probabilities.compute(keys, last, self.dim, visible));
+        }
+    }
+
+    /// Tokens up to a position. Those of the window may have been evicted, so what a query sees goes
+    /// by position.
+    fn up_to(&self, last: i64) -> usize {
+        self.head.positions.partition_point(|position| i64::from(*position) <= last)
     }
 }
 

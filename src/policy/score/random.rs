@@ -9,9 +9,9 @@
 
 use super::{Entry, Score};
 use crate::error::Result;
-use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
+use crate::policy::{HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
-use crate::shape::{LaneWidth, Needs};
+use crate::shape::Needs;
 
 pub(super) static ENTRY: Entry = Entry {
     name: "random",
@@ -35,14 +35,6 @@ struct Random {
 impl Score for Random {
     fn needs(&self) -> Needs {
         Needs::NONE
-    }
-
-    fn lane_width(&self) -> LaneWidth {
-        LaneWidth::Head
-    }
-
-    fn events(&self, _allowance: Allowance) -> &'static [Event] {
-        &[Event::PrefillEnd]
     }
 
     fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {

@@ -11,12 +11,11 @@
 //! stays whole. If fewer queries were observed (the rest of the prompt came from a shared prefix),
 //! the window is as short as they are. Computed in f32 on the SIMD kernels of the library.
 
-use super::{Entry, Score, WindowProbabilities};
+use super::{Entry, QueryWindow, Score, WindowProbabilities};
 use crate::error::{Result, ensure};
-use crate::policy::{Allowance, Event, HeadInput, HeadScores, LayerInput};
+use crate::policy::{HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
-use crate::shape::{LaneWidth, Needs};
-use crate::simd;
+use crate::shape::Needs;
 
 pub(super) static ENTRY: Entry = Entry {
     name: "snapkv",
@@ -79,63 +78,42 @@ impl Score for SnapKv {
         self.window
     }
 
-    fn lane_width(&self) -> LaneWidth {
-        LaneWidth::Head
-    }
-
-    fn events(&self, _allowance: Allowance) -> &'static [Event] {
-        &[Event::PrefillEnd]
-    }
-
     fn keeps_whole(&self) -> usize {
         self.window
     }
 
     fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {
-        let mut probabilities = WindowProbabilities::new(simd::active());
-        layer.heads.iter().map(|head| self.score_head(layer, head, &mut probabilities)).collect()
+        QueryWindow::score_heads("snapkv", self.window, layer, |window, probabilities| {
+            self.score_head(layer.group, window, probabilities)
+        })
     }
 }
 
 impl SnapKv {
     fn score_head(
         &self,
-        layer: &LayerInput<'_>,
-        head: &HeadInput<'_>,
+        group: usize,
+        window: &QueryWindow<'_>,
         probabilities: &mut WindowProbabilities,
-    ) -> Result<HeadScores> {
-        let (positions, len) = (head.positions, head.positions.len());
-        if len <= self.window {
-            return Ok(HeadScores { scores: vec![0.0; len], protected: vec![true; len] });
-        }
-        let window = head.num_queries.min(self.window);
-        ensure!(window > 0, InvalidState, "snapkv has observed no queries of the last tokens");
-        // Tokens of the window may have been evicted, so what a query sees goes by position.
-        let up_to = |back: usize| {
-            let last = i64::from(positions[len - 1]) - back as i64;
-            positions.partition_point(|position| i64::from(*position) <= last)
-        };
-        let old = up_to(window);
-        let dim = layer.head_dim;
+    ) -> Vec<f32> {
+        let (len, old) = (window.len(), window.old);
         let mut scores = vec![0.0f32; len];
         let (mut mean, mut pooled) = (vec![0.0f32; old], vec![0.0f32; old]);
-        for (g, queries) in head.queries.chunks_exact(head.num_queries * dim).enumerate() {
-            let queries = &queries[(head.num_queries - window) * dim..];
-            let rows = probabilities.compute(head.keys, queries, dim, |t| up_to(window - 1 - t));
+        window.for_each_query_head(probabilities, |g, rows| {
             mean.fill(0.0);
             for row in rows.chunks_exact(len) {
                 mean.iter_mut().zip(row).for_each(|(sum, p)| *sum += p);
             }
-            mean.iter_mut().for_each(|sum| *sum /= window as f32);
+            mean.iter_mut().for_each(|sum| *sum /= window.queries as f32);
             self.pool(&mean, &mut pooled);
             for (score, value) in scores.iter_mut().zip(&pooled) {
                 *score = if self.max_agg && g > 0 { score.max(*value) } else { *score + value };
             }
-        }
+        });
         if !self.max_agg {
-            scores.iter_mut().for_each(|score| *score /= layer.group as f32);
+            scores.iter_mut().for_each(|score| *score /= group as f32);
         }
-        Ok(HeadScores { scores, protected: (0..len).map(|i| i >= old).collect() })
+        scores
     }
 
     fn pool(&self, values: &[f32], out: &mut [f32]) {
