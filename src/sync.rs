@@ -1,4 +1,7 @@
-//! The atomics of the parts that threads share, in one place so that a model checker can take
-//! their place: `tests/pool_loom.rs` compiles `block/counts.rs` against its own.
+//! The atomics of the parts that threads share, in one place, so that a model checker can take their
+//! place: with `--cfg loom` they are loom's, and `tests/pool_loom.rs` tries every interleaving.
 
+#[cfg(loom)]
+pub(crate) use loom::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+#[cfg(not(loom))]
 pub(crate) use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

@@ -1,15 +1,15 @@
-//! The block manager against slow models: random operations, every evictor, misuse.
+//! The parts of the block manager: every evictor, misuse, tenants, digests.
 
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod common;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use common::Random;
 use kvmgr::block::prefix::{self, Hash};
-use kvmgr::block::{BlockId, BlockPool, SequenceId, Tables, TablesConfig};
-use kvmgr::error::Kind;
+use kvmgr::block::groups::Reason;
+use kvmgr::block::{BlockId, BlockPool, Request, Tables, TablesConfig};
 use kvmgr::evictor::{self, EVICTORS, Idle};
 
 const BLOCK: usize = 4;
@@ -18,172 +18,12 @@ fn pool(blocks: usize, evictor: &str) -> BlockPool {
     BlockPool::new(blocks, evictor::create(evictor, blocks).unwrap())
 }
 
-fn tables(salt: &[u8], dedup: bool) -> Tables {
-    let root = prefix::tenant_root(&prefix::root(BLOCK, 0, b"test"), salt);
-    Tables::new(TablesConfig { block_size: BLOCK, root, dedup, watermark: 0 }).unwrap()
+fn tables() -> Tables {
+    Tables::new(TablesConfig::new(BLOCK)).unwrap()
 }
 
-/// What a block of the engine's own memory would hold: the tokens up to and including each row.
-type Content = Vec<Vec<i32>>;
-
-/// Sequences as plain token lists, and the engine's memory.
-struct Model {
-    pool: BlockPool,
-    tables: Tables,
-    live: Vec<(SequenceId, Vec<i32>)>,
-    dead: Vec<SequenceId>,
-    memory: HashMap<u32, Content>,
-}
-
-impl Model {
-    fn step(&mut self, random: &mut Random) {
-        match random.below(100) {
-            0..12 => self.admit(random),
-            12..20 => self.fork(random),
-            20..32 => self.release(random),
-            32..35 => self.misuse(random),
-            _ => self.append(random),
-        }
-    }
-
-    fn admit(&mut self, random: &mut Random) {
-        let prompt: Vec<i32> = (0..random.within(1, 18)).map(|_| random.below(2) as i32).collect();
-        match self.tables.admit(&mut self.pool, &prompt, &[]) {
-            Ok((id, found)) => {
-                assert!(found < prompt.len() && found % BLOCK == 0);
-                let blocks = self.tables.blocks(id).unwrap().to_vec();
-                for (i, row) in (0..prompt.len()).enumerate().skip(found) {
-                    self.write(blocks[i / BLOCK], i % BLOCK, &prompt[..=row]);
-                }
-                self.live.push((id, prompt));
-            }
-            Err(error) => assert_eq!(error.kind(), Kind::OutOfBlocks),
-        }
-    }
-
-    fn append(&mut self, random: &mut Random) {
-        let picked: Vec<usize> = (0..self.live.len()).filter(|_| random.below(2) == 0).collect();
-        let ids: Vec<_> = picked.iter().map(|i| self.live[*i].0).collect();
-        let tokens: Vec<_> = picked.iter().map(|_| random.below(2) as i32).collect();
-        let before = self.tables_of(&ids);
-        if let Err(error) = self.tables.append(&mut self.pool, &ids, &tokens) {
-            assert_eq!(error.kind(), Kind::OutOfBlocks);
-            assert_eq!(before, self.tables_of(&ids), "a failing call changes nothing");
-            return;
-        }
-        for copy in self.tables.take_copies() {
-            let content = self.memory[&copy.source.0].clone();
-            self.memory.insert(copy.target.0, content);
-        }
-        for (i, token) in picked.into_iter().zip(tokens) {
-            let (id, list) = &mut self.live[i];
-            list.push(token);
-            let (id, list) = (*id, list.clone());
-            let row = list.len() - 1;
-            let block = self.tables.blocks(id).unwrap()[row / BLOCK];
-            // A block that gave way to a known one holds the same already.
-            self.write(block, row % BLOCK, &list);
-        }
-    }
-
-    fn fork(&mut self, random: &mut Random) {
-        if self.live.is_empty() {
-            return;
-        }
-        let (id, list) = self.live[random.below(self.live.len())].clone();
-        let child = self.tables.fork(&mut self.pool, id).unwrap();
-        self.live.push((child, list));
-    }
-
-    fn release(&mut self, random: &mut Random) {
-        if self.live.is_empty() {
-            return;
-        }
-        let (id, _) = self.live.swap_remove(random.below(self.live.len()));
-        self.tables.release(&mut self.pool, &[id]).unwrap();
-        self.dead.push(id);
-    }
-
-    fn misuse(&mut self, random: &mut Random) {
-        let foreign = SequenceId(random.next() | 1 << 31);
-        let stale = self.dead.last().copied().unwrap_or(foreign);
-        for id in [stale, foreign] {
-            let kind = |result: kvmgr::error::Result<()>| result.unwrap_err().kind();
-            assert_eq!(kind(self.tables.release(&mut self.pool, &[id])), Kind::InvalidHandle);
-            assert_eq!(kind(self.tables.append(&mut self.pool, &[id], &[1])), Kind::InvalidHandle);
-            assert!(self.tables.fork(&mut self.pool, id).is_err());
-            assert!(self.tables.blocks(id).is_err());
-        }
-        if let Some((id, _)) = self.live.first() {
-            let twice = [*id, *id];
-            assert!(self.tables.append(&mut self.pool, &twice, &[1, 2]).is_err());
-            assert!(self.tables.release(&mut self.pool, &twice).is_err());
-        }
-    }
-
-    fn write(&mut self, block: u32, row: usize, tokens: &[i32]) {
-        let content = self.memory.entry(block).or_default();
-        if content.get(row).is_some_and(|old| old == tokens) {
-            return;
-        }
-        content.truncate(row);
-        assert_eq!(content.len(), row, "rows are written in order");
-        content.push(tokens.to_vec());
-    }
-
-    fn tables_of(&self, ids: &[SequenceId]) -> Vec<(Vec<u32>, usize)> {
-        let table = |id: &SequenceId| {
-            (self.tables.blocks(*id).unwrap().to_vec(), self.tables.num_tokens(*id).unwrap())
-        };
-        ids.iter().map(table).collect()
-    }
-
-    /// Every row that a table names holds the tokens of its sequence and nothing else.
-    fn check(&self) {
-        self.pool.check_integrity();
-        let mut used = HashSet::new();
-        for (id, list) in &self.live {
-            let blocks = self.tables.blocks(*id).unwrap();
-            assert_eq!(blocks.len(), list.len().div_ceil(BLOCK));
-            assert_eq!(self.tables.num_tokens(*id).unwrap(), list.len());
-            for row in 0..list.len() {
-                let content = &self.memory[&blocks[row / BLOCK]];
-                assert_eq!(content[row % BLOCK], list[..=row], "another sequence's row is visible");
-            }
-            used.extend(blocks.iter().copied());
-        }
-        assert_eq!(self.pool.num_blocks() - self.pool.num_available(), used.len());
-    }
-}
-
-/// One million operations over all evictors and both ways to treat duplicates.
-#[test]
-fn random_operations_agree_with_a_model() {
-    let runs = 2 * EVICTORS.len();
-    for run in 0..runs {
-        let entry = EVICTORS[run / 2];
-        let mut random = Random(run as u64);
-        let mut model = Model {
-            pool: pool(48, entry.name),
-            tables: tables(b"", run % 2 == 0),
-            live: Vec::new(),
-            dead: Vec::new(),
-            memory: HashMap::new(),
-        };
-        for operation in 0..1_000_000 / runs + 1 {
-            model.step(&mut random);
-            if model.live.len() > 12 {
-                model.release(&mut random);
-            }
-            if operation % 97 == 0 {
-                model.check();
-            }
-        }
-        let ids: Vec<_> = model.live.drain(..).map(|(id, _)| id).collect();
-        model.tables.release(&mut model.pool, &ids).unwrap();
-        model.check();
-        assert_eq!(model.pool.num_available(), 48, "{} leaks", entry.name);
-    }
+fn root(salt: &[u8]) -> prefix::Digest {
+    prefix::tenant_root(&prefix::root(BLOCK, 0, b"test"), salt)
 }
 
 #[test]
@@ -202,11 +42,17 @@ fn every_evictor_returns_what_it_was_given_once() {
                     depth: random.below(100) as u32,
                     tag: random.next() as u32,
                     reused: lives[slot as usize] > 0,
+                    doomed: random.below(8) == 0,
                 };
                 evictor.insert(idle);
                 lives[slot as usize] += 1;
                 present.insert(slot);
-                evictor.set_priority(random.below(64) as u32, random.below(101) as u8);
+                let other = random.below(64) as u32;
+                evictor.update(Idle { slot: other, doomed: random.below(4) == 0, ..idle });
+            } else if random.below(8) == 0 {
+                let slot = random.below(64) as u32;
+                assert_eq!(evictor.remove(slot), present.remove(&slot), "{}", entry.name);
+                lives[slot as usize] = 0;
             } else {
                 let popped = evictor.pop();
                 assert_eq!(popped.is_none(), present.is_empty(), "{}", entry.name);
@@ -225,7 +71,7 @@ fn evictors_order_as_they_say() {
     let order = |name: &str, inserts: &[(u32, u8, u32, bool)]| -> Vec<u32> {
         let mut evictor = evictor::create(name, 8).unwrap();
         for (slot, priority, depth, reused) in inserts.iter().copied() {
-            evictor.insert(Idle { slot, priority, depth, tag: slot + 1, reused });
+            evictor.insert(Idle { slot, priority, depth, tag: slot + 1, reused, doomed: false });
         }
         std::iter::from_fn(|| evictor.pop()).collect()
     };
@@ -239,17 +85,41 @@ fn evictors_order_as_they_say() {
     assert_eq!(order("cost(weight=1)", &again), [1, 2, 0]);
 }
 
+/// What nobody will come back for goes first, in every order, and may be taken back.
+#[test]
+fn doomed_slots_go_first() {
+    for entry in EVICTORS {
+        let idle =
+            |slot| Idle { slot, priority: 50, depth: 1, tag: slot + 1, reused: false, doomed: false };
+        let mut evictor = evictor::create(entry.name, 8).unwrap();
+        (0..6).for_each(|slot| evictor.insert(idle(slot)));
+        evictor.update(Idle { doomed: true, ..idle(4) });
+        evictor.update(Idle { doomed: true, ..idle(5) });
+        evictor.update(idle(4));
+        evictor.insert(Idle { doomed: true, ..idle(7) });
+        let order: Vec<_> = std::iter::from_fn(|| evictor.pop()).collect();
+        assert_eq!(order[..2], [5, 7], "{}: {order:?}", entry.name);
+        assert_eq!(order.len(), 7);
+    }
+}
+
 #[test]
 fn tenants_share_nothing_and_learn_nothing() {
-    let mut pool = pool(64, "lru");
+    let (mut pool, mut tables) = (pool(64, "lru"), tables());
     let prompt: Vec<i32> = (0..33).collect();
-    let (mut a, mut b) = (tables(b"a", true), tables(b"b", true));
-    let (first, _) = a.admit(&mut pool, &prompt, &[]).unwrap();
-    let (second, found) = b.admit(&mut pool, &prompt, &[]).unwrap();
-    assert_eq!(found, 0, "another tenant's prefix is not found");
-    let of_a: HashSet<_> = a.blocks(first).unwrap().iter().collect();
-    assert!(b.blocks(second).unwrap().iter().all(|block| !of_a.contains(block)));
-    assert_eq!(a.admit(&mut pool, &prompt, &[]).unwrap().1, 32);
+    let mut admit = |salt: &[u8]| {
+        let admission = tables.admit(&mut pool, &Request::new(&prompt, root(salt))).unwrap();
+        let rest = prompt.len() - admission.num_cached;
+        tables.commit(&mut pool, admission.id, rest, &[]).unwrap();
+        (admission, tables.blocks(admission.id).unwrap().to_vec())
+    };
+    let (_, of_a) = admit(b"a");
+    let (second, of_b) = admit(b"b");
+    assert_eq!(second.num_cached, 0, "another tenant's prefix is not found");
+    assert_eq!((second.miss.reason, second.miss.token), (Reason::Unknown, 0));
+    assert!(of_b.iter().all(|block| !of_a.contains(block)));
+    let (third, _) = admit(b"a");
+    assert_eq!((third.num_cached, third.miss.reason), (32, Reason::Complete));
     pool.check_integrity();
 }
 
@@ -265,7 +135,7 @@ fn a_held_lookup_is_safe_from_eviction_and_its_release_is_seen() {
     let generation = pool.generation(block);
     assert_ne!(pool.take(), Some(block));
     assert_eq!(pool.take(), None, "the held block stays");
-    pool.unshare(out[0].0);
+    pool.unshare(out[0]);
     assert_eq!(pool.take(), Some(block));
     assert_ne!(pool.generation(block), generation, "its next life has another name");
     assert!(pool.was_evicted(&[1; 32], 0) && !pool.was_evicted(&[3; 32], 0));

@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use kvmgr::block::prefix::{self, Digest};
-use kvmgr::block::{BlockId, BlockPool, SequenceId, Tables, TablesConfig};
+use kvmgr::block::{BlockId, BlockPool, Request, SequenceId, Tables, TablesConfig};
 use kvmgr::evictor;
 
 use crate::{BLOCK, Costs, Stream, splitmix, time, tok, tokens};
@@ -13,38 +13,54 @@ fn pool(blocks: usize, evictor: &str) -> BlockPool {
 }
 
 fn tables() -> Tables {
-    let root = prefix::root(BLOCK, 0, b"bench");
-    let config = TablesConfig { block_size: BLOCK, root, dedup: true, watermark: 0 };
-    Tables::new(config).expect("a valid configuration")
+    Tables::new(TablesConfig::new(BLOCK)).expect("a valid configuration")
+}
+
+fn root() -> Digest {
+    prefix::root(BLOCK, 0, b"bench")
+}
+
+/// Admits a prompt and commits what was not cached, as if the engine had computed it; one more
+/// token is reserved.
+fn start(pool: &mut BlockPool, tables: &mut Tables, prompt: &[i32]) -> (SequenceId, usize) {
+    let admission = tables.admit(pool, &Request::new(prompt, root())).expect("room");
+    let (id, found) = (admission.id, admission.num_cached);
+    tables.commit(pool, id, prompt.len() - found, &[]).expect("reserved");
+    tables.reserve(pool, &[id], &[1]).expect("room");
+    (id, found)
 }
 
 pub fn w1() -> Costs {
     let (mut pool, mut tables) = (pool(140_000, "lru"), tables());
     let shared = tokens(0, 0..2048);
-    tables.admit(&mut pool, &shared, &[]).expect("room");
+    start(&mut pool, &mut tables, &shared);
     let prompts: Vec<_> = (0..1000u64)
         .map(|i| shared.iter().copied().chain([tok(i + 1, 0)]).collect::<Vec<_>>())
         .collect();
     let (admit, mut ids) = time(1000, || {
-        let admit = |prompt| tables.admit(&mut pool, prompt, &[]).expect("room");
-        prompts.iter().map(|prompt| admit(prompt)).map(|(id, _)| id).collect::<Vec<_>>()
-    });
-    let digests: Vec<Digest> = {
-        let mut parent = prefix::root(BLOCK, 0, b"bench");
-        let next = |chunk| {
-            parent = prefix::extend(&parent, chunk);
-            parent
+        let mut admit = |prompt: &Vec<i32>| {
+            let admission = tables.admit(&mut pool, &Request::new(prompt, root())).expect("room");
+            assert_eq!(admission.num_cached, 2048);
+            admission.id
         };
-        shared.chunks(BLOCK).map(next).collect()
-    };
+        prompts.iter().map(&mut admit).collect::<Vec<_>>()
+    });
+    let digests = tables.hash(&Request::new(&shared, root())).to_vec();
     let (given, extra) = time(1000, || {
-        let admit = |prompt| tables.admit(&mut pool, prompt, &digests).expect("room");
-        prompts.iter().map(|prompt| admit(prompt)).map(|(id, _)| id).collect::<Vec<_>>()
+        let mut admit = |prompt| {
+            let request = Request { digests: &digests, ..Request::new(prompt, root()) };
+            tables.admit(&mut pool, &request).expect("room").id
+        };
+        prompts.iter().map(|prompt| admit(prompt)).collect::<Vec<_>>()
     });
     tables.release(&mut pool, &extra).expect("live");
     let steps: Vec<Vec<i32>> =
         (1..2048).map(|p| (0..1000).map(|i| tok(i + 1, p)).collect()).collect();
     let (decode, ()) = time(2047 * 1000, || {
+        for id in &ids {
+            tables.commit(&mut pool, *id, 1, &[]).expect("reserved");
+        }
+        tables.reserve(&mut pool, &ids, &[1; 1000]).expect("room");
         for step in &steps {
             tables.append(&mut pool, &ids, step).expect("room");
         }
@@ -71,7 +87,7 @@ pub fn w2(evictor: &str, blocks: usize) -> f64 {
             history.extend(tokens(user + 1, start..start + n as u64));
         };
         own(history, message);
-        let (id, hit) = tables.admit(&mut pool, history, &[]).expect("room");
+        let (id, hit) = start(&mut pool, &mut tables, history);
         asked += history.len();
         found += hit;
         let start = history.len();
@@ -89,7 +105,7 @@ pub fn w3() -> Costs {
     let (mut fork, mut append, mut free) = (0.0, 0.0, 0.0);
     const ROUNDS: u64 = 10;
     for round in 0..ROUNDS {
-        let (parent, _) = tables.admit(&mut pool, &tokens(round + 1, 0..1000), &[]).expect("room");
+        let (parent, _) = start(&mut pool, &mut tables, &tokens(round + 1, 0..1000));
         let (cost, children) = time(64, || {
             let fork = |_| tables.fork(&mut pool, parent).expect("live");
             (0..64).map(fork).collect::<Vec<SequenceId>>()
@@ -99,6 +115,7 @@ pub fn w3() -> Costs {
             .map(|p| (0..64).map(|child| tok(1000 + round * 64 + child, p)).collect())
             .collect();
         append += time(64 * 256, || {
+            tables.reserve(&mut pool, &children, &[1; 64]).expect("room");
             for step in &steps {
                 tables.append(&mut pool, &children, step).expect("room");
             }
@@ -164,9 +181,10 @@ pub fn w5(n: usize) -> Costs {
         digests.chunks(256).for_each(|chain| _ = pool.find_run(chain, 0, &mut out));
     });
     assert_eq!(out.len(), n);
-    let release = |pool: &mut BlockPool, blocks: &[BlockId]| {
+    let blocks: Vec<u32> = blocks.into_iter().map(|block| block.0).collect();
+    let release = |pool: &mut BlockPool, blocks: &[u32]| {
         for chain in blocks.chunks(256) {
-            chain.iter().rev().for_each(|block| pool.unshare(block.0));
+            chain.iter().rev().for_each(|block| pool.unshare(*block));
         }
     };
     release(&mut pool, &out);

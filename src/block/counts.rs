@@ -44,6 +44,11 @@ impl Counts {
         split(self.0.fetch_add(1 + HOLDER * u64::from(holder), Ordering::Relaxed))
     }
 
+    /// Shared: adds a holder alone.
+    pub(super) fn add_holder(&self) {
+        self.0.fetch_add(HOLDER, Ordering::Relaxed);
+    }
+
     /// Exclusive: adds as [`Self::add`] does, without the price of an atomic addition.
     pub(super) fn add_exclusive(&mut self, refs: u32, holders: u32) {
         let word = self.0.load(Ordering::Relaxed);

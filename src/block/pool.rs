@@ -22,10 +22,11 @@
 //! evictor alone, which therefore may name held blocks; those are passed over when they come up.
 
 use super::counts::{Counts, Snapshot};
+use super::events::Journal;
 use super::index::{Index, tag};
 use super::prefix::Digest;
 use crate::error::{Result, ensure};
-use crate::evictor::{Evictor, Idle};
+use crate::evictor::Evictor;
 use crate::sync::{AtomicUsize, Ordering};
 
 /// Names a block of a pool: an index below its number of blocks.
@@ -54,43 +55,51 @@ pub const DEFAULT_PRIORITY: u8 = 35;
 pub const MAX_PRIORITY: u8 = 100;
 
 /// No block: ends a bundle.
-const NONE: u32 = u32::MAX;
+pub(super) const NONE: u32 = u32::MAX;
 
 /// The state of every block in flat arrays. The owner puts a reader-writer lock around it.
 #[derive(Debug)]
 pub struct BlockPool {
-    records: Vec<Record>,
-    digests: Vec<Digest>,
+    pub(super) records: Vec<Record>,
+    pub(super) digests: Vec<Digest>,
     free: Vec<u32>,
-    index: Index,
-    evictor: Box<dyn Evictor>,
-    idle_blocks: AtomicUsize,
-    evictions: u64,
+    pub(super) index: Index,
+    pub(super) evictor: Box<dyn Evictor>,
+    pub(super) idle_blocks: AtomicUsize,
+    pub(super) evictions: u64,
     /// Tags of evicted prefixes, so that a miss can be told from a prefix never seen.
-    evicted: Vec<u32>,
+    pub(super) evicted: Vec<u32>,
+    /// Entries that came and went, if somebody listens.
+    pub(super) journal: Option<Box<Journal>>,
 }
 
 #[derive(Debug)]
 #[repr(align(32))]
-struct Record {
-    counts: Counts,
+pub(super) struct Record {
+    pub(super) counts: Counts,
     /// Grows when the block is freed, so that stale names are recognised.
-    generation: u32,
+    pub(super) generation: u32,
     /// Next block of the bundle, `NONE` at its end.
-    sibling: u32,
+    pub(super) sibling: u32,
     /// Blocks of the chain up to and including this one.
-    depth: u32,
+    pub(super) depth: u32,
     /// The tag under which the index has the entry.
-    tag: u32,
+    pub(super) tag: u32,
     /// Whether an entry owns a reference.
-    cached: bool,
-    priority: u8,
+    pub(super) cached: bool,
+    pub(super) priority: u8,
     /// The group of a hybrid model that the entry belongs to.
-    group: u8,
-    /// Whether the entry has been idle before.
-    reused: bool,
+    pub(super) group: u8,
+    /// [`REUSED`] and [`DOOMED`].
+    pub(super) flags: u8,
 }
 
+/// The entry has been idle before.
+pub(super) const REUSED: u8 = 1;
+/// The users of the entry said that they will not come back.
+pub(super) const DOOMED: u8 = 2;
+
+#[cfg(not(loom))]
 const _: () = assert!(size_of::<Record>() == 32);
 
 impl BlockPool {
@@ -105,7 +114,7 @@ impl BlockPool {
             cached: false,
             priority: DEFAULT_PRIORITY,
             group: 0,
-            reused: false,
+            flags: 0,
         };
         Self {
             records: (0..num_blocks).map(empty).collect(),
@@ -117,6 +126,7 @@ impl BlockPool {
             idle_blocks: AtomicUsize::new(0),
             evictions: 0,
             evicted: vec![0; num_blocks / 4 + 1],
+            journal: None,
         }
     }
 
@@ -191,6 +201,17 @@ impl BlockPool {
         Ok(())
     }
 
+    pub(super) fn put_free(&mut self, id: u32) {
+        let record = &mut self.records[id as usize];
+        record.generation = record.generation.wrapping_add(1);
+        self.free.push(id);
+    }
+
+    /// The free blocks.
+    pub(super) fn free_list(&self) -> &[u32] {
+        &self.free
+    }
+
     /// One block with one reference, from the free list or from the next idle entry.
     pub fn take(&mut self) -> Option<BlockId> {
         while self.free.is_empty() {
@@ -202,8 +223,8 @@ impl BlockPool {
         Some(BlockId(id))
     }
 
-    /// Adds a reference. Answers whether the block was idle before.
-    pub fn retain(&mut self, block: BlockId) -> bool {
+    /// Shared: adds a reference. Answers whether the block was idle before.
+    pub fn retain(&self, block: BlockId) -> bool {
         let record = &self.records[block.0 as usize];
         let before = record.counts.add(false);
         assert!(before.refs > 0, "retain of a free block");
@@ -217,8 +238,7 @@ impl BlockPool {
         let record = &mut self.records[id.0 as usize];
         match record.counts.sub_exclusive(1, 0).refs {
             0 => {
-                record.generation = record.generation.wrapping_add(1);
-                self.free.push(id.0);
+                self.put_free(id.0);
                 Released::Freed
             }
             1 if record.cached => {
@@ -243,8 +263,7 @@ impl BlockPool {
         let record = &mut self.records[id as usize];
         if !record.cached {
             if record.counts.sub_exclusive(1, 0).refs == 0 {
-                record.generation = record.generation.wrapping_add(1);
-                self.free.push(id);
+                self.put_free(id);
             }
             return;
         }
@@ -276,8 +295,7 @@ impl BlockPool {
         Some(EntryId(head))
     }
 
-    /// Makes `block`, which its caller alone refers to, the entry for `digest` in `group`, held by
-    /// that reference. Answers another block if that one is the entry already.
+    /// Makes `block` the entry for `digest` in `group`, held by all who refer to it. Answers another block if that one is the entry already.
     pub fn register_one(
         &mut self,
         digest: &Digest,
@@ -289,7 +307,8 @@ impl BlockPool {
             return Some(known);
         }
         let record = &mut self.records[block as usize];
-        record.counts.add_exclusive(1, 1);
+        let users = record.counts.get().refs;
+        record.counts.add_exclusive(1, users);
         record.cached = true;
         record.sibling = NONE;
         self.enter(block, digest, group, depth);
@@ -310,7 +329,7 @@ impl BlockPool {
 
     /// Shared: holds the entries of the longest run of `digests`, from the first on, that is known
     /// in `group`, and appends their blocks to `out`.
-    pub fn find_run(&self, digests: &[Digest], group: u8, out: &mut Vec<BlockId>) -> usize {
+    pub fn find_run(&self, digests: &[Digest], group: u8, out: &mut Vec<u32>) -> usize {
         const BATCH: usize = 32;
         let start = out.len();
         for batch in digests.chunks(BATCH) {
@@ -332,16 +351,16 @@ impl BlockPool {
                 };
                 let Some(head) = found else { return out.len() - start };
                 self.hold_one(head);
-                out.push(BlockId(head));
+                out.push(head);
             }
         }
         out.len() - start
     }
 
-    /// Adds a holder to `entry` and a reference to each of its blocks, appended to `out` in lane
-    /// order with whether each was idle before.
-    pub fn hold(&mut self, entry: EntryId, out: &mut Vec<(BlockId, bool)>) {
-        self.records[entry.0 as usize].counts.add_exclusive(0, 1);
+    /// Shared: adds a holder to `entry` and a reference to each of its blocks, appended to `out` in
+    /// lane order with whether each was idle before.
+    pub fn hold(&self, entry: EntryId, out: &mut Vec<(BlockId, bool)>) {
+        self.records[entry.0 as usize].counts.add_holder();
         let mut id = entry.0;
         while id != NONE {
             let was_idle = self.retain(BlockId(id));
@@ -358,62 +377,8 @@ impl BlockPool {
         }
     }
 
-    /// Starts to reclaim the next idle entry: it can no longer be found, but keeps its blocks
-    /// until [`Self::finish_eviction`], so that their bytes can be offloaded in between.
-    pub fn begin_eviction(&mut self) -> Option<(Digest, Vec<BlockId>)> {
-        let head = self.next_idle()?;
-        self.leave(head);
-        let mut blocks = Vec::new();
-        let mut id = head;
-        while id != NONE {
-            blocks.push(BlockId(id));
-            id = self.records[id as usize].sibling;
-        }
-        Some((self.digests[head as usize], blocks))
-    }
-
-    /// Drops the entry's reference to one of its blocks. Answers whether the block is free now.
-    pub fn finish_eviction(&mut self, id: BlockId) -> bool {
-        let record = &mut self.records[id.0 as usize];
-        assert!(record.cached, "block {} is in no entry", id.0);
-        record.cached = false;
-        if record.counts.sub_exclusive(1, 0).refs > 0 {
-            return false;
-        }
-        record.generation = record.generation.wrapping_add(1);
-        self.idle_blocks.fetch_sub(1, Ordering::Relaxed);
-        self.free.push(id.0);
-        true
-    }
-
-    /// Reclaims every idle entry. Answers how many.
-    pub fn clear(&mut self) -> usize {
-        let mut cleared = 0;
-        while self.evict_one().is_some() {
-            cleared += 1;
-        }
-        cleared
-    }
-
-    /// Gives the entry of `block` another priority, from now on and not only when it next becomes
-    /// idle. Answers whether there is such an entry.
-    pub fn set_priority(&mut self, block: BlockId, priority: u8) -> bool {
-        let record = &mut self.records[block.0 as usize];
-        if !record.cached || record.counts.get().refs == 0 {
-            return false;
-        }
-        record.priority = priority.min(MAX_PRIORITY);
-        self.evictor.set_priority(block.0, record.priority);
-        true
-    }
-
-    /// Whether the prefix of `digest` was evicted, as far as is remembered.
-    pub fn was_evicted(&self, digest: &Digest, group: u8) -> bool {
-        let tag = tag(digest, group);
-        self.evicted[tag as usize % self.evicted.len()] == tag
-    }
-
-    fn find(&self, digest: &Digest, group: u8) -> Option<u32> {
+    /// The block of the entry for `digest` in `group`. Holds nothing.
+    pub fn find(&self, digest: &Digest, group: u8) -> Option<u32> {
         self.index.find(tag(digest, group), |block| self.is_entry(block, digest, group))
     }
 
@@ -434,71 +399,9 @@ impl BlockPool {
         let record = &mut self.records[head as usize];
         record.tag = tag;
         (record.group, record.depth) = (group, depth);
-        (record.priority, record.reused) = (DEFAULT_PRIORITY, false);
+        (record.priority, record.flags) = (DEFAULT_PRIORITY, 0);
         self.digests[head as usize] = *digest;
         self.index.insert(tag, head);
-    }
-
-    fn enlist(&mut self, head: u32) {
-        let record = &mut self.records[head as usize];
-        let idle = Idle {
-            slot: head,
-            priority: record.priority,
-            depth: record.depth,
-            tag: record.tag,
-            reused: std::mem::replace(&mut record.reused, true),
-        };
-        self.evictor.insert(idle);
-    }
-
-    /// Takes the next entry that nobody holds out of the evictor.
-    fn next_idle(&mut self) -> Option<u32> {
-        loop {
-            let head = self.evictor.pop()?;
-            let record = &self.records[head as usize];
-            // Held by a lookup since: it comes back when the last holder leaves.
-            if record.cached && record.counts.get().holders == 0 {
-                return Some(head);
-            }
-        }
-    }
-
-    /// Takes an entry out of the index.
-    fn leave(&mut self, head: u32) {
-        let tag = self.records[head as usize].tag;
-        self.index.remove(tag, head);
-        let place = tag as usize % self.evicted.len();
-        self.evicted[place] = tag;
-        self.evictions += 1;
-    }
-
-    fn evict_one(&mut self) -> Option<()> {
-        let head = self.next_idle()?;
-        self.leave(head);
-        let mut id = head;
-        while id != NONE {
-            self.finish_eviction(BlockId(id));
-            id = self.records[id as usize].sibling;
-        }
-        Some(())
-    }
-
-    /// Checks every invariant; for tests and debugging. O(blocks).
-    pub fn check_integrity(&self) {
-        let counts = |id: u32| self.records[id as usize].counts.get();
-        let used = self.records.iter().filter(|record| record.counts.get().refs > 0).count();
-        assert_eq!(used + self.free.len(), self.records.len(), "free list and references disagree");
-        assert!(self.free.iter().all(|id| counts(*id) == Snapshot { refs: 0, holders: 0 }));
-        let is_idle = |record: &&Record| record.cached && record.counts.get().refs == 1;
-        assert_eq!(self.records.iter().filter(is_idle).count(), self.num_idle());
-        let mut unheld = 0;
-        for head in self.index.blocks() {
-            let record = &self.records[head as usize];
-            assert!(record.cached && record.counts.get().refs > 0);
-            assert_eq!(self.find(&self.digests[head as usize], record.group), Some(head));
-            unheld += usize::from(record.counts.get().holders == 0);
-        }
-        assert!(self.evictor.len() >= unheld, "an idle entry is missing from the evictor");
     }
 }
 

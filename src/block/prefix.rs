@@ -2,8 +2,11 @@
 //!
 //! ```text
 //! root   = H("kvmgr prefix v1" | block_size | salt | scope)
-//! next   = H(parent | tokens as little-endian i32 [ | extra | bytes of extra as u64 ])
+//! next   = H(tokens as little-endian i32 | parent [ | extra | bytes of extra as u64 ])
 //! ```
+//!
+//! Tokens come first so that most of the work for one block does not wait for the digest of the one
+//! before it.
 //!
 //! A digest names the whole prefix up to and including its block, so equal digests mean equal
 //! tokens, model scope, salt and extra keys. The salt is the operator's: tenants with different
@@ -69,9 +72,30 @@ pub fn vllm_root(seed: &str) -> Digest {
 /// The digest of `parent` extended by one full block of tokens.
 pub fn extend(parent: &Digest, tokens: &[i32]) -> Digest {
     let mut message = Message::new();
+    message.tokens(tokens);
     message.bytes(parent);
-    tokens.iter().for_each(|token| message.bytes(&token.to_le_bytes()));
     message.finish()
+}
+
+/// Appends the digests of all full blocks of `block_size` tokens below `root` to `out`.
+pub fn extend_run(root: &Digest, tokens: &[i32], block_size: usize, out: &mut Vec<Digest>) {
+    let mut parent = *root;
+    let mut chunks = tokens.chunks_exact(block_size);
+    let start = |chunk: Option<&[i32]>| {
+        chunk.map(|tokens| {
+            let mut message = Message::new();
+            message.tokens(tokens);
+            message
+        })
+    };
+    // The next block's tokens are hashed beside this block's end, which waits for the parent.
+    let mut next = start(chunks.next());
+    while let Some(mut message) = next {
+        next = start(chunks.next());
+        message.bytes(&parent);
+        parent = message.finish();
+        out.push(parent);
+    }
 }
 
 /// The digest of `parent` extended by one full block of tokens that `extra` distinguishes: the
@@ -81,8 +105,8 @@ pub fn extend_with(hash: Hash, parent: &Digest, tokens: &[i32], extra: &[&[u8]])
         Hash::Native if extra.is_empty() => extend(parent, tokens),
         Hash::Native => {
             let mut message = Message::new();
+            message.tokens(tokens);
             message.bytes(parent);
-            tokens.iter().for_each(|token| message.bytes(&token.to_le_bytes()));
             let mut total = 0;
             for key in extra {
                 message.bytes(&(key.len() as u64).to_le_bytes());
@@ -155,6 +179,20 @@ impl Message {
         Self { state: INITIAL, block: [0; 64], fill: 0, total: 0 }
     }
 
+    fn tokens(&mut self, tokens: &[i32]) {
+        debug_assert_eq!(self.total, 0, "tokens come first");
+        let whole = tokens.chunks_exact(16);
+        let rest = whole.remainder();
+        for chunk in whole {
+            for (bytes, token) in self.block.chunks_exact_mut(4).zip(chunk) {
+                bytes.copy_from_slice(&token.to_le_bytes());
+            }
+            compress256(&mut self.state, std::slice::from_ref(&self.block));
+            self.total += 64;
+        }
+        rest.iter().for_each(|token| self.bytes(&token.to_le_bytes()));
+    }
+
     #[inline]
     fn bytes(&mut self, mut bytes: &[u8]) {
         self.total += bytes.len() as u64;
@@ -215,6 +253,14 @@ mod tests {
         let mut changed = long.clone();
         changed[999] = -1;
         assert_ne!(extend(&base, &long), extend(&base, &changed));
+        let mut run = Vec::new();
+        extend_run(&base, &long[..70], 16, &mut run);
+        let mut parent = base;
+        for (chunk, digest) in long.chunks(16).zip(&run) {
+            parent = extend(&parent, chunk);
+            assert_eq!(parent, *digest);
+        }
+        assert_eq!(run.len(), 4);
         let with = |extra: &[&[u8]]| extend_with(Hash::Native, &base, &[1, 2], extra);
         assert_eq!(with(&[]), extend(&base, &[1, 2]));
         assert_ne!(with(&[b"ab", b"c"]), with(&[b"a", b"bc"]));

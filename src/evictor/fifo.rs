@@ -8,21 +8,33 @@ pub(super) static ENTRY: Entry = Entry {
     name: "fifo",
     summary: "first in, first out",
     params: &[],
-    create: |_, capacity| Box::new(Fifo(Lists::new(capacity, 1))),
+    create: |_, capacity| Box::new(Fifo(Lists::new(capacity, 2))),
 };
+
+const LIVE: usize = 0;
+const DOOMED: usize = 1;
 
 #[derive(Debug)]
 struct Fifo(Lists);
 
 impl Evictor for Fifo {
     fn insert(&mut self, idle: Idle) {
-        if self.0.list_of(idle.slot).is_none() {
-            self.0.push(0, idle.slot);
+        match self.0.list_of(idle.slot) {
+            None => self.0.push(if idle.doomed { DOOMED } else { LIVE }, idle.slot),
+            Some(_) => self.update(idle),
         }
     }
 
+    fn update(&mut self, idle: Idle) {
+        self.0.redoom(idle, LIVE, DOOMED);
+    }
+
     fn pop(&mut self) -> Option<u32> {
-        self.0.pop(0)
+        self.0.pop(DOOMED).or_else(|| self.0.pop(LIVE))
+    }
+
+    fn remove(&mut self, slot: u32) -> bool {
+        self.0.remove(slot).is_some()
     }
 
     fn bytes(&self) -> usize {

@@ -14,6 +14,7 @@ pub(super) static ENTRY: Entry = Entry {
 };
 
 const LEVELS: usize = 64;
+const DOOMED: usize = 0;
 
 #[derive(Debug)]
 struct Lfu {
@@ -24,6 +25,12 @@ struct Lfu {
 }
 
 impl Lfu {
+    fn place(&mut self, idle: Idle) {
+        let list = if idle.doomed { DOOMED } else { usize::from(self.uses[idle.slot as usize]) };
+        self.lists.push(list, idle.slot);
+        self.note(list);
+    }
+
     fn note(&mut self, list: usize) {
         let bit = 1 << list;
         self.present =
@@ -37,10 +44,15 @@ impl Evictor for Lfu {
             self.note(list);
         }
         let uses = &mut self.uses[idle.slot as usize];
-        *uses = if idle.reused { (*uses + 1).min(LEVELS as u8 - 1) } else { 0 };
-        let list = usize::from(*uses);
-        self.lists.push(list, idle.slot);
-        self.note(list);
+        *uses = if idle.reused { (*uses + 1).min(LEVELS as u8 - 1) } else { 1 };
+        self.place(idle);
+    }
+
+    fn update(&mut self, idle: Idle) {
+        if let Some(list) = self.lists.remove(idle.slot) {
+            self.note(list);
+            self.place(idle);
+        }
     }
 
     fn pop(&mut self) -> Option<u32> {
@@ -51,6 +63,12 @@ impl Evictor for Lfu {
         let slot = self.lists.pop(list);
         self.note(list);
         slot
+    }
+
+    fn remove(&mut self, slot: u32) -> bool {
+        let Some(list) = self.lists.remove(slot) else { return false };
+        self.note(list);
+        true
     }
 
     fn bytes(&self) -> usize {

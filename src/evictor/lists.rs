@@ -91,6 +91,16 @@ impl Lists {
         Some(list)
     }
 
+    /// Moves the slot between `live` and `doomed` if it is in the order but on the wrong side;
+    /// other lists than `doomed` count as live.
+    pub(super) fn redoom(&mut self, idle: super::Idle, live: usize, doomed: usize) {
+        let Some(list) = self.list_of(idle.slot) else { return };
+        if idle.doomed != (list == doomed) {
+            self.remove(idle.slot);
+            self.push(if idle.doomed { doomed } else { live }, idle.slot);
+        }
+    }
+
     /// Takes out the first slot of `list`.
     pub(super) fn pop(&mut self, list: usize) -> Option<u32> {
         let head = self.ends[list].head;

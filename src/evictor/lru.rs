@@ -8,8 +8,11 @@ pub(super) static ENTRY: Entry = Entry {
     name: "lru",
     summary: "least recently used, leaf first",
     params: &[],
-    create: |_, capacity| Box::new(Lru(Lists::new(capacity, 1))),
+    create: |_, capacity| Box::new(Lru(Lists::new(capacity, 2))),
 };
+
+const LIVE: usize = 0;
+const DOOMED: usize = 1;
 
 #[derive(Debug)]
 struct Lru(Lists);
@@ -17,11 +20,19 @@ struct Lru(Lists);
 impl Evictor for Lru {
     fn insert(&mut self, idle: Idle) {
         self.0.remove(idle.slot);
-        self.0.push(0, idle.slot);
+        self.0.push(if idle.doomed { DOOMED } else { LIVE }, idle.slot);
+    }
+
+    fn update(&mut self, idle: Idle) {
+        self.0.redoom(idle, LIVE, DOOMED);
     }
 
     fn pop(&mut self) -> Option<u32> {
-        self.0.pop(0)
+        self.0.pop(DOOMED).or_else(|| self.0.pop(LIVE))
+    }
+
+    fn remove(&mut self, slot: u32) -> bool {
+        self.0.remove(slot).is_some()
     }
 
     fn bytes(&self) -> usize {

@@ -27,6 +27,8 @@ pub struct Idle {
     pub tag: u32,
     /// Whether it was idle before in this life, and somebody came back for it.
     pub reused: bool,
+    /// Whether its users said that they will not come back: it goes before all others.
+    pub doomed: bool,
 }
 
 /// The order of reclaim over the slots `0..capacity` of a pool.
@@ -36,14 +38,19 @@ pub struct Idle {
 /// holds may stay in the order; the pool passes it over when it is popped and inserts it again
 /// when it is idle again.
 pub trait Evictor: Debug + Send + Sync {
-    /// Adds a slot, or says that a slot in the order was used once more or has another priority.
-    /// A child is always inserted before its parent when both become idle at once, so that leaves
-    /// go first.
+    /// Adds a slot, or says that a slot in the order was used once more. A child is always
+    /// inserted before its parent when both become idle at once, so that leaves go first.
     fn insert(&mut self, idle: Idle);
-    /// Gives a slot another priority, whether it is in the order or not.
-    fn set_priority(&mut self, _slot: u32, _priority: u8) {}
-    /// Takes out the next slot to reclaim.
+    /// Says that what is known of a slot in the order has changed, without a use.
+    fn update(&mut self, idle: Idle);
+    /// Takes out the next slot to reclaim: doomed ones first.
     fn pop(&mut self) -> Option<u32>;
+    /// Takes out one slot, if it is in the order.
+    fn remove(&mut self, slot: u32) -> bool;
+    /// Whether priorities count.
+    fn has_priorities(&self) -> bool {
+        false
+    }
     /// Bytes of bookkeeping.
     fn bytes(&self) -> usize;
     /// Slots in the order.

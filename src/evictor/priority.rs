@@ -11,8 +11,12 @@ pub(super) static ENTRY: Entry = Entry {
     create: |_, capacity| Box::new(Priority { lists: Lists::new(capacity, LEVELS), present: 0 }),
 };
 
-/// Priorities 0 to 100.
-const LEVELS: usize = 101;
+/// Priorities 0 to 100, after the doomed.
+const LEVELS: usize = 102;
+
+fn list_for(idle: &Idle) -> usize {
+    if idle.doomed { 0 } else { usize::from(idle.priority).min(LEVELS - 2) + 1 }
+}
 
 #[derive(Debug)]
 struct Priority {
@@ -22,6 +26,12 @@ struct Priority {
 }
 
 impl Priority {
+    fn place(&mut self, idle: Idle) {
+        let list = list_for(&idle);
+        self.lists.push(list, idle.slot);
+        self.note(list);
+    }
+
     fn note(&mut self, list: usize) {
         let bit = 1 << list;
         self.present =
@@ -34,17 +44,13 @@ impl Evictor for Priority {
         if let Some(list) = self.lists.remove(idle.slot) {
             self.note(list);
         }
-        let list = usize::from(idle.priority).min(LEVELS - 1);
-        self.lists.push(list, idle.slot);
-        self.note(list);
+        self.place(idle);
     }
 
-    fn set_priority(&mut self, slot: u32, priority: u8) {
-        if let Some(list) = self.lists.remove(slot) {
-            self.note(list);
-            let list = usize::from(priority).min(LEVELS - 1);
-            self.lists.push(list, slot);
-            self.note(list);
+    fn update(&mut self, idle: Idle) {
+        // A slot whose list stays the same keeps its place in it.
+        if self.lists.list_of(idle.slot).is_some_and(|list| list != list_for(&idle)) {
+            self.insert(idle);
         }
     }
 
@@ -56,6 +62,16 @@ impl Evictor for Priority {
         let slot = self.lists.pop(list);
         self.note(list);
         slot
+    }
+
+    fn remove(&mut self, slot: u32) -> bool {
+        let Some(list) = self.lists.remove(slot) else { return false };
+        self.note(list);
+        true
+    }
+
+    fn has_priorities(&self) -> bool {
+        true
     }
 
     fn bytes(&self) -> usize {

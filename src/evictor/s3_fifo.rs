@@ -18,7 +18,7 @@ pub(super) static ENTRY: Entry = Entry {
     create: |args, capacity| {
         let small = ((args.real("small") * capacity as f64) as usize).max(1);
         Box::new(S3Fifo {
-            lists: Lists::new(capacity, 2),
+            lists: Lists::new(capacity, 3),
             uses: vec![0; capacity],
             tags: vec![0; capacity],
             small,
@@ -29,6 +29,7 @@ pub(super) static ENTRY: Entry = Entry {
 
 const SMALL: usize = 0;
 const MAIN: usize = 1;
+const DOOMED: usize = 2;
 const MAX_USES: u8 = 3;
 
 #[derive(Debug)]
@@ -55,17 +56,29 @@ impl Evictor for S3Fifo {
         let slot = idle.slot as usize;
         if self.lists.list_of(idle.slot).is_some() {
             self.uses[slot] = (self.uses[slot] + 1).min(MAX_USES);
-            return;
+            return self.update(idle);
         }
         // A slot that was in use when its turn came has proved itself.
         let ghost = self.ghost(idle.tag);
         let to_main = idle.reused || self.ghosts[ghost] == idle.tag;
         self.uses[slot] = 0;
         self.tags[slot] = idle.tag;
-        self.lists.push(if to_main { MAIN } else { SMALL }, idle.slot);
+        let list = if to_main { MAIN } else { SMALL };
+        self.lists.push(if idle.doomed { DOOMED } else { list }, idle.slot);
+    }
+
+    fn update(&mut self, idle: Idle) {
+        self.lists.redoom(idle, SMALL, DOOMED);
+    }
+
+    fn remove(&mut self, slot: u32) -> bool {
+        self.lists.remove(slot).is_some()
     }
 
     fn pop(&mut self) -> Option<u32> {
+        if let Some(slot) = self.lists.pop(DOOMED) {
+            return Some(slot);
+        }
         loop {
             let from_small = self.lists.len_of(SMALL) >= self.small || self.lists.len_of(MAIN) == 0;
             let queue = if from_small { SMALL } else { MAIN };

@@ -18,12 +18,13 @@ pub(super) static ENTRY: Entry = Entry {
     }],
     create: |args, capacity| {
         let limit = (args.real("protected") * capacity as f64) as usize;
-        Box::new(Slru { lists: Lists::new(capacity, 2), limit })
+        Box::new(Slru { lists: Lists::new(capacity, 3), limit })
     },
 };
 
 const PROBATION: usize = 0;
 const PROTECTED: usize = 1;
+const DOOMED: usize = 2;
 
 #[derive(Debug)]
 struct Slru {
@@ -34,7 +35,12 @@ struct Slru {
 impl Evictor for Slru {
     fn insert(&mut self, idle: Idle) {
         self.lists.remove(idle.slot);
-        self.lists.push(if idle.reused { PROTECTED } else { PROBATION }, idle.slot);
+        let list = match idle {
+            Idle { doomed: true, .. } => DOOMED,
+            Idle { reused: true, .. } => PROTECTED,
+            _ => PROBATION,
+        };
+        self.lists.push(list, idle.slot);
         if self.lists.len_of(PROTECTED) > self.limit
             && let Some(demoted) = self.lists.pop(PROTECTED)
         {
@@ -42,8 +48,16 @@ impl Evictor for Slru {
         }
     }
 
+    fn update(&mut self, idle: Idle) {
+        self.lists.redoom(idle, PROBATION, DOOMED);
+    }
+
     fn pop(&mut self) -> Option<u32> {
-        self.lists.pop(PROBATION).or_else(|| self.lists.pop(PROTECTED))
+        [DOOMED, PROBATION, PROTECTED].into_iter().find_map(|list| self.lists.pop(list))
+    }
+
+    fn remove(&mut self, slot: u32) -> bool {
+        self.lists.remove(slot).is_some()
     }
 
     fn bytes(&self) -> usize {
