@@ -44,13 +44,34 @@ pub enum Event {
     Cleared,
 }
 
-/// Events since the last batch.
-#[derive(Debug, Default)]
+/// Events since the last batch, and the batches before.
+#[derive(Debug)]
 pub(super) struct Journal {
     events: Vec<Event>,
+    stream: EventStream,
 }
 
 impl Journal {
+    /// Nothing has happened yet.
+    pub(super) fn new(format: EventFormat) -> Self {
+        Self { events: Vec::new(), stream: EventStream { format, next: 0, ring: VecDeque::new() } }
+    }
+
+    /// The batches.
+    pub(super) fn stream(&self) -> &EventStream {
+        &self.stream
+    }
+
+    /// Makes a batch of what has happened, if anything. Answers its number and its bytes.
+    pub(super) fn publish(&mut self, seconds: f64) -> Option<(u64, &[u8])> {
+        if self.events.is_empty() {
+            return None;
+        }
+        let bytes = self.stream.format.encode(&self.events, seconds);
+        self.events.clear();
+        Some(self.stream.push(bytes))
+    }
+
     /// A block became an entry. Joins the event before it if that is its parent's.
     pub(super) fn stored(
         &mut self,
@@ -116,29 +137,19 @@ pub struct EventStream {
 }
 
 impl EventStream {
-    /// No batches yet.
-    pub fn new(format: EventFormat) -> Self {
-        Self { format, next: 0, ring: VecDeque::new() }
-    }
-
     /// The number of the next batch.
     pub fn next_number(&self) -> u64 {
         self.next
     }
 
-    /// Encodes what the journal holds, if anything. Answers the number and the bytes.
-    pub(super) fn publish(&mut self, journal: &mut Journal, seconds: f64) -> Option<(u64, &[u8])> {
-        if journal.events.is_empty() {
-            return None;
-        }
-        let bytes = self.format.encode(&journal.events, seconds);
-        journal.events.clear();
-        if self.ring.len() == self.format.capacity.max(1) {
+    fn push(&mut self, bytes: Vec<u8>) -> (u64, &[u8]) {
+        if self.ring.len() >= self.format.capacity.max(1) {
             self.ring.pop_front();
         }
-        self.ring.push_back(bytes);
         self.next += 1;
-        Some((self.next - 1, self.ring.back()?))
+        let place = self.ring.len();
+        self.ring.push_back(bytes);
+        (self.next - 1, &self.ring[place])
     }
 
     /// The batches from number `first` on that are still kept, in order.

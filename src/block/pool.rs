@@ -22,7 +22,7 @@
 //! evictor alone, which therefore may name held blocks; those are passed over when they come up.
 
 use super::counts::{Counts, Snapshot};
-use super::events::Journal;
+use super::events::{EventFormat, EventStream, Journal};
 use super::index::{Index, tag};
 use super::prefix::Digest;
 use crate::error::{Result, ensure};
@@ -128,6 +128,22 @@ impl BlockPool {
             evicted: vec![0; num_blocks / 4 + 1],
             journal: None,
         }
+    }
+
+    /// Writes down from now on which entries come and go, for [`Self::publish`].
+    pub fn listen(&mut self, format: EventFormat) {
+        self.journal = Some(Box::new(Journal::new(format)));
+    }
+
+    /// Makes a batch of what has happened since the last one, stamped with `seconds`. Answers its
+    /// number and its bytes, or `None` if nothing happened or nobody listens.
+    pub fn publish(&mut self, seconds: f64) -> Option<(u64, &[u8])> {
+        self.journal.as_mut()?.publish(seconds)
+    }
+
+    /// The batches so far, if somebody listens.
+    pub fn events(&self) -> Option<&EventStream> {
+        Some(self.journal.as_ref()?.stream())
     }
 
     /// Blocks in the pool.

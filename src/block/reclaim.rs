@@ -41,6 +41,12 @@ impl BlockPool {
         while self.evict_one().is_some() {
             cleared += 1;
         }
+        if self.num_entries() == 0
+            && cleared > 0
+            && let Some(journal) = &mut self.journal
+        {
+            journal.cleared();
+        }
         cleared
     }
 
