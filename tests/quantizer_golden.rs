@@ -47,8 +47,21 @@ fn round_trip(quantizer: &dyn Quantizer, rows: &[f32], dim: usize) -> (Vec<u8>, 
 #[test]
 fn ggml_formats_are_byte_compatible() {
     let golden = Golden::open();
-    for (spec, name) in [("q8_0", "Q8_0"), ("q4_0", "Q4_0"), ("bf16", "BF16")] {
-        for source in ["gauss", "outlier64", "edge"] {
+    let formats = [
+        ("q8_0", "Q8_0"),
+        ("q4_0", "Q4_0"),
+        ("bf16", "BF16"),
+        ("q4_1", "Q4_1"),
+        ("q5_0", "Q5_0"),
+        ("q5_1", "Q5_1"),
+        ("iq4_nl", "IQ4_NL"),
+        ("mxfp4", "MXFP4"),
+    ];
+    for (spec, name) in formats {
+        // The vectors of IQ4_NL have neither outliers nor edge cases.
+        let sources: &[_] =
+            if spec == "iq4_nl" { &["gauss"] } else { &["gauss", "outlier64", "edge"] };
+        for source in sources {
             let rows = golden.floats(&format!("data/{source}"));
             let dim = golden.columns(&format!("data/{source}"));
             for quantizer in levels(spec, Side::Key) {
@@ -59,6 +72,10 @@ fn ggml_formats_are_byte_compatible() {
             }
         }
     }
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
 }
 
 fn difference(ours: &[u8], theirs: &[u8]) -> String {
@@ -98,6 +115,25 @@ fn the_rotation_is_the_sylvester_matrix() {
         identity.iter_mut().step_by(65).for_each(|x| *x = 1.0);
         kernels.hadamard(&mut identity, 64);
         assert_eq!(identity, matrix, "{}", kernels.name);
+    }
+}
+
+/// The vectors use the levels of the normal distribution, we those of the sphere, so that codes near
+/// a middle move; the error must not be larger.
+#[test]
+fn tq_agrees_up_to_ties() {
+    let golden = Golden::open();
+    for (source, bits) in [("gauss", 2), ("gauss", 3), ("gauss", 4), ("outlier64", 3)] {
+        let rows = golden.floats(&format!("data/{source}"));
+        let dim = golden.columns(&format!("data/{source}"));
+        let expected = golden.floats(&format!("turboquant/mse{bits}_nc/{source}/deq"));
+        for quantizer in levels(&format!("tq{bits}"), Side::Key) {
+            let (_, values) = round_trip(&*quantizer, &rows, dim);
+            let apart = distance(&values, &expected);
+            let (ours, theirs) = (distance(&rows, &values), distance(&rows, &expected));
+            assert!(apart <= 0.6 * theirs, "tq{bits} {source}: {apart} apart of {theirs}");
+            assert!(ours <= theirs * 1.002, "tq{bits} {source}: error {ours} above {theirs}");
+        }
     }
 }
 

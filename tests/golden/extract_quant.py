@@ -13,6 +13,9 @@ from safetensors.numpy import load_file, save_file
 # Rows kept of each source; formats whose rows are independent are cut to the same rows.
 ROWS = {"gauss": 64, "outlier64": 128, "edge": 8, "model_k": 256, "model_v": 172}
 GGML = [(f, s) for f in ("Q8_0", "Q4_0", "BF16") for s in ("gauss", "outlier64", "edge")]
+GGML += [(f, s) for f in ("Q4_1", "Q5_0", "Q5_1", "MXFP4") for s in ("gauss", "outlier64", "edge")]
+GGML += [("IQ4_NL", "gauss")]
+TQ = [("mse2_nc", "gauss"), ("mse3_nc", "gauss"), ("mse4_nc", "gauss"), ("mse3_nc", "outlier64")]
 ROTATED = [(f, s) for f in ("Q8_0", "Q4_0") for s in ("outlier64",)]
 KIVI = [
     *(f"k{bits}_{group}/model_k" for bits in (2, 4) for group in ("g32_r128", "g64_r64", "g128_r128")),
@@ -32,6 +35,9 @@ def main():
     for entry in KIVI:
         for field in ("codes", "scale", "min"):
             subset[f"kivi/{entry}/{field}"] = full[f"kivi/{entry}/{field}"]
+    for fmt, source in TQ:
+        name = f"turboquant/{fmt}/{source}/deq"
+        subset[name] = full[name][: ROWS[source]]
     subset["hadamard/64"] = full["hadamard/64"]
     subset = {name: np.ascontiguousarray(tensor) for name, tensor in subset.items()}
     save_file(subset, Path(__file__).with_name("quant_subset.safetensors"))
