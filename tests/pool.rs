@@ -7,8 +7,8 @@ mod common;
 use std::collections::HashSet;
 
 use common::Random;
-use kvmgr::block::prefix::{self, Hash};
 use kvmgr::block::groups::Reason;
+use kvmgr::block::prefix::{self, Hash};
 use kvmgr::block::{BlockId, BlockPool, Request, Tables, TablesConfig};
 use kvmgr::evictor::{self, EVICTORS, Idle};
 
@@ -89,8 +89,14 @@ fn evictors_order_as_they_say() {
 #[test]
 fn doomed_slots_go_first() {
     for entry in EVICTORS {
-        let idle =
-            |slot| Idle { slot, priority: 50, depth: 1, tag: slot + 1, reused: false, doomed: false };
+        let idle = |slot| Idle {
+            slot,
+            priority: 50,
+            depth: 1,
+            tag: slot + 1,
+            reused: false,
+            doomed: false,
+        };
         let mut evictor = evictor::create(entry.name, 8).unwrap();
         (0..6).for_each(|slot| evictor.insert(idle(slot)));
         evictor.update(Idle { doomed: true, ..idle(4) });

@@ -18,7 +18,13 @@ use rmpv::Value;
 const SIZE: usize = 4;
 
 fn format(arrays: bool, groups: &[Group], capacity: usize) -> EventFormat {
-    EventFormat { arrays, medium: "GPU".into(), block_size: SIZE, groups: groups.to_vec(), capacity }
+    EventFormat {
+        arrays,
+        medium: "GPU".into(),
+        block_size: SIZE,
+        groups: groups.to_vec(),
+        capacity,
+    }
 }
 
 /// What a router knows: which (group, digest) can be found.
@@ -162,7 +168,7 @@ fn the_bytes_are_vllms() {
     let (_, bytes) = pool.publish(1.5).unwrap();
     let text = |text: &str| [&[0xA0 | text.len() as u8], text.as_bytes()].concat();
     let expected = [
-        &[0x92, 0xCB, 0x3F, 0xF8, 0, 0, 0, 0, 0, 0, 0x91, 0x88][..],
+        &[0x93, 0xCB, 0x3F, 0xF8, 0, 0, 0, 0, 0, 0, 0x91, 0x88][..],
         &text("type"),
         &text("BlockStored"),
         &text("block_hashes"),
@@ -179,7 +185,7 @@ fn the_bytes_are_vllms() {
         &text("medium"),
         &text("GPU"),
         &text("lora_name"),
-        &[0xC0],
+        &[0xC0, 0xC0],
     ];
     assert_eq!(bytes, expected.concat());
 }

@@ -201,9 +201,8 @@ impl Model {
             return;
         }
         let placements = self.tables.park(&mut self.pool, self.live[i].id).unwrap();
-        let bytes = |it: &Placement| {
-            (it.place, self.memory.get(&it.block.0).cloned().unwrap_or_default())
-        };
+        let bytes =
+            |it: &Placement| (it.place, self.memory.get(&it.block.0).cloned().unwrap_or_default());
         self.live[i].parked = Some(placements.iter().map(bytes).collect());
         let id = self.live[i].id;
         let kind = self.tables.append(&mut self.pool, &[id], &[1]).unwrap_err().kind();
@@ -326,7 +325,9 @@ impl Model {
             for (index, group) in groups.iter().enumerate() {
                 let first = match group {
                     Group::Full | Group::Latent => 0,
-                    Group::Window(window) => (live.tokens.len() + 1).saturating_sub(*window as usize),
+                    Group::Window(window) => {
+                        (live.tokens.len() + 1).saturating_sub(*window as usize)
+                    }
                     Group::Recurrent(_) => live.tokens.len(),
                 };
                 for row in first..live.tokens.len() {

@@ -1,7 +1,7 @@
 //! What the prefix index tells routers: blocks stored, blocks removed, as vLLM's msgpack.
 //!
 //! ```text
-//! batch   = [ timestamp (float, seconds), [event, ...] ]
+//! batch   = [ timestamp (float, seconds), [event, ...], nil ]
 //! maps    = {"type": "BlockStored", "block_hashes": [bin], "parent_block_hash": bin | nil,
 //!            "token_ids": [int], "block_size": int, "lora_id": nil, "medium": text,
 //!            "lora_name": nil, "group_idx"?: int, "kv_cache_spec_kind"?: text, ...}
@@ -80,7 +80,8 @@ impl Journal {
         digest: &Digest,
         tokens: &[i32],
     ) {
-        if let Some(Event::Stored { group: last, digests, tokens: all, .. }) = self.events.last_mut()
+        if let Some(Event::Stored { group: last, digests, tokens: all, .. }) =
+            self.events.last_mut()
             && *last == group
             && digests.last() == parent
         {
@@ -156,14 +157,18 @@ impl EventStream {
     pub fn replay(&self, first: u64) -> impl Iterator<Item = (u64, &[u8])> {
         let oldest = self.next - self.ring.len() as u64;
         let skip = first.saturating_sub(oldest).min(self.ring.len() as u64) as usize;
-        self.ring.iter().enumerate().skip(skip).map(move |(i, bytes)| (oldest + i as u64, &bytes[..]))
+        self.ring
+            .iter()
+            .enumerate()
+            .skip(skip)
+            .map(move |(i, bytes)| (oldest + i as u64, &bytes[..]))
     }
 }
 
 impl EventFormat {
     fn encode(&self, events: &[Event], seconds: f64) -> Vec<u8> {
         let mut out = Pack(Vec::with_capacity(64 * events.len()));
-        out.array(2);
+        out.array(3);
         out.float(seconds);
         out.array(events.len());
         for event in events {
@@ -186,6 +191,7 @@ impl EventFormat {
                 Event::Cleared => self.open(&mut out, "AllBlocksCleared", 0),
             }
         }
+        out.nil(); // The rank is the transport's to know.
         out.0
     }
 

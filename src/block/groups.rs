@@ -179,7 +179,8 @@ mod tests {
             let has = |group: usize, chunk: usize| cached[group][chunk];
             let limit = next(9) as usize;
             let slow = (0..=limit).rev().find(|chunks| {
-                let serves = |(i, group): (usize, &Group)| serves(*group, *chunks, 4, &|c| has(i, c));
+                let serves =
+                    |(i, group): (usize, &Group)| serves(*group, *chunks, 4, &|c| has(i, c));
                 groups.iter().enumerate().all(serves)
             });
             let (found, limiting) = reconcile(&groups, 4, limit, &has);

@@ -152,7 +152,8 @@ impl Tables {
             let found = reconcile(&self.config.groups, self.config.block_size, usable, &has);
             for chunk in 0..found.0 {
                 for (index, group) in self.config.groups.iter().enumerate() {
-                    let first = group.first_needed(found.0 * self.config.block_size, self.config.block_size);
+                    let first = group
+                        .first_needed(found.0 * self.config.block_size, self.config.block_size);
                     let needed = chunk >= first && group.is_kept(chunk);
                     let digest = &self.digests[chunk];
                     let block = needed.then(|| pool.find_held(digest, index as u8)).flatten();

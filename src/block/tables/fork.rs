@@ -37,9 +37,8 @@ impl Tables {
             "need {needed} blocks for states, {available} are available"
         );
         let child = self.vacant();
-        let [parent, sequence] = match self.sequences.get_disjoint_mut([from, child]) {
-            Ok(both) => both,
-            Err(_) => bail!(Internal, "a fork has the slot of its parent"),
+        let Ok([parent, sequence]) = self.sequences.get_disjoint_mut([from, child]) else {
+            bail!(Internal, "a fork has the slot of its parent");
         };
         let shared = committed.div_ceil(size) * groups;
         sequence.blocks.clear();
@@ -95,7 +94,9 @@ impl Tables {
             if at / groups == last && is_checkpoint {
                 continue;
             }
-            let Some(target) = pool.take() else { bail!(Internal, "an available block is missing") };
+            let Some(target) = pool.take() else {
+                bail!(Internal, "an available block is missing")
+            };
             let own = &mut self.sequences[child].blocks[last * groups + index];
             if *own != NO_BLOCK {
                 pool.unshare(*own);
@@ -198,9 +199,7 @@ impl Tables {
 }
 
 fn placements(blocks: &[u32]) -> Vec<Placement> {
-    let block = |(place, block): (usize, &u32)| Placement {
-        place: place as u32,
-        block: BlockId(*block),
-    };
+    let block =
+        |(place, block): (usize, &u32)| Placement { place: place as u32, block: BlockId(*block) };
     blocks.iter().enumerate().filter(|(_, block)| **block != NO_BLOCK).map(block).collect()
 }

@@ -89,7 +89,8 @@ impl Tables {
                 id.0,
                 sequence.ids.len()
             );
-            if committed + 1 == reserved && (reserved.is_multiple_of(size) || sequence.tail_shared) {
+            if committed + 1 == reserved && (reserved.is_multiple_of(size) || sequence.tail_shared)
+            {
                 needed += self.needed(pool, slot, reserved as usize, reserved as usize + 1);
             }
         }
@@ -240,7 +241,9 @@ impl Tables {
         let shared: Vec<usize> =
             sequence.shared_tail(pool, self.config.block_size, groups).collect();
         for place in shared {
-            let Some(target) = pool.take() else { bail!(Internal, "an available block is missing") };
+            let Some(target) = pool.take() else {
+                bail!(Internal, "an available block is missing")
+            };
             let source = std::mem::replace(&mut self.sequences[slot].blocks[place], target.0);
             self.copies.push(Copy { source: BlockId(source), target });
             pool.unshare(source);

@@ -1,10 +1,9 @@
 //! The shared part of the block pool under a model checker: lookups that hold blocks, beside an
 //! evictor, in every interleaving that the memory model allows.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test --release --test pool_loom --target-dir target/loom`
+//! `make test-loom`
 
 #![cfg(loom)]
-#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use kvmgr::block::{BlockId, BlockPool};
 use kvmgr::evictor;
