@@ -27,7 +27,13 @@ pub(super) fn rows(format: Format, values: &[f32], dim: usize, out: &mut [u8]) {
                 nvfp4(block, out);
             }
         }
-        Format::Int8 | Format::Int4 | Format::Tq2 | Format::Tq3 | Format::Tq4 => {
+        Format::Int8
+        | Format::Int4
+        | Format::E4m3
+        | Format::E5m2
+        | Format::Tq2
+        | Format::Tq3
+        | Format::Tq4 => {
             let out = out.chunks_exact_mut(format.row_bytes(dim, BLOCK));
             let mut buffer = [0.0; super::MAX_ROW];
             for (row, out) in values.chunks_exact(dim).zip(out) {
@@ -36,6 +42,8 @@ pub(super) fn rows(format: Format, values: &[f32], dim: usize, out: &mut [u8]) {
                 match format {
                     Format::Int8 => int8(row_buffer, out),
                     Format::Int4 => int4(row_buffer, out),
+                    Format::E4m3 => fp8::<3>(row_buffer, out, 448.0),
+                    Format::E5m2 => fp8::<2>(row_buffer, out, 57344.0),
                     Format::Tq2 => tq::<2>(row_buffer, out),
                     Format::Tq3 => tq::<3>(row_buffer, out),
                     _ => tq::<4>(row_buffer, out),
@@ -235,12 +243,24 @@ fn nvfp4(block: &[f32; 64], out: &mut [u8; 36]) {
 /// Rounds a number in 0..=448 to E4M3, half to even.
 #[inline(always)]
 fn e4m3_of(x: f32) -> u8 {
-    if x < 1.0 / 64.0 {
-        return (x * 512.0).round_ties_even() as u8;
-    }
+    float_8::<3>(x)
+}
+
+/// Rounds a number that is not negative, and at most the largest of the type, to 8 bits with
+/// `FRACTION` bits of fraction, half to even.
+#[inline(always)]
+fn float_8<const FRACTION: u32>(x: f32) -> u8 {
+    // Bias of the exponent, of 7 - FRACTION bits; 2^(1 - bias) is the smallest normal number.
+    let bias = (1 << (6 - FRACTION)) - 1;
+    let drop = 23 - FRACTION;
+    // Denormals count multiples of 2^(1 - bias - FRACTION).
+    let per_step = f32::from_bits((127 + bias - 1 + FRACTION) << 23);
+    let small = (x * per_step + ROUND).to_bits() & 0xff;
     let bits = x.to_bits();
-    let rounded = bits + 0x7_ffff + ((bits >> 20) & 1);
-    ((rounded >> 20) - (120 << 3)) as u8
+    let rounded = bits.wrapping_add((1 << (drop - 1)) - 1 + (bits >> drop & 1));
+    let normal = (rounded >> drop).wrapping_sub((127 - bias) << FRACTION);
+    let is_small = x < f32::from_bits((128 - bias) << 23);
+    (if is_small { small } else { normal }) as u8
 }
 
 /// Adding it rounds half to even and leaves an integer of up to 22 bits in the low bits.
@@ -258,6 +278,24 @@ fn int8(row: &mut [f32], out: &mut [u8]) {
     let (codes, metadata) = out.split_at_mut(row.len());
     for (code, x) in codes.iter_mut().zip(row.iter()) {
         *code = (x / divisor + ROUND).to_bits() as u8;
+    }
+    metadata.copy_from_slice(&scale.to_le_bytes());
+}
+
+#[inline(always)]
+fn fp8<const FRACTION: u32>(row: &mut [f32], out: &mut [u8], top: f32) {
+    let limit = f32::MAX / 4.0;
+    if !fits(row, limit) {
+        sanitize(row, limit);
+    }
+    let scale = largest(row) / top;
+    let divisor = if scale >= f32::MIN_POSITIVE { scale } else { f32::INFINITY };
+    let (codes, metadata) = out.split_at_mut(row.len());
+    for (code, x) in codes.iter_mut().zip(row.iter()) {
+        let x = x / divisor;
+        let magnitude = x.abs();
+        let magnitude = if magnitude > top { top } else { magnitude };
+        *code = float_8::<FRACTION>(magnitude) | u8::from(x < 0.0) << 7;
     }
     metadata.copy_from_slice(&scale.to_le_bytes());
 }

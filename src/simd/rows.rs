@@ -19,6 +19,8 @@
 //!          j + 8 in the high nibble of byte j     x = scale * E2M1[q]
 //! Int8     row    i8[dim], scale f32              x = scale * q
 //! Int4     row    Codes4 blocks, s f32, m f32     x = s * q + m
+//! E4m3     row    u8[dim], scale f32              x = scale * E4M3[q]
+//! E5m2     row    u8[dim], scale f32              x = scale * E5M2[q]
 //! Tq2..4   row    a stream of codes, lowest bits first, then n f16      x = n * levels[q]
 //! ```
 
@@ -68,11 +70,15 @@ pub enum Format {
     Tq3,
     /// 4-bit Lloyd-Max levels with a norm for each row.
     Tq4,
+    /// 8-bit floats with 3 bits of fraction and an f32 scale for each row.
+    E4m3,
+    /// 8-bit floats with 2 bits of fraction and an f32 scale for each row.
+    E5m2,
 }
 
 impl Format {
     /// How many formats there are.
-    pub const COUNT: usize = 20;
+    pub const COUNT: usize = 22;
 
     /// Bytes of a row; `group` is the number of channels that share metadata in affine formats.
     pub const fn row_bytes(self, dim: usize, group: usize) -> usize {
@@ -91,7 +97,7 @@ impl Format {
             Self::Iq4Nl => dim / BLOCK * 18,
             Self::Mxfp4 => dim / BLOCK * 17,
             Self::Nvfp4 => dim / 64 * 36,
-            Self::Int8 => dim + 4,
+            Self::Int8 | Self::E4m3 | Self::E5m2 => dim + 4,
             Self::Int4 => dim / 2 + 8,
             Self::Tq2 => dim / 4 + 2,
             Self::Tq3 => dim / 8 * 3 + 2,

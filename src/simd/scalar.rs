@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use super::rows::{BLOCK, Format, RowKernels, Rows};
-use super::scalar_levels::{Int4, Int8, Iq4Nl, Mxfp4, Nvfp4, Q4_1, Q5_0, Q5_1, Tq};
+use super::scalar_levels::{E4m3, E5m2, Int4, Int8, Iq4Nl, Mxfp4, Nvfp4, Q4_1, Q5_0, Q5_1, Tq};
 use super::{Kernels, sanitize};
 
 pub(super) static KERNELS: Kernels = Kernels {
@@ -30,6 +30,8 @@ pub(super) static KERNELS: Kernels = Kernels {
         row_kernels::<Tq<2>>(),
         row_kernels::<Tq<3>>(),
         row_kernels::<Tq<4>>(),
+        row_kernels::<E4m3>(),
+        row_kernels::<E5m2>(),
     ],
     encode_f16,
     encode_bf16,
@@ -283,4 +285,4 @@ pub(super) fn hadamard_factor(size: usize) -> f32 {
     1.0 / (size as f32).sqrt()
 }
 
-const _: () = assert!(Format::Tq4 as usize + 1 == Format::COUNT);
+const _: () = assert!(Format::E5m2 as usize + 1 == Format::COUNT);

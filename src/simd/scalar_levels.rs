@@ -1,5 +1,7 @@
 //! Rows of the formats with levels of their own, with fifth bits or with metadata for a row.
 
+use half::f16;
+
 use super::rows::{BLOCK, E2M1, IQ4_NL, Rows, e4m3, e8m0_half, tq_levels};
 use super::scalar::{Row, f16_at, unpack};
 
@@ -12,6 +14,8 @@ pub(super) struct Nvfp4;
 pub(super) struct Int8;
 pub(super) struct Int4;
 pub(super) struct Tq<const BITS: usize>;
+pub(super) struct E4m3;
+pub(super) struct E5m2;
 
 impl Row for Q4_1 {
     fn block(_: &Rows<'_>, row: &[u8], at: usize, out: &mut [f32]) {
@@ -86,6 +90,27 @@ impl Row for Int4 {
         let (s, m) = (f32_at(row, rows.dim / 2), f32_at(row, rows.dim / 2 + 4));
         unpack::<4>(&row[at / 2..], out);
         out.iter_mut().for_each(|x| *x = s * *x + m);
+    }
+}
+
+/// The bits of an f16 that is 2^-8 of the number, because its exponent is biased by 8 more.
+impl Row for E4m3 {
+    fn block(rows: &Rows<'_>, row: &[u8], at: usize, out: &mut [f32]) {
+        let scale = f32_at(row, rows.dim) * 256.0;
+        for (x, q) in out.iter_mut().zip(&row[at..]) {
+            let bits = u16::from(q & 0x80) << 8 | u16::from(q & 0x7f) << 7;
+            *x = scale * f16::from_bits(bits).to_f32();
+        }
+    }
+}
+
+/// The upper half of an f16.
+impl Row for E5m2 {
+    fn block(rows: &Rows<'_>, row: &[u8], at: usize, out: &mut [f32]) {
+        let scale = f32_at(row, rows.dim);
+        for (x, q) in out.iter_mut().zip(&row[at..]) {
+            *x = scale * f16::from_bits(u16::from(*q) << 8).to_f32();
+        }
     }
 }
 

@@ -255,6 +255,48 @@ impl Format for Int8 {
     no_tail!();
 }
 
+/// 8-bit floats, made f16 by shifts: E4M3 then lacks a factor of 2^8, which the scale takes.
+macro_rules! floats_of_8_bits {
+    ($name:ident, $factor:literal, $to_f16:expr) => {
+        #[derive(Clone, Copy)]
+        pub(super) struct $name(*const u8);
+
+        impl Format for $name {
+            const SCALED: bool = true;
+
+            #[inline(always)]
+            unsafe fn open(_: &Rows<'_>, row: *const u8, block: usize) -> Self {
+                // SAFETY: `block` starts inside the row.
+                Self(unsafe { row.add(block * 32) })
+            }
+
+            #[inline(always)]
+            unsafe fn part(self, part: usize) -> __m256 {
+                // SAFETY: 8 codes of the block.
+                unsafe {
+                    let bytes = _mm_loadl_epi64(self.0.add(part * 8).cast());
+                    _mm256_cvtph_ps($to_f16(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes)))
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn row_scale(rows: &Rows<'_>, row: *const u8) -> f32 {
+                // SAFETY: the scale follows the codes.
+                unsafe { $factor * read_f32(row.add(rows.dim)) }
+            }
+
+            no_tail!();
+        }
+    };
+}
+
+floats_of_8_bits!(E5m2, 1.0, |words| words);
+floats_of_8_bits!(E4m3, 256.0, |words| {
+    let sign = _mm_and_si128(words, _mm_set1_epi16(i16::MIN));
+    let rest = _mm_and_si128(_mm_srli_epi16::<1>(words), _mm_set1_epi16(0x3fff));
+    _mm_or_si128(sign, rest)
+});
+
 #[derive(Clone, Copy)]
 pub(super) struct Int4 {
     codes: Codes4,

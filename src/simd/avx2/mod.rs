@@ -11,7 +11,7 @@ mod rows;
 use super::Kernels;
 use super::rows::RowKernels;
 use format::{Affine2, Affine4, Bf16, Codes2, Codes4, F16, F32, Format, Q4_0, Q8_0};
-use levels::{Int4, Int8, Iq4Nl, Mxfp4, Nvfp4, Q4_1, Q5_0, Q5_1, Tq};
+use levels::{E4m3, E5m2, Int4, Int8, Iq4Nl, Mxfp4, Nvfp4, Q4_1, Q5_0, Q5_1, Tq};
 
 pub(super) static KERNELS: Kernels = Kernels {
     name: "avx2",
@@ -41,6 +41,8 @@ pub(super) static KERNELS: Kernels = Kernels {
         row_kernels::<Tq<2>>(),
         row_kernels::<Tq<3>>(),
         row_kernels::<Tq<4>>(),
+        row_kernels::<E4m3>(),
+        row_kernels::<E5m2>(),
     ],
     // SAFETY: a `Kernels` is handed out only after `is_available` said yes, and its methods have
     // checked the lengths.
