@@ -229,7 +229,7 @@ fn check_axpy(
 fn rounding(quantizer: &dyn Quantizer) -> f64 {
     match quantizer.spec().trim_start_matches("had+") {
         "f32" | "f16" | "bf16" => 0.0,
-        spec if spec.starts_with("tq") => 2e-4,
+        spec if spec.starts_with("tq") => 5e-4,
         _ => 2e-5,
     }
 }
