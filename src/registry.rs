@@ -46,6 +46,8 @@ pub enum Domain {
         /// Value when absent.
         default: &'static str,
     },
+    /// The path of a file, relative to the working directory; none if absent.
+    File,
 }
 
 /// What every member of every family states about itself.
@@ -170,6 +172,7 @@ impl Domain {
             Self::Real { default, .. } => Value::Number(default),
             Self::Choice(words) => Value::Text(words[0].into()),
             Self::Text { default } => Value::Text(default.into()),
+            Self::File => Value::Text(String::new()),
         }
     }
 }
@@ -199,7 +202,7 @@ impl Param {
                     "column {column}: {name} is {text:?}, must be one of {words:?}"
                 );
             }
-            (Domain::Text { .. }, Value::Text(_)) => {}
+            (Domain::Text { .. } | Domain::File, Value::Text(_)) => {}
             (Domain::Int { .. } | Domain::Real { .. }, _) => {
                 bail!(InvalidArgument, "column {column}: {name} must be a number")
             }

@@ -150,14 +150,20 @@ impl Needs {
 
     /// Mean and covariance of the queries of each head before RoPE.
     pub const QUERY_STATISTICS: Self = Self(1 << 5);
+    /// The input of attention in each layer, after its norm, for each token.
+    pub const HIDDEN: Self = Self(1 << 6);
+    /// The output projection of each layer.
+    pub const OUTPUT_PROJECTION: Self = Self(1 << 7);
 
-    const NAMES: [(Self, &'static str); 6] = [
+    const NAMES: [(Self, &'static str); 8] = [
         (Self::KEYS, "KEYS"),
         (Self::VALUES, "VALUES"),
         (Self::QUERY_WINDOW, "QUERY_WINDOW"),
         (Self::COLUMN_SUM, "COLUMN_SUM"),
         (Self::ROPE, "ROPE"),
         (Self::QUERY_STATISTICS, "QUERY_STATISTICS"),
+        (Self::HIDDEN, "HIDDEN"),
+        (Self::OUTPUT_PROJECTION, "OUTPUT_PROJECTION"),
     ];
 
     /// Both sets together.

@@ -18,7 +18,7 @@ fn with_stage(class: StageClass, stage: &str) -> (String, usize) {
     let (before, after) = match class {
         StageClass::Trigger => ("", " | h2o | keep(0.5)"),
         StageClass::Score => ("", " | keep(0.5)"),
-        StageClass::Budget => ("h2o | ", " | keep(0.5)"),
+        StageClass::Map | StageClass::Budget => ("h2o | ", " | keep(0.5)"),
         StageClass::Keep => ("h2o | ", ""),
         StageClass::Position | StageClass::Quant => ("", ""),
     };
@@ -62,7 +62,7 @@ fn every_default_parses_and_every_bound_refuses() {
                     vec![format!("{}", min - 0.01), format!("{}", max + 0.01), "x".into()]
                 }
                 Domain::Choice(_) => vec!["nonsense".into(), "1".into()],
-                Domain::Text { .. } => vec!["1".into(), "nonsense".into()],
+                Domain::Text { .. } | Domain::File => vec!["1".into(), "nonsense".into()],
             };
             for value in bad {
                 let (spec, start) =

@@ -3,7 +3,9 @@
 use std::sync::LazyLock;
 
 use kvmgr::error::{Kind, Result};
-use kvmgr::policy::{Event, HeadInput, LayerInput, LayerSource, Pipeline, STAGES, StageClass};
+use kvmgr::policy::{
+    Event, HeadInput, LayerInput, LayerSource, OutputProjection, Pipeline, STAGES, StageClass,
+};
 use kvmgr::registry::Domain;
 use kvmgr::shape::{KeepSet, Rope, RopeStyle};
 use proptest::prelude::*;
@@ -15,7 +17,12 @@ struct Layer {
     dim: usize,
     num_queries: usize,
     heads: Vec<Head>,
+    /// `[HIDDEN, heads * group * dim]`.
+    projection: Vec<f32>,
 }
+
+/// Elements of a hidden state.
+const HIDDEN: usize = 6;
 
 #[derive(Debug, Clone)]
 struct Head {
@@ -25,6 +32,7 @@ struct Head {
     column_sums: Vec<f32>,
     query_mean: Vec<f32>,
     query_covariance: Vec<f32>,
+    gate_scores: Vec<f32>,
 }
 
 impl Layer {
@@ -48,9 +56,13 @@ impl Layer {
                 column_sums: noise(3, *len).iter().map(|x| x.abs()).collect(),
                 query_mean: noise(4, group * dim),
                 query_covariance: covariance(&noise(5, group * dim), dim),
+                gate_scores: noise(6, *len),
             }
         };
-        Self { group, dim, num_queries, heads: lens.iter().enumerate().map(head).collect() }
+        let width = lens.len() * group * dim;
+        let projection = (0..HIDDEN * width).map(|i| noise(seed ^ (7 << 40) ^ i as u64)).collect();
+        let heads = lens.iter().enumerate().map(head).collect();
+        Self { group, dim, num_queries, heads, projection }
     }
 
     /// `heads` equal heads of `len` tokens, with as many queries as possible up to 64.
@@ -67,6 +79,10 @@ impl Layer {
             sequence_len: self.sequence_len(),
             heads: self.heads.iter().map(|head| head.input(self.num_queries)).collect(),
             rope: Some(&ROPE),
+            output_projection: Some(OutputProjection {
+                weights: &self.projection,
+                width: self.heads.len() * self.group * self.dim,
+            }),
         }
     }
 
@@ -87,6 +103,7 @@ impl Head {
             column_sums: &self.column_sums,
             query_mean: &self.query_mean,
             query_covariance: &self.query_covariance,
+            gate_scores: &self.gate_scores,
         }
     }
 }
@@ -334,6 +351,7 @@ fn value(domain: Domain, pick: u64) -> String {
             (min + (max - min) * (pick % 101) as f64 / 100.0).to_string()
         }
         Domain::Choice(words) => words[pick as usize % words.len()].to_string(),
+        Domain::File => String::from("\"\""),
         Domain::Text { .. } => ["q8_0", "had+q4_0", "f16", "kivi2"][pick as usize % 4].to_string(),
     }
 }
@@ -346,6 +364,8 @@ fn pipe(picks: &[u64]) -> String {
     for class in [
         StageClass::Trigger,
         StageClass::Score,
+        StageClass::Map,
+        StageClass::Map,
         StageClass::Budget,
         StageClass::Keep,
         StageClass::Position,

@@ -3,6 +3,7 @@
 use super::convert;
 use super::guard::guard;
 use super::handle::{self, Exclusive, Opaque};
+use super::policy::KVMGR_NEEDS_HIDDEN;
 use super::store::kvmgr_store;
 use super::types::{kvmgr_status, kvmgr_tensor};
 use crate::attention;
@@ -145,6 +146,34 @@ pub unsafe extern "C" fn kvmgr_sequence_append(
             let key = convert::tensor(key, "key")?;
             let value = convert::tensor(value, "value")?;
             attention::write_sequence(session.sequence(), layer as usize, &key, &value)
+        })
+    })
+}
+
+/// Hands over what the policy needs to know of the reserved tokens in a layer
+/// (kvmgr_policy_needs), once for each layer before they are committed. A policy that does not need it
+/// does not look at it.
+///
+/// @param layer below num_layers
+/// @param what KVMGR_NEEDS_HIDDEN
+/// @param rows [reserved tokens, hidden_size]: the input of attention, after its norm
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_sequence_observe(
+    sequence: *mut kvmgr_sequence,
+    layer: u32,
+    what: u32,
+    rows: *const kvmgr_tensor,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle and a tensor it may read.
+    guard(|| unsafe {
+        write(sequence, |session| {
+            ensure!(
+                what == KVMGR_NEEDS_HIDDEN,
+                InvalidArgument,
+                "what is {what}, must be KVMGR_NEEDS_HIDDEN"
+            );
+            session.observe_hidden(layer as usize, &convert::matrix(rows, "rows")?)
         })
     })
 }

@@ -1,6 +1,9 @@
 //! From text to a checked pipeline.
 
+use std::sync::Arc;
+
 use super::budget::{self, BUDGETS, Budget};
+use super::map::{self, MAPS, Map};
 use super::score::{self, SCORES, Score};
 use super::stages::{STAGES, StageClass, StageInfo};
 use super::{Allowance, Event, Phase, Pipeline, PositionMode};
@@ -22,8 +25,8 @@ pub(super) fn parse(text: &str) -> Result<Pipeline> {
 /// What the stages of all phases have said so far.
 #[derive(Default)]
 struct Builder {
-    prefill: Option<Phase>,
-    decode: Option<Phase>,
+    prefill: Option<Arc<Phase>>,
+    decode: Option<Arc<Phase>>,
     position: Option<PositionMode>,
     /// Quantizer specs of keys and values, with the column of each.
     quant: Option<[Option<(String, usize)>; 2]>,
@@ -37,6 +40,7 @@ struct Builder {
 struct Draft<'a> {
     trigger: Option<(Trigger, &'a Stage)>,
     score: Option<(&'a Stage, &'static score::Entry, Args)>,
+    maps: Vec<(&'a Stage, &'static map::Entry, Args)>,
     budget: Option<(&'a Stage, &'static budget::Entry, Args)>,
     allowance: Option<(Allowance, &'a Stage)>,
 }
@@ -56,10 +60,10 @@ impl Builder {
             let info = registry::find("stage", &all, stage)?;
             if let Some((class, name)) = last {
                 ensure!(
-                    class < info.class,
+                    class < info.class || (class == info.class && class == StageClass::Map),
                     InvalidArgument,
                     "column {}: {} ({:?}) cannot follow {name} ({class:?}); the order is trigger, \
-                     score, budget, keep, position, quant, one of each",
+                     score, maps, budget, keep, position, quant, one of each but maps",
                     stage.column,
                     stage.name,
                     info.class
@@ -89,12 +93,16 @@ impl Builder {
             StageClass::Score => {
                 draft.score = Some((stage, registry::find("score", SCORES, stage)?, args));
             }
+            StageClass::Map => {
+                draft.maps.push((stage, registry::find("map", MAPS, stage)?, args));
+            }
             StageClass::Budget => {
                 draft.budget = Some((stage, registry::find("budget", BUDGETS, stage)?, args));
             }
             StageClass::Keep => {
                 let allowance = match info.name {
                     "keep" => Allowance::Ratio(args.real("ratio")),
+                    "tau" => Allowance::Threshold(args.real("score") as f32),
                     _ => Allowance::Tokens(args.count("n")),
                 };
                 draft.allowance = Some((allowance, stage));
@@ -135,13 +143,15 @@ impl Builder {
                 None => Ok(()),
             };
         }
-        self.widen(score.lane_width(), &stage.name);
-        let budget = draft.make_budget()?;
-        self.widen(budget.lane_width(), draft.budget.as_ref().map_or("uniform", |b| &b.0.name));
+        let phase = draft.make_phase(score, allowance)?;
+        draft.check(&phase)?;
+        self.widen_for(&phase, draft);
+        let score = &phase.score;
         let events = draft.events(when, score.events(allowance))?;
         if events.contains(&Event::Step) && !score.keeps_runs() {
             self.step_evictor = Some(stage.name.clone());
         }
+        let phase = Arc::new(phase);
         for event in events {
             let slot = match event {
                 Event::PrefillEnd => &mut self.prefill,
@@ -154,9 +164,27 @@ impl Builder {
                 );
                 return Err(at(stage.column, &text));
             }
-            *slot = Some(draft.make_phase(allowance)?);
+            *slot = Some(phase.clone());
         }
         Ok(())
+    }
+
+    /// Remembers the lanes that the stages of a phase demand. What a map decides is the last word.
+    fn widen_for(&mut self, phase: &Phase, draft: &Draft<'_>) {
+        let decided = phase.maps.iter().find_map(|(name, map)| Some((map.decides()?, name)));
+        if let (Some((width, name)), false) = (decided, phase.has_threshold()) {
+            return self.widen(width, name);
+        }
+        if phase.has_threshold() {
+            // Heads of the same scores are the exception.
+            return self.widen(LaneWidth::Head, &phase.name);
+        }
+        self.widen(phase.score.lane_width(), &phase.name);
+        let name = draft.budget.as_ref().map_or("uniform", |budget| &budget.0.name);
+        self.widen(phase.budget.lane_width(), name);
+        if phase.maps.iter().any(|(_, map)| map.reads_budget()) {
+            self.widen(LaneWidth::Head, &phase.maps[0].0);
+        }
     }
 
     /// Remembers the first stage that demands the finest lanes so far.
@@ -196,9 +224,10 @@ impl<'a> Draft<'a> {
     /// The stages that mean nothing without a score, in written order.
     fn names(&self) -> Vec<&'a Stage> {
         let trigger = self.trigger.as_ref().map(|(_, stage)| *stage);
+        let maps = self.maps.iter().map(|(stage, ..)| *stage);
         let budget = self.budget.as_ref().map(|(stage, ..)| *stage);
         let keep = self.allowance.as_ref().map(|(_, stage)| *stage);
-        [trigger, budget, keep].into_iter().flatten().collect()
+        trigger.into_iter().chain(maps).chain(budget).chain(keep).collect()
     }
 
     /// How much stays: what the score says or what the spec says, but not both.
@@ -242,16 +271,56 @@ impl<'a> Draft<'a> {
         Ok(events)
     }
 
-    fn make_phase(&self, allowance: Allowance) -> Result<Phase> {
-        let Some((stage, entry, args)) = &self.score else {
-            return Err(Error::new(Kind::Internal, "a phase without a score"));
-        };
+    fn make_phase(&self, score: Box<dyn Score>, allowance: Allowance) -> Result<Phase> {
+        let name = self.score.as_ref().map_or_else(String::new, |(stage, ..)| stage.name.clone());
         let every = match self.trigger {
             Some((Trigger::Every(n), _)) => n,
             _ => 1,
         };
-        let score: Box<dyn Score> = (entry.create)(args)?;
-        Ok(Phase { name: stage.name.clone(), every, score, budget: self.make_budget()?, allowance })
+        let mut maps: Vec<(String, Box<dyn Map>)> = Vec::new();
+        for (stage, entry, args) in &self.maps {
+            let map = (entry.create)(args).map_err(|error| in_column(stage.column, &error))?;
+            maps.push((stage.name.clone(), map));
+        }
+        Ok(Phase { name, every, score, maps, budget: self.make_budget()?, allowance })
+    }
+
+    /// Refuses maps that do not go with the stages around them.
+    fn check(&self, phase: &Phase) -> Result<()> {
+        for (i, (stage, (name, map))) in
+            self.maps.iter().map(|map| map.0).zip(&phase.maps).enumerate()
+        {
+            let budget = self.budget.as_ref().map(|(stage, ..)| *stage);
+            if map.splits() && phase.score.query_window() > 0 {
+                let text = format!(
+                    "{name} scores parts by themselves, but {} reads the last queries, which see all",
+                    phase.name
+                );
+                return Err(at(stage.column, &text));
+            }
+            let after = self.maps.get(i + 1).map(|(stage, ..)| *stage).or(budget);
+            if let (Some(after), true) = (after, map.decides().is_some()) {
+                let text =
+                    format!("{name} decides what stays, {} has no effect after it", after.name);
+                return Err(at(after.column, &text));
+            }
+            if let (Some(budget), true) = (budget, map.reads_budget() && phase.budget.is_global()) {
+                let text =
+                    format!("{name} needs the budget of its layer, which {} is not", budget.name);
+                return Err(at(budget.column, &text));
+            }
+            if map.decides().is_some() && phase.has_threshold() {
+                let text = format!("{name} spends an allowance of tokens, {} has none", phase.name);
+                return Err(at(stage.column, &text));
+            }
+        }
+        match (&self.budget, phase.has_threshold()) {
+            (Some((stage, ..)), true) => {
+                let text = format!("a threshold leaves {} nothing to spread", stage.name);
+                Err(at(stage.column, &text))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn make_budget(&self) -> Result<Box<dyn Budget>> {

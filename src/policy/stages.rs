@@ -3,6 +3,7 @@
 use std::sync::LazyLock;
 
 use super::budget::BUDGETS;
+use super::map::MAPS;
 use super::score::SCORES;
 use crate::registry::{Domain, Member, Param};
 use crate::shape::Needs;
@@ -14,6 +15,8 @@ pub enum StageClass {
     Trigger,
     /// How important tokens are.
     Score,
+    /// What happens to scores before the budget.
+    Map,
     /// How heads share an allowance.
     Budget,
     /// How large the allowance is.
@@ -64,6 +67,15 @@ pub static STAGES: LazyLock<Vec<StageInfo>> = LazyLock::new(|| {
         needs: entry.needs,
         examples: entry.examples,
     });
+    let maps = MAPS.iter().map(|entry| StageInfo {
+        class: StageClass::Map,
+        name: entry.name,
+        summary: entry.summary,
+        paper: entry.paper,
+        params: entry.params,
+        needs: entry.needs,
+        examples: entry.examples,
+    });
     let budgets = BUDGETS.iter().map(|entry| StageInfo {
         class: StageClass::Budget,
         name: entry.name,
@@ -75,7 +87,7 @@ pub static STAGES: LazyLock<Vec<StageInfo>> = LazyLock::new(|| {
     });
     let before = PLUMBING.iter().filter(|stage| stage.class < StageClass::Score).copied();
     let after = PLUMBING.iter().filter(|stage| stage.class > StageClass::Budget).copied();
-    before.chain(scores).chain(budgets).chain(after).collect()
+    before.chain(scores).chain(maps).chain(budgets).chain(after).collect()
 });
 
 /// Stages with a meaning of their own.
@@ -128,6 +140,19 @@ const PLUMBING: &[StageInfo] = &[
         }],
         needs: Needs::NONE,
         examples: &["snapkv | keep_tokens(1k)"],
+    },
+    StageInfo {
+        class: StageClass::Keep,
+        name: "tau",
+        summary: "tokens of at least this score stay, and protected ones",
+        paper: "DMS, arXiv 2506.05345",
+        params: &[Param {
+            name: "score",
+            help: "the threshold, in the unit of the score",
+            domain: Domain::Real { default: 0.0, min: -1e30, max: 1e30 },
+        }],
+        needs: Needs::NONE,
+        examples: &["h2o | protect(sink=4, recent=64) | tau(0.5)"],
     },
     StageInfo {
         class: StageClass::Position,

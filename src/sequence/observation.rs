@@ -30,6 +30,8 @@ pub struct HeadObservation {
     /// Statistics of each query head of the group, from position [`FIRST_STATISTIC`] on. Tokens that
     /// are truncated or not committed stay in them.
     pub statistics: Vec<QueryStatistics>,
+    /// What the policy's gate made of the hidden state of each row, NaN where none was handed over.
+    pub gate_scores: Vec<f32>,
 }
 
 impl Observation {
@@ -99,12 +101,25 @@ impl HeadObservation {
         }
     }
 
-    /// Keeps the sums of the surviving rows of a lane.
+    /// Puts the gate's scores of the rows from `first` on; rows before it that have none get NaN.
+    pub fn put_gate_scores(&mut self, first: usize, scores: &[f32]) {
+        self.gate_scores.resize(first, f32::NAN);
+        self.gate_scores.extend_from_slice(scores);
+    }
+
+    /// Keeps what is known of the surviving rows of a lane.
     pub fn keep(&mut self, keep: &KeepSet, len: usize) {
-        if self.column_sums.is_empty() {
-            return;
+        for (plane, missing) in [(&mut self.column_sums, 0.0), (&mut self.gate_scores, f32::NAN)] {
+            if !plane.is_empty() {
+                plane.resize(len, missing);
+                *plane = keep.iter().map(|row| plane[row]).collect();
+            }
         }
-        self.column_sums.resize(len, 0.0);
-        self.column_sums = keep.iter().map(|row| self.column_sums[row]).collect();
+    }
+
+    /// Forgets what is known of rows from `len` on.
+    pub fn truncate_rows(&mut self, len: usize) {
+        self.column_sums.truncate(len);
+        self.gate_scores.truncate(len);
     }
 }

@@ -58,7 +58,7 @@ impl Budget for Pyramid {
         (max - at.layer as f64 * step).round().max(1.0) as usize
     }
 
-    fn spread(&self, scores: &[HeadScores], shares: &[usize]) -> Vec<usize> {
+    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Vec<usize> {
         scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect()
     }
 

@@ -17,7 +17,7 @@ pub(super) static ENTRY: Entry = Entry {
 struct Uniform;
 
 impl Budget for Uniform {
-    fn spread(&self, scores: &[HeadScores], shares: &[usize]) -> Vec<usize> {
+    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Vec<usize> {
         scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect()
     }
 
