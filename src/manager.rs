@@ -2,6 +2,7 @@
 
 mod layers;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -10,7 +11,7 @@ use crate::device::tensor::Tensor;
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, bail, ensure};
 use crate::policy::{Event, Pipeline, PositionMode};
-use crate::sequence::{Observation, Sequence, SequenceConfig};
+use crate::sequence::{Observation, Replay, Sequence, SequenceConfig};
 use crate::shape::{LaneWidth, ModelShape, Needs, Rope};
 use crate::store::{Key, Store};
 use crate::tier::{self, Tier};
@@ -181,6 +182,7 @@ fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Result<()> {
     // Attention of this library observes queries and probabilities; hidden states are handed over
     // with each step.
     let mut caps = told.union(Needs::KEYS).union(Needs::VALUES).union(Needs::HIDDEN);
+    caps = caps.union(Needs::REPLAY).union(Needs::REPLAY_HIDDEN);
     caps = caps.union(Needs::QUERY_WINDOW).union(Needs::COLUMN_SUM);
     if cache.config().rope.is_some() {
         // Statistics are of queries that are turned back.
@@ -312,6 +314,65 @@ impl Session {
         Ok(matched)
     }
 
+    /// Says that the tokens reserved from now on repeat `tokens` of the prompt: what they read of it is
+    /// noted, and a commit of none of them ends the replay.
+    pub fn replay(&mut self, tokens: Range<usize>) -> Result<()> {
+        self.sequence.ensure_present()?;
+        let (len, reserved) = (self.sequence.num_tokens(), self.sequence.num_reserved());
+        ensure!(
+            reserved == 0 && !self.decoding,
+            InvalidState,
+            "{reserved} tokens are reserved and the prompt has {}ended; replay before its end",
+            if self.decoding { "" } else { "not " }
+        );
+        ensure!(
+            tokens.start < tokens.end && tokens.end <= len,
+            InvalidArgument,
+            "tokens {}..{} of a sequence of {len}, must be at least one of them",
+            tokens.start,
+            tokens.end
+        );
+        let Some(observation) = self.sequence.observation().filter(|_| self.needs(Needs::REPLAY))
+        else {
+            bail!(InvalidState, "the policy {} needs no replay", self.policy.spec());
+        };
+        let sinks = self.policy.replay_sinks().min(tokens.start) as i32;
+        let tokens = tokens.start as i32..tokens.end as i32;
+        observation.set_replay(Some(Replay { tokens, sinks }));
+        Ok(())
+    }
+
+    fn needs(&self, need: Needs) -> bool {
+        self.policy.needs().contains(need)
+    }
+
+    /// Whether reserved tokens replay the prompt.
+    fn is_replaying(&self) -> bool {
+        self.sequence.observation().is_some_and(|seen| seen.replay().is_some())
+    }
+
+    /// Refuses to end a replay that is incomplete, or to commit its tokens.
+    fn end_replay(&mut self, n: usize) -> Result<()> {
+        ensure!(n == 0, InvalidState, "{n} tokens of a replay cannot be committed, only 0");
+        let reserved = self.sequence.num_reserved();
+        let Some(observation) = self.sequence.observation() else { return Ok(()) };
+        if self.needs(Needs::REPLAY_HIDDEN) {
+            for layer in 0..self.sequence.cache().config().shape.num_layers {
+                let seen = observation.replay_norms(layer).read().len();
+                ensure!(
+                    seen == reserved,
+                    InvalidState,
+                    "layer {layer} has hidden states of {seen} of {reserved} replaying tokens"
+                );
+            }
+        }
+        self.sequence.commit(0, None)?;
+        if let Some(observation) = self.sequence.observation() {
+            observation.set_replay(None);
+        }
+        Ok(())
+    }
+
     /// Hands over the hidden states `[reserved tokens, 1, width]` of a layer: the input of its
     /// attention after the norm. A policy without a gate does not look at them.
     pub fn observe_hidden(&mut self, layer: usize, hidden: &Tensor<'_>) -> Result<()> {
@@ -326,14 +387,22 @@ impl Session {
             "hidden has the shape [{tokens}, {width}], must have a row for each of {reserved} \
              reserved tokens"
         );
-        let Some(observation) =
-            self.sequence.observation().filter(|seen| seen.needs().contains(Needs::HIDDEN))
-        else {
+        let asked = Needs::HIDDEN.union(Needs::REPLAY_HIDDEN);
+        let is_asked = |seen: &&Arc<Observation>| seen.needs().0 & asked.0 != 0;
+        let Some(observation) = self.sequence.observation().filter(is_asked) else {
             return Ok(());
         };
         let mut rows = vec![0.0; tokens * width];
         for (token, row) in rows.chunks_exact_mut(width).enumerate() {
             hidden.read(token, 0, row);
+        }
+        if self.is_replaying() {
+            let norm = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>().sqrt();
+            *observation.replay_norms(layer).write() = rows.chunks_exact(width).map(norm).collect();
+            return Ok(());
+        }
+        if !self.needs(Needs::HIDDEN) {
+            return Ok(());
         }
         let scores = self.policy.gate(layer, shape.num_kv_heads, &rows, width)?;
         for (head, scores) in scores.chunks_exact(tokens).enumerate() {
@@ -346,8 +415,7 @@ impl Session {
 
     /// Refuses a commit of tokens whose hidden states the policy needs and has not seen.
     fn check_observed(&self, n: usize) -> Result<()> {
-        let Some(observation) =
-            self.sequence.observation().filter(|seen| seen.needs().contains(Needs::HIDDEN))
+        let Some(observation) = self.sequence.observation().filter(|_| self.needs(Needs::HIDDEN))
         else {
             return Ok(());
         };
@@ -368,6 +436,9 @@ impl Session {
     /// See [`Sequence::commit`]. After the prompt has ended this is a decode step: the decode
     /// phase of the policy runs when it is due.
     pub fn commit(&mut self, n: usize, tokens: Option<&[i32]>) -> Result<()> {
+        if self.is_replaying() {
+            return self.end_replay(n);
+        }
         if n <= self.sequence.num_reserved() {
             self.check_observed(n)?;
         }
@@ -383,6 +454,7 @@ impl Session {
     /// policy runs, and commits are decode steps from now on.
     pub fn end_prefill(&mut self) -> Result<()> {
         self.sequence.ensure_present()?;
+        ensure!(!self.is_replaying(), InvalidState, "commit 0 tokens to end the replay first");
         self.run_policy(Event::PrefillEnd)?;
         self.sequence.seal_deferred();
         self.decoding = true;
@@ -482,7 +554,7 @@ fn fresh_key() -> Key {
 
 fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Observation>> {
     let attention = Needs::QUERY_WINDOW.union(Needs::COLUMN_SUM).union(Needs::QUERY_STATISTICS);
-    let attention = attention.union(Needs::HIDDEN);
+    let attention = attention.union(Needs::HIDDEN).union(Needs::REPLAY);
     let needs = policy.needs();
     (needs.0 & attention.0 != 0)
         .then(|| Arc::new(Observation::new(&cache.config().shape, needs, policy.query_window())))

@@ -202,7 +202,14 @@ impl Param {
                     "column {column}: {name} is {text:?}, must be one of {words:?}"
                 );
             }
-            (Domain::Text { .. } | Domain::File, Value::Text(_)) => {}
+            (Domain::Text { .. }, Value::Text(_)) => {}
+            (Domain::File, Value::Text(path)) => {
+                ensure!(
+                    path.is_empty() || std::path::Path::new(path).is_file(),
+                    InvalidArgument,
+                    "column {column}: {name} is {path:?}, which is not a file"
+                );
+            }
             (Domain::Int { .. } | Domain::Real { .. }, _) => {
                 bail!(InvalidArgument, "column {column}: {name} must be a number")
             }

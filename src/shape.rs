@@ -155,7 +155,12 @@ impl Needs {
     /// The output projection of each layer.
     pub const OUTPUT_PROJECTION: Self = Self(1 << 7);
 
-    const NAMES: [(Self, &'static str); 8] = [
+    /// The prompt read a second time, its probabilities noted.
+    pub const REPLAY: Self = Self(1 << 8);
+    /// The hidden states of the tokens that do so.
+    pub const REPLAY_HIDDEN: Self = Self(1 << 9);
+
+    const NAMES: [(Self, &'static str); 10] = [
         (Self::KEYS, "KEYS"),
         (Self::VALUES, "VALUES"),
         (Self::QUERY_WINDOW, "QUERY_WINDOW"),
@@ -164,6 +169,8 @@ impl Needs {
         (Self::QUERY_STATISTICS, "QUERY_STATISTICS"),
         (Self::HIDDEN, "HIDDEN"),
         (Self::OUTPUT_PROJECTION, "OUTPUT_PROJECTION"),
+        (Self::REPLAY, "REPLAY"),
+        (Self::REPLAY_HIDDEN, "REPLAY_HIDDEN"),
     ];
 
     /// Both sets together.

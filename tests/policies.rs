@@ -1,9 +1,18 @@
 //! Parsing of policies: every stage, every bound, every mistake.
 
+mod common;
+
+use std::sync::LazyLock;
+
+use common::weights::{self, Shape, with_file};
 use kvmgr::error::Kind;
 use kvmgr::policy::{Event, Pipeline, PositionMode, STAGES, StageClass};
 use kvmgr::registry::Domain;
 use kvmgr::shape::{LaneWidth, Needs};
+
+/// Weights for every stage that reads a file.
+static WEIGHTS: LazyLock<tempfile::NamedTempFile> =
+    LazyLock::new(|| weights::write(Shape { layers: 1, heads: 2, group: 2, dim: 8, hidden: 6 }));
 
 const BOTH: [Event; 2] = [Event::PrefillEnd, Event::Step];
 
@@ -38,8 +47,9 @@ fn every_stage_is_documented_and_its_examples_parse() {
         let mut needs = Needs::NONE;
         for example in stage.examples {
             assert!(example.contains(stage.name), "{example}");
-            let pipeline = Pipeline::parse(example).unwrap_or_else(|e| panic!("{example}: {e}"));
-            assert_eq!(pipeline.spec(), *example);
+            let example = with_file(example, WEIGHTS.path());
+            let pipeline = Pipeline::parse(&example).unwrap_or_else(|e| panic!("{example}: {e}"));
+            assert_eq!(pipeline.spec(), example);
             needs = needs.union(pipeline.needs());
         }
         assert!(needs.contains(stage.needs), "{}: examples need {needs:?}", stage.name);
@@ -50,8 +60,15 @@ fn every_stage_is_documented_and_its_examples_parse() {
 fn every_default_parses_and_every_bound_refuses() {
     for stage in STAGES.iter() {
         if !matches!(stage.name, "full" | "quant") {
-            let (spec, _) = with_stage(stage.class, stage.name);
-            Pipeline::parse(&spec).unwrap_or_else(|error| panic!("{spec}: {error}"));
+            let (spec, start) = with_stage(stage.class, stage.name);
+            let reads_file = stage.examples.iter().any(|example| example.contains("(file="));
+            match Pipeline::parse(&spec) {
+                Err(error) if reads_file => {
+                    let expected = format!("column {start}: file must name a safetensors file");
+                    assert_eq!(error.message(), expected, "{spec}");
+                }
+                result => _ = result.unwrap_or_else(|error| panic!("{spec}: {error}")),
+            }
         }
         for param in stage.params {
             let bad: Vec<String> = match param.domain {

@@ -1,6 +1,10 @@
 //! What policies choose: budgets, laws of composition, random pipelines.
 
+mod common;
+
 use std::sync::LazyLock;
+
+use common::weights::{self, Shape};
 
 use kvmgr::error::{Kind, Result};
 use kvmgr::policy::{
@@ -33,6 +37,7 @@ struct Head {
     query_mean: Vec<f32>,
     query_covariance: Vec<f32>,
     gate_scores: Vec<f32>,
+    replay_maxima: Vec<f32>,
 }
 
 impl Layer {
@@ -57,6 +62,7 @@ impl Layer {
                 query_mean: noise(4, group * dim),
                 query_covariance: covariance(&noise(5, group * dim), dim),
                 gate_scores: noise(6, *len),
+                replay_maxima: noise(8, group * len),
             }
         };
         let width = lens.len() * group * dim;
@@ -104,6 +110,7 @@ impl Head {
             query_mean: &self.query_mean,
             query_covariance: &self.query_covariance,
             gate_scores: &self.gate_scores,
+            replay_maxima: &self.replay_maxima,
         }
     }
 }
@@ -125,6 +132,12 @@ fn covariance(directions: &[f32], dim: usize) -> Vec<f32> {
     };
     directions.chunks_exact(dim).flat_map(product).collect()
 }
+
+/// Weights for layers of 0 to 3 KV heads.
+static FILES: LazyLock<Vec<tempfile::NamedTempFile>> = LazyLock::new(|| {
+    let shape = |heads| Shape { layers: 1, heads, group: 2, dim: 8, hidden: HIDDEN };
+    (0..4).map(|heads| weights::write(shape(heads))).collect()
+});
 
 /// The rotation of all layers.
 static ROPE: LazyLock<Rope> = LazyLock::new(|| Rope::new(RopeStyle::Half, 8, 1e4));
@@ -199,6 +212,10 @@ fn laws_of_composition() {
             "cur",
             "observed",
             "finch(w=16)",
+            "capkv",
+            "leverage(sketch=4)",
+            "noncausal(chunk=32)",
+            "compactor(chunk=32, sketch=4, blend=0.4)",
             "random(seed=3)",
         ] {
             let run = |rest: &str| select(&format!("{score} | {rest}"), Event::PrefillEnd, &layer);
@@ -217,6 +234,55 @@ fn laws_of_composition() {
             }
         }
     }
+}
+
+#[test]
+fn laws_of_maps() {
+    for (heads, len, seed) in [(1, 40, 1), (4, 100, 2), (3, 201, 3)] {
+        let layer = Layer::even(heads, len, seed);
+        for score in ["knorm", "keydiff", "observed", "random", "cur"] {
+            for keep in ["keep(0.1)", "keep(0.5)", "keep_tokens(7)"] {
+                let run = |maps: &str| {
+                    select(&format!("{score} | {maps}{keep}"), Event::PrefillEnd, &layer)
+                };
+                let plain = run("");
+                for same in [
+                    "protect(0, 0) | ",
+                    "critical(first=1) | ",
+                    "quota(999) | ",
+                    "blockwise(999) | ",
+                ] {
+                    assert_eq!(run(same), plain, "{score} {same} {keep}");
+                }
+                let total = |sets: &[KeepSet]| sets.iter().map(KeepSet::len).sum::<usize>();
+                for budgeted in
+                    ["critical | ", "quota(16) | ", "blockwise(16) | ", "entropy_chunk | "]
+                {
+                    assert_eq!(total(&run(budgeted)), total(&plain), "{score} {budgeted} {keep}");
+                }
+                assert!(total(&run("chunk(9) | ")) <= total(&plain), "{score} {keep}");
+                assert_eq!(run("global | "), run("adakv(floor=0) | "), "{score} {keep}");
+                let chunked = run("chunk(1) | ");
+                assert!(chunked.windows(2).all(|pair| pair[0] == pair[1]));
+                if heads == 1 {
+                    assert_eq!(chunked, plain, "{score} {keep}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_threshold_keeps_what_reaches_it_and_what_is_protected() {
+    let layer = Layer::even(2, 60, 4);
+    let kept = select("all: h2o(recent=0) | protect(2, 3) | tau(1.5)", Event::Step, &layer);
+    for (set, head) in kept.iter().zip(&layer.heads) {
+        let stays = |i: &usize| *i < 2 || *i >= 57 || head.column_sums[*i] >= 1.5;
+        assert_eq!(*set, KeepSet::from_indices((0..60).filter(stays)));
+    }
+    // Something always stays.
+    let kept = select("all: h2o(recent=0) | tau(1000)", Event::Step, &layer);
+    assert!(kept.iter().all(|set| set.len() == 1));
 }
 
 #[test]
@@ -351,13 +417,14 @@ fn value(domain: Domain, pick: u64) -> String {
             (min + (max - min) * (pick % 101) as f64 / 100.0).to_string()
         }
         Domain::Choice(words) => words[pick as usize % words.len()].to_string(),
-        Domain::File => String::from("\"\""),
+        Domain::File => String::new(),
         Domain::Text { .. } => ["q8_0", "had+q4_0", "f16", "kivi2"][pick as usize % 4].to_string(),
     }
 }
 
 /// A random pipe: of each class a random stage or none, with random arguments.
-fn pipe(picks: &[u64]) -> String {
+/// `file` has weights for every stage.
+fn pipe(picks: &[u64], file: &str) -> String {
     let mut picks = picks.iter().copied().cycle();
     let mut pick = move || picks.next().unwrap_or(0);
     let mut stages = Vec::new();
@@ -379,8 +446,13 @@ fn pipe(picks: &[u64]) -> String {
         }
         let stage = members[pick() as usize % members.len()];
         let mut args = Vec::new();
+        let draws = matches!(stage.name, "leverage" | "compactor");
         for param in stage.params {
-            if pick() % 3 > 0 {
+            if matches!(param.domain, Domain::File) {
+                if !draws {
+                    args.push(format!("{}=\"{file}\"", param.name));
+                }
+            } else if pick() % 3 > 0 {
                 args.push(format!("{}={}", param.name, value(param.domain, pick())));
             }
         }
@@ -401,7 +473,7 @@ proptest! {
         poison in 0..8usize,
         seed in any::<u64>(),
     ) {
-        let spec = format!("{}{}", ["", "prefill: ", "decode: ", "all: "][when], pipe(&picks));
+        let spec = format!("{}{}", ["", "prefill: ", "decode: ", "all: "][when], pipe(&picks, FILES[lens.len()].path().to_str().unwrap()));
         let pipeline = match Pipeline::parse(&spec) {
             Ok(pipeline) => pipeline,
             Err(error) => {

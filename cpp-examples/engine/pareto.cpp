@@ -43,6 +43,11 @@ const char *kPolicies[] = {
     "expected | adakv(0.2) | keep(%)",
     "lagkv | keep(%)",
     "cur | keep(%)",
+    "snapkv(w=32) | chunk(10) | keep(%)",
+    "capkv | keep(%)",
+    "leverage | keep(%)",
+    "noncausal | keep(%)",
+    "compactor | keep(%)",
     "random(seed=1) | keep(%)",
 };
 

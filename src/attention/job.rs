@@ -40,7 +40,7 @@ pub(super) struct Piece<'a> {
 
 impl Piece<'_> {
     /// The position of the `i`-th row.
-    fn position(&self, i: usize) -> i32 {
+    pub(super) fn position(&self, i: usize) -> i32 {
         self.span.positions.at(self.rows.start + i)
     }
 }

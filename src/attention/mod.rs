@@ -21,6 +21,7 @@ pub(crate) mod decoded;
 mod job;
 mod plan;
 pub mod reference;
+mod replay;
 mod split;
 mod state;
 mod write;

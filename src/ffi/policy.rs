@@ -45,13 +45,18 @@ pub const KVMGR_NEEDS_QUERY_STATISTICS: u32 = 32;
 pub const KVMGR_NEEDS_HIDDEN: u32 = 64;
 /// The policy reads the output projections: kvmgr_cache_set_weights.
 pub const KVMGR_NEEDS_OUTPUT_PROJECTION: u32 = 128;
+/// The prompt has to be read a second time: kvmgr_sequence_replay.
+pub const KVMGR_NEEDS_REPLAY: u32 = 256;
+/// The policy reads hidden states of the tokens that do so: kvmgr_sequence_observe.
+pub const KVMGR_NEEDS_REPLAY_HIDDEN: u32 = 512;
 
 const _: () = {
     assert!(KVMGR_NEEDS_KEYS == Needs::KEYS.0 && KVMGR_NEEDS_VALUES == Needs::VALUES.0);
     assert!(KVMGR_NEEDS_QUERY_WINDOW == Needs::QUERY_WINDOW.0);
     assert!(KVMGR_NEEDS_COLUMN_SUM == Needs::COLUMN_SUM.0 && KVMGR_NEEDS_ROPE == Needs::ROPE.0);
     assert!(KVMGR_NEEDS_QUERY_STATISTICS == Needs::QUERY_STATISTICS.0);
-    assert!(KVMGR_NEEDS_HIDDEN == Needs::HIDDEN.0);
+    assert!(KVMGR_NEEDS_HIDDEN == Needs::HIDDEN.0 && KVMGR_NEEDS_REPLAY == Needs::REPLAY.0);
+    assert!(KVMGR_NEEDS_REPLAY_HIDDEN == Needs::REPLAY_HIDDEN.0);
     assert!(KVMGR_NEEDS_OUTPUT_PROJECTION == Needs::OUTPUT_PROJECTION.0);
 };
 
@@ -117,6 +122,9 @@ pub struct kvmgr_policy_input {
     pub hidden: *const f32,
     /// [hidden_size, num_q_heads * head_dim]: row i makes element i of the layer's output.
     pub output_projection: *const f32,
+    /// [num_q_heads, T]: the largest probability that each token received from tokens that replay it,
+    /// with KVMGR_NEEDS_REPLAY_HIDDEN over the length of their hidden states.
+    pub replay_maxima: *const f32,
 }
 
 static LISTING: LazyLock<Listing> = LazyLock::new(|| {
@@ -272,6 +280,7 @@ struct Input<'a> {
     /// `[num_kv_heads, T]`.
     gate_scores: Vec<f32>,
     output_projection: &'a [f32],
+    replay_maxima: &'a [f32],
     rope: Option<Rope>,
     positions: Vec<i32>,
 }
@@ -354,6 +363,12 @@ impl<'a> Input<'a> {
                 true => Vec::new(),
                 false => policy.gate(raw.layer as usize, heads, hidden, hidden_size)?,
             },
+            replay_maxima: list(
+                raw.replay_maxima,
+                shape.num_q_heads * tokens,
+                Needs::REPLAY,
+                "replay_maxima",
+            )?,
             output_projection: list(
                 raw.output_projection,
                 hidden_size * width,
@@ -394,6 +409,7 @@ impl<'a> Input<'a> {
                     query_mean: part(self.query_mean, h),
                     query_covariance: part(self.query_covariance, h),
                     gate_scores: part(&self.gate_scores, h),
+                    replay_maxima: part(self.replay_maxima, h),
                 })
                 .collect(),
             rope: self.rope.as_ref(),

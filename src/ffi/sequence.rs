@@ -155,7 +155,7 @@ pub unsafe extern "C" fn kvmgr_sequence_append(
 /// does not look at it.
 ///
 /// @param layer below num_layers
-/// @param what KVMGR_NEEDS_HIDDEN
+/// @param what KVMGR_NEEDS_HIDDEN, also for KVMGR_NEEDS_REPLAY_HIDDEN while tokens replay
 /// @param rows [reserved tokens, hidden_size]: the input of attention, after its norm
 #[must_use]
 #[unsafe(no_mangle)]
@@ -176,6 +176,23 @@ pub unsafe extern "C" fn kvmgr_sequence_observe(
             session.observe_hidden(layer as usize, &convert::matrix(rows, "rows")?)
         })
     })
+}
+
+/// Starts a replay (KVMGR_NEEDS_REPLAY): the engine feeds a request to repeat the prompt and then
+/// tokens first to first + num of it once more, behind the prompt: reserve, append, attend. What that
+/// reads of the prompt is noted, and kvmgr_sequence_commit of 0 tokens ends the replay, of which nothing
+/// is left. Long prompts are replayed in pieces. Before kvmgr_sequence_end_prefill.
+///
+/// @param first the first token that is replayed
+/// @param num_tokens at least 1
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_sequence_replay(
+    sequence: *mut kvmgr_sequence,
+    first: usize,
+    num_tokens: usize,
+) -> kvmgr_status {
+    guard(|| write(sequence, |session| session.replay(first..first.saturating_add(num_tokens))))
 }
 
 /// Makes the first num_tokens reserved tokens real and drops the others, which is how rejected

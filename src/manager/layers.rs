@@ -30,6 +30,7 @@ struct HeadBuffers {
     query_mean: Vec<f32>,
     query_covariance: Vec<f32>,
     gate_scores: Vec<f32>,
+    replay_maxima: Vec<f32>,
 }
 
 impl<'a> Layers<'a> {
@@ -76,6 +77,13 @@ impl<'a> Layers<'a> {
                     buffers.gate_scores.clone_from(&seen.gate_scores);
                     buffers.gate_scores.resize(buffers.positions.len(), f32::NAN);
                 }
+                buffers.replay_maxima.clear();
+                for plane in &seen.replay_maxima {
+                    let rows = buffers.positions.len();
+                    buffers.replay_maxima.extend_from_slice(&plane[..plane.len().min(rows)]);
+                    let known = plane.len().min(rows);
+                    buffers.replay_maxima.extend(std::iter::repeat_n(f32::NAN, rows - known));
+                }
                 buffers.query_mean.clear();
                 buffers.query_covariance.clear();
                 for statistics in &seen.statistics {
@@ -110,6 +118,7 @@ impl LayerSource for Layers<'_> {
             query_mean: &head.query_mean,
             query_covariance: &head.query_covariance,
             gate_scores: &head.gate_scores,
+            replay_maxima: &head.replay_maxima,
         });
         f(&LayerInput {
             layer,

@@ -70,6 +70,9 @@ pub struct HeadInput<'a> {
     pub query_covariance: &'a [f32],
     /// What the policy's gate made of the hidden state of each token, `[T]`; empty unless needed.
     pub gate_scores: &'a [f32],
+    /// The largest probability that each token received when the prompt was replayed, for each query
+    /// head, `[group, T]`; NaN for tokens that were not replayed. Empty unless needed and seen.
+    pub replay_maxima: &'a [f32],
 }
 
 /// The output projection of a layer: what attention heads write into the residual stream.
@@ -234,6 +237,11 @@ impl Pipeline {
     /// The coarsest lanes that can express the keep sets, and the stage that demands it.
     pub fn lane_width(&self) -> (LaneWidth, Option<&str>) {
         (self.width.0, self.width.1.as_deref())
+    }
+
+    /// Leading tokens that take part in every replay.
+    pub fn replay_sinks(&self) -> usize {
+        self.phases().map(|phase| phase.score.replay_sinks()).max().unwrap_or(0)
     }
 
     /// Quantizer specs of keys and values, where the spec names them.

@@ -54,7 +54,7 @@ impl Phase {
                 Ok(())
             })?;
         }
-        let budgets = self.budget.spread(0, &heads, &shares);
+        let budgets = self.budget.spread(0, &heads, &shares)?;
         let mut sets = heads.iter().zip(budgets).map(|(head, budget)| top(head, budget));
         Ok(counts.into_iter().map(|count| sets.by_ref().take(count).collect()).collect())
     }
@@ -68,6 +68,14 @@ impl Phase {
                 return Ok(kept);
             }
         }
+        if self.maps.is_empty() {
+            let fixed = |(h, head): (usize, &HeadInput<'_>)| {
+                self.score.fixed(layer.layer, layer.num_layers, h, head.positions.len())
+            };
+            if let Some(kept) = layer.heads.iter().enumerate().map(fixed).collect() {
+                return Ok(kept);
+            }
+        }
         let Scores { heads, decision } = self.score(layer)?;
         if let Allowance::Threshold(threshold) = self.allowance {
             return Ok(heads.iter().map(|head| above(head, threshold)).collect());
@@ -75,7 +83,7 @@ impl Phase {
         let budgets = match decision {
             Decision::Kept(kept) => return Ok(kept),
             Decision::Budgets(budgets) => budgets,
-            Decision::Open => self.budget.spread(layer.layer, &heads, &self.shares(layer)),
+            Decision::Open => self.budget.spread(layer.layer, &heads, &self.shares(layer))?,
         };
         Ok(heads.iter().zip(budgets).map(|(head, budget)| top(head, budget)).collect())
     }
@@ -152,6 +160,9 @@ fn check(needs: Needs, layer: &LayerInput<'_>, head: &HeadInput<'_>) -> Result<(
         exact(need, "query_covariance", head.query_covariance.len(), covariance)?;
     }
     exact(Needs::HIDDEN, "gate_scores", head.gate_scores.len(), len)?;
+    if !head.replay_maxima.is_empty() {
+        exact(Needs::REPLAY, "replay_maxima", head.replay_maxima.len(), layer.group * len)?;
+    }
     ensure!(
         head.column_sums.len() <= len,
         InvalidArgument,

@@ -149,7 +149,7 @@ const PLUMBING: &[StageInfo] = &[
         params: &[Param {
             name: "score",
             help: "the threshold, in the unit of the score",
-            domain: Domain::Real { default: 0.0, min: -1e30, max: 1e30 },
+            domain: Domain::Real { default: 0.0, min: -1e6, max: 1e6 },
         }],
         needs: Needs::NONE,
         examples: &["h2o | protect(sink=4, recent=64) | tau(0.5)"],

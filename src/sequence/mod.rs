@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub use lane::{Lane, Positions, Span};
-pub use observation::{FIRST_STATISTIC, HeadObservation, Observation};
+pub use observation::{FIRST_STATISTIC, HeadObservation, Observation, Replay};
 pub use statistics::QueryStatistics;
 
 use crate::block::prefix::Digest;

@@ -1,7 +1,9 @@
 //! What attention saw and a policy may ask for. Written by attention, read by policies; follows
 //! its tokens through eviction, truncation and fork.
 
-use parking_lot::Mutex;
+use std::ops::Range;
+
+use parking_lot::{Mutex, RwLock};
 
 use super::statistics::QueryStatistics;
 use crate::shape::{KeepSet, ModelShape, Needs};
@@ -17,6 +19,26 @@ pub struct Observation {
     window: usize,
     heads: Vec<Mutex<HeadObservation>>,
     num_kv_heads: usize,
+    /// What reserved tokens replay, if they do.
+    replay: RwLock<Option<Replay>>,
+    /// For each layer, the lengths of the hidden states of the reserved tokens.
+    replay_norms: Vec<RwLock<Vec<f32>>>,
+}
+
+/// Tokens that reserved tokens read once more: the prompt, or a piece of it, repeated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replay {
+    /// Positions of the tokens.
+    pub tokens: Range<i32>,
+    /// Leading tokens of the sequence that take part besides them.
+    pub sinks: i32,
+}
+
+impl Replay {
+    /// Whether a token takes part in the softmax; those from `reserved` on replay.
+    pub fn includes(&self, position: i32, reserved: i32) -> bool {
+        position < self.sinks || self.tokens.contains(&position) || position >= reserved
+    }
 }
 
 /// Observations of one (layer, KV head).
@@ -32,13 +54,23 @@ pub struct HeadObservation {
     pub statistics: Vec<QueryStatistics>,
     /// What the policy's gate made of the hidden state of each row, NaN where none was handed over.
     pub gate_scores: Vec<f32>,
+    /// For each query head of the group, the largest probability that each row received from a token
+    /// that replays it; NaN for rows that none has.
+    pub replay_maxima: Vec<Vec<f32>>,
 }
 
 impl Observation {
     /// Nothing observed yet; `window` is the number of queries to remember.
     pub fn new(shape: &ModelShape, needs: Needs, window: usize) -> Self {
         let heads = (0..shape.num_layers * shape.num_kv_heads).map(|_| Mutex::default()).collect();
-        Self { needs, window, heads, num_kv_heads: shape.num_kv_heads }
+        Self {
+            needs,
+            window,
+            heads,
+            num_kv_heads: shape.num_kv_heads,
+            replay: RwLock::default(),
+            replay_norms: (0..shape.num_layers).map(|_| RwLock::default()).collect(),
+        }
     }
 
     /// What the policy asked for.
@@ -60,7 +92,30 @@ impl Observation {
     #[must_use]
     pub fn fork(&self) -> Self {
         let copy = |head: &Mutex<HeadObservation>| Mutex::new(head.lock().clone());
-        Self { heads: self.heads.iter().map(copy).collect(), ..*self }
+        Self {
+            needs: self.needs,
+            window: self.window,
+            heads: self.heads.iter().map(copy).collect(),
+            num_kv_heads: self.num_kv_heads,
+            replay: RwLock::default(),
+            replay_norms: self.replay_norms.iter().map(|_| RwLock::default()).collect(),
+        }
+    }
+
+    /// What the reserved tokens replay, if they do.
+    pub fn replay(&self) -> Option<Replay> {
+        self.replay.read().clone()
+    }
+
+    /// Says what the tokens that are reserved next replay; `None` for tokens that go on.
+    pub fn set_replay(&self, replay: Option<Replay>) {
+        *self.replay.write() = replay;
+        self.replay_norms.iter().for_each(|norms| norms.write().clear());
+    }
+
+    /// The lengths of the hidden states of the tokens that replay, by layer.
+    pub fn replay_norms(&self, layer: usize) -> &RwLock<Vec<f32>> {
+        &self.replay_norms[layer]
     }
 
     /// Forgets queries at positions of `limit` and above.
@@ -115,11 +170,16 @@ impl HeadObservation {
                 *plane = keep.iter().map(|row| plane[row]).collect();
             }
         }
+        for plane in &mut self.replay_maxima {
+            plane.resize(len, f32::NAN);
+            *plane = keep.iter().map(|row| plane[row]).collect();
+        }
     }
 
     /// Forgets what is known of rows from `len` on.
     pub fn truncate_rows(&mut self, len: usize) {
         self.column_sums.truncate(len);
         self.gate_scores.truncate(len);
+        self.replay_maxima.iter_mut().for_each(|plane| plane.truncate(len));
     }
 }

@@ -11,6 +11,7 @@
 //! its own result changes nothing.
 
 use super::{Budget, Entry};
+use crate::error::Result;
 use crate::policy::HeadScores;
 use crate::policy::select::ranks;
 use crate::registry::{Domain, Param};
@@ -38,9 +39,9 @@ struct AdaKv {
 type Contender = (u32, std::cmp::Reverse<(usize, usize)>);
 
 impl Budget for AdaKv {
-    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Vec<usize> {
+    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>> {
         let safe = |(head, share): (&HeadScores, &usize)| self.safeguard(head, *share);
-        compete(scores, shares, &scores.iter().zip(shares).map(safe).collect::<Vec<_>>())
+        Ok(compete(scores, shares, &scores.iter().zip(shares).map(safe).collect::<Vec<_>>()))
     }
 
     fn lane_width(&self) -> LaneWidth {
@@ -92,35 +93,41 @@ mod tests {
     #[test]
     fn the_better_head_gets_what_the_floor_leaves() {
         let heads = [head(&[9.0; 10]), head(&[1.0; 10])];
-        assert_eq!(AdaKv { floor: 0.2 }.spread(0, &heads, &[5, 5]), [9, 1]);
-        assert_eq!(AdaKv { floor: 0.0 }.spread(0, &heads, &[5, 5]), [9, 1]);
-        assert_eq!(AdaKv { floor: 0.6 }.spread(0, &heads, &[5, 5]), [7, 3]);
-        assert_eq!(AdaKv { floor: 1.0 }.spread(0, &heads, &[5, 5]), [5, 5]);
+        assert_eq!(AdaKv { floor: 0.2 }.spread(0, &heads, &[5, 5]).unwrap(), [9, 1]);
+        assert_eq!(AdaKv { floor: 0.0 }.spread(0, &heads, &[5, 5]).unwrap(), [9, 1]);
+        assert_eq!(AdaKv { floor: 0.6 }.spread(0, &heads, &[5, 5]).unwrap(), [7, 3]);
+        assert_eq!(AdaKv { floor: 1.0 }.spread(0, &heads, &[5, 5]).unwrap(), [5, 5]);
     }
 
     #[test]
     fn ties_go_to_the_lower_head() {
         let heads = [head(&[1.0; 8]), head(&[1.0; 8])];
-        assert_eq!(AdaKv { floor: 0.25 }.spread(0, &heads, &[4, 4]), [7, 1]);
+        assert_eq!(AdaKv { floor: 0.25 }.spread(0, &heads, &[4, 4]).unwrap(), [7, 1]);
     }
 
     #[test]
     fn ragged_heads_keep_the_total_of_the_layer() {
         let heads = [head(&[9.0; 9]), head(&[1.0; 1]), head(&[2.0; 2])];
-        assert_eq!(AdaKv { floor: 0.2 }.spread(0, &heads, &[4, 4, 4]), [9, 1, 2]);
-        assert_eq!(AdaKv { floor: 0.2 }.spread(0, &heads, &[3, 3, 3]), [7, 1, 1]);
+        assert_eq!(AdaKv { floor: 0.2 }.spread(0, &heads, &[4, 4, 4]).unwrap(), [9, 1, 2]);
+        assert_eq!(AdaKv { floor: 0.2 }.spread(0, &heads, &[3, 3, 3]).unwrap(), [7, 1, 1]);
     }
 
     #[test]
     fn protected_tokens_are_never_traded() {
         let mut low = head(&[0.0; 10]);
         low.protected[6..].fill(true);
-        assert_eq!(AdaKv { floor: 0.2 }.spread(0, &[head(&[9.0; 10]), low], &[5, 5]), [6, 4]);
+        assert_eq!(
+            AdaKv { floor: 0.2 }.spread(0, &[head(&[9.0; 10]), low], &[5, 5]).unwrap(),
+            [6, 4]
+        );
     }
 
     #[test]
     fn empty_heads_and_no_heads_are_fine() {
-        assert_eq!(AdaKv { floor: 0.2 }.spread(0, &[], &[]), [0usize; 0]);
-        assert_eq!(AdaKv { floor: 0.2 }.spread(0, &[head(&[]), head(&[1.0])], &[3, 3]), [0, 1]);
+        assert_eq!(AdaKv { floor: 0.2 }.spread(0, &[], &[]).unwrap(), [0usize; 0]);
+        assert_eq!(
+            AdaKv { floor: 0.2 }.spread(0, &[head(&[]), head(&[1.0])], &[3, 3]).unwrap(),
+            [0, 1]
+        );
     }
 }

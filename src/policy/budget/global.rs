@@ -10,6 +10,7 @@
 
 use super::adakv::compete;
 use super::{Budget, Entry};
+use crate::error::Result;
 use crate::policy::HeadScores;
 use crate::shape::LaneWidth;
 
@@ -26,12 +27,12 @@ pub(super) static ENTRY: Entry = Entry {
 struct Global;
 
 impl Budget for Global {
-    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Vec<usize> {
+    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>> {
         let safe = |(head, share): (&HeadScores, &usize)| {
             let protected = head.protected.iter().filter(|protected| **protected).count();
             protected.max(1).min(*share).min(head.scores.len())
         };
-        compete(scores, shares, &scores.iter().zip(shares).map(safe).collect::<Vec<_>>())
+        Ok(compete(scores, shares, &scores.iter().zip(shares).map(safe).collect::<Vec<_>>()))
     }
 
     fn is_global(&self) -> bool {

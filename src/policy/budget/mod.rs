@@ -9,7 +9,7 @@ use crate::shape::LaneWidth;
 
 registry! {
     /// Every budget, in the order of the documentation.
-    pub static BUDGETS: Entry = { uniform, adakv, global, pyramid, }
+    pub static BUDGETS: Entry = { uniform, adakv, global, pyramid, lukv, headkv, }
 }
 
 /// What a budget over layers knows of one head.
@@ -36,7 +36,7 @@ pub trait Budget: Debug + Send + Sync {
     /// Tokens that each head of a layer keeps, at most as many as it has. `shares[h]` is the
     /// allowance of head `h`, which may be more than it has; heads of different lengths may use what
     /// others leave.
-    fn spread(&self, layer: usize, scores: &[HeadScores], shares: &[usize]) -> Vec<usize>;
+    fn spread(&self, layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>>;
 
     /// Whether the heads of all layers compete: then `spread` is called once, with the heads of
     /// layer 0, of layer 1 and so on one after the other.

@@ -63,7 +63,7 @@ impl Map for Critical {
         let Some(projection) = layer.output_projection else {
             bail!(InvalidState, "critical needs the output projection of layer {}", layer.layer);
         };
-        let budgets = context.budget.spread(layer.layer, &scores.heads, context.shares);
+        let budgets = context.budget.spread(layer.layer, &scores.heads, context.shares)?;
         for (h, (head, budget)) in scores.heads.iter_mut().zip(&budgets).enumerate() {
             let safe = context.budget.safeguard(head, context.shares[h]);
             let first = ((*budget as f64 * self.first + 1e-9) as usize).max(safe).min(*budget);
@@ -101,4 +101,39 @@ fn output_sizes(
     }
     sizes.iter_mut().for_each(|size| *size /= layer.group as f32);
     sizes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_sizes_agree_with_f64() {
+        let (group, dim, hidden, len) = (3, 5, 7, 11);
+        let noise = |n: usize, seed: usize| -> Vec<f32> {
+            (0..n).map(|i| (((i + seed) * 37 % 101) as f32 - 50.0) / 20.0).collect()
+        };
+        let (positions, values) = ((0..len as i32).collect::<Vec<_>>(), noise(len * dim, 1));
+        let width = 2 * group * dim;
+        let weights = noise(hidden * width, 2);
+        let input = HeadInput { positions: &positions, values: &values, ..HeadInput::default() };
+        let layer = LayerInput { group, head_dim: dim, ..LayerInput::default() };
+        let projection = OutputProjection { weights: &weights, width };
+        for head in 0..2 {
+            let found = output_sizes(&layer, head, &input, &projection);
+            for (j, found) in found.iter().enumerate() {
+                let mut sum = 0.0f64;
+                for g in 0..group {
+                    for o in 0..hidden {
+                        let at = |c: usize| {
+                            f64::from(weights[o * width + (head * group + g) * dim + c])
+                                * f64::from(values[j * dim + c])
+                        };
+                        sum += (0..dim).map(at).sum::<f64>().abs();
+                    }
+                }
+                assert!((f64::from(*found) - sum / group as f64).abs() < 1e-4, "{head} {j}");
+            }
+        }
+    }
 }

@@ -105,7 +105,7 @@ impl CapKv {
             rotation.apply(&mut anchor);
             let weights = self.weights(keys, &anchor);
             let shares: Vec<f32> = weights.iter().map(|weight| weight + EPSILON).collect();
-            let leverage = leverage(values, dim, &shares, 1.0)?;
+            let leverage = leverage(values, dim, &shares, 1.0);
             let parts = weights.iter().zip(leverage);
             for (score, (weight, leverage)) in scores[sink..].iter_mut().zip(parts) {
                 *score += weight * leverage / layer.group as f32;

@@ -1,25 +1,26 @@
 //! Leverage: how much of a direction one row alone supplies.
 
-use crate::error::{Result, ensure};
 use crate::simd;
 
 /// `x' A^-1 x` for the rows `x` of `rows` `[n, dim]`, with `A = ridge I + sum of w[j] x[j] x[j]'`
 /// and `w` 1 if empty.
 ///
 /// `A = L L'` is factored in f64, then `x' A^-1 x = |L^-1 x|^2`: a sum of squares, where nothing
-/// cancels.
-pub(super) fn leverage(rows: &[f32], dim: usize, weights: &[f32], ridge: f64) -> Result<Vec<f32>> {
+/// cancels. Rows that are not finite make all of it NaN.
+pub(super) fn leverage(rows: &[f32], dim: usize, weights: &[f32], ridge: f64) -> Vec<f32> {
     let mut gram = gram(rows, dim, weights);
     for i in 0..dim {
         gram[i * dim + i] += ridge;
     }
-    let factor = inverse_factor(&mut gram, dim)?;
+    let Some(factor) = inverse_factor(&mut gram, dim) else {
+        return vec![f32::NAN; rows.len() / dim];
+    };
     let kernels = simd::active();
     let leverage = |row: &[f32]| {
         let parts = factor.chunks_exact(dim).enumerate();
         parts.map(|(i, f)| kernels.dot_f32(&f[..=i], &row[..=i]).powi(2)).sum::<f32>()
     };
-    Ok(rows.chunks_exact(dim).map(leverage).collect())
+    rows.chunks_exact(dim).map(leverage).collect()
 }
 
 /// `sum of w[j] x[j] x[j]'`: tiles of rows in f32, the sum of tiles in f64.
@@ -41,15 +42,17 @@ fn gram(rows: &[f32], dim: usize, weights: &[f32]) -> Vec<f64> {
     total
 }
 
-/// `L^-1` of the positive definite `A = L L'` `[dim, dim]`, which is overwritten.
-fn inverse_factor(a: &mut [f64], dim: usize) -> Result<Vec<f32>> {
+/// `L^-1` of the positive definite `A = L L'` `[dim, dim]`, which is overwritten; `None` if it is not.
+fn inverse_factor(a: &mut [f64], dim: usize) -> Option<Vec<f32>> {
     for j in 0..dim {
         for i in j..dim {
             let (above, row) = (&a[j * dim..][..j], &a[i * dim..][..j]);
             let known: f64 = above.iter().zip(row).map(|(x, y)| x * y).sum();
             let rest = a[i * dim + j] - known;
             if i == j {
-                ensure!(rest > 0.0, InvalidState, "rows are not finite: no leverage scores");
+                if rest.is_nan() || rest <= 0.0 {
+                    return None;
+                }
                 a[i * dim + j] = rest.sqrt();
             } else {
                 a[i * dim + j] = rest / a[j * dim + j];
@@ -65,7 +68,7 @@ fn inverse_factor(a: &mut [f64], dim: usize) -> Result<Vec<f32>> {
             inverse[i * dim + j] = (unit - known) / pivot;
         }
     }
-    Ok(inverse.into_iter().map(|x| x as f32).collect())
+    Some(inverse.into_iter().map(|x| x as f32).collect())
 }
 
 /// Moves and scales the scores of all heads of a layer together to mean 0 and deviation 1.
@@ -119,7 +122,7 @@ mod tests {
                 }
             }
             (0..dim).for_each(|i| a[i * dim + i] += 0.5);
-            let found = leverage(&rows, dim, &weights, 0.5).unwrap();
+            let found = leverage(&rows, dim, &weights, 0.5);
             for (row, found) in rows.chunks_exact(dim).zip(found) {
                 let row: Vec<f64> = row.iter().map(|x| f64::from(*x)).collect();
                 let x = solve(a.clone(), row.clone());
@@ -130,7 +133,7 @@ mod tests {
                 );
             }
         }
-        assert!(leverage(&[f32::NAN, 1.0], 2, &[], 1.0).is_err());
+        assert!(leverage(&[f32::NAN, 1.0], 2, &[], 1.0)[0].is_nan());
     }
 
     #[test]

@@ -19,7 +19,7 @@ registry! {
     /// Every score, in the order of the documentation.
     pub static SCORES: Entry = {
         full, stream, snapkv, h2o, tova, keydiff, expected, knorm, lagkv, cur, observed, finch, capkv,
-        leverage, noncausal, compactor, random,
+        leverage, noncausal, compactor, qfilter, kvzip, kvzap, fastkvzip, duo, random,
     }
 }
 
@@ -30,6 +30,11 @@ pub trait Score: Debug + Send + Sync {
 
     /// Queries of each head to remember.
     fn query_window(&self) -> usize {
+        0
+    }
+
+    /// Leading tokens that take part in every replay.
+    fn replay_sinks(&self) -> usize {
         0
     }
 
@@ -64,6 +69,17 @@ pub trait Score: Debug + Send + Sync {
     /// The best `n` of `len` tokens, at once, if nothing but their order matters: such policies run
     /// at each step and must not cost a look at each token.
     fn top(&self, _len: usize, _n: usize) -> Option<KeepSet> {
+        None
+    }
+
+    /// What a head of `len` tokens keeps, at once, if its place in the model says it all.
+    fn fixed(
+        &self,
+        _layer: usize,
+        _num_layers: usize,
+        _head: usize,
+        _len: usize,
+    ) -> Option<KeepSet> {
         None
     }
 
