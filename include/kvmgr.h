@@ -1649,6 +1649,29 @@ kvmgr_status kvmgr_attention_plan(kvmgr_attention *attention,
                                   size_t num_sequences);
 
 /**
+ * Restricts a layer of the current plan to blocks: selected attention, such as Quest. KV head h of
+ * the batch's sequence s attends to blocks[starts[i]] to blocks[starts[i + 1] - 1] with
+ * i = s * num_kv_heads + h: ascending indices into the block table of its lane. The blocks that
+ * hold the planned tokens are attended in any case, so an empty list leaves those. It holds for
+ * the runs of this layer until the next plan. On failure the layer is back to all blocks.
+ * Wants the handle alone; allocates only while its buffers still grow.
+ *
+ * @param layer below num_layers
+ * @param starts num_sequences * num_kv_heads + 1 ascending numbers, the first 0 and the last
+ *        num_blocks
+ * @param num_starts length of starts, checked against the plan
+ * @param blocks num_blocks indices; may be NULL if num_blocks is 0
+ * @param num_blocks length of blocks
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_attention_select(kvmgr_attention *attention,
+                                    uint32_t layer,
+                                    const uint32_t *starts,
+                                    size_t num_starts,
+                                    const uint32_t *blocks,
+                                    size_t num_blocks);
+
+/**
  * Writes K and V of the planned tokens into the rows that were reserved for them.
  *
  * @param layer below num_layers

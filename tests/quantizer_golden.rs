@@ -47,8 +47,21 @@ fn round_trip(quantizer: &dyn Quantizer, rows: &[f32], dim: usize) -> (Vec<u8>, 
 #[test]
 fn ggml_formats_are_byte_compatible() {
     let golden = Golden::open();
-    for (spec, name) in [("q8_0", "Q8_0"), ("q4_0", "Q4_0"), ("bf16", "BF16")] {
-        for source in ["gauss", "outlier64", "edge"] {
+    let formats = [
+        ("q8_0", "Q8_0"),
+        ("q4_0", "Q4_0"),
+        ("bf16", "BF16"),
+        ("q4_1", "Q4_1"),
+        ("q5_0", "Q5_0"),
+        ("q5_1", "Q5_1"),
+        ("iq4_nl", "IQ4_NL"),
+        ("mxfp4", "MXFP4"),
+    ];
+    for (spec, name) in formats {
+        // The vectors of IQ4_NL have neither outliers nor edge cases.
+        let sources: &[_] =
+            if spec == "iq4_nl" { &["gauss"] } else { &["gauss", "outlier64", "edge"] };
+        for source in sources {
             let rows = golden.floats(&format!("data/{source}"));
             let dim = golden.columns(&format!("data/{source}"));
             for quantizer in levels(spec, Side::Key) {
@@ -59,6 +72,10 @@ fn ggml_formats_are_byte_compatible() {
             }
         }
     }
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
 }
 
 fn difference(ours: &[u8], theirs: &[u8]) -> String {
@@ -98,6 +115,25 @@ fn the_rotation_is_the_sylvester_matrix() {
         identity.iter_mut().step_by(65).for_each(|x| *x = 1.0);
         kernels.hadamard(&mut identity, 64);
         assert_eq!(identity, matrix, "{}", kernels.name);
+    }
+}
+
+/// The vectors use the levels of the normal distribution, we those of the sphere, so that codes near
+/// a middle move; the error must not be larger.
+#[test]
+fn tq_agrees_up_to_ties() {
+    let golden = Golden::open();
+    for (source, bits) in [("gauss", 2), ("gauss", 3), ("gauss", 4), ("outlier64", 3)] {
+        let rows = golden.floats(&format!("data/{source}"));
+        let dim = golden.columns(&format!("data/{source}"));
+        let expected = golden.floats(&format!("turboquant/mse{bits}_nc/{source}/deq"));
+        for quantizer in levels(&format!("tq{bits}"), Side::Key) {
+            let (_, values) = round_trip(&*quantizer, &rows, dim);
+            let apart = distance(&values, &expected);
+            let (ours, theirs) = (distance(&rows, &values), distance(&rows, &expected));
+            assert!(apart <= 0.6 * theirs, "tq{bits} {source}: {apart} apart of {theirs}");
+            assert!(ours <= theirs * 1.002, "tq{bits} {source}: error {ours} above {theirs}");
+        }
     }
 }
 
@@ -150,5 +186,119 @@ fn check_kivi(
             }
         }
         assert!(moved <= codes.len() / 300, "{name}: {moved} of {} codes moved", codes.len());
+    }
+}
+
+/// Rows of codes and f32 metadata, as the vectors keep them apart.
+#[test]
+fn formats_with_a_scale_for_a_row_have_the_codes_of_the_vectors() {
+    let golden = Golden::open();
+    let cases = [
+        ("fp8(e4m3)", "fp8/e4m3fn/per_token/gauss", "gauss"),
+        ("fp8(e4m3)", "fp8/e4m3fn/per_token/edge", "edge"),
+        ("fp8(e5m2)", "fp8/e5m2/per_token/gauss", "gauss"),
+        ("fp8(e5m2)", "fp8/e5m2/per_token/edge", "edge"),
+        ("int8", "int/sym8_per_token/gauss", "gauss"),
+    ];
+    for (spec, name, source) in cases {
+        let rows = golden.floats(&format!("data/{source}"));
+        let field = if spec == "int8" { "q" } else { "bytes" };
+        let expected = golden.bytes(&format!("{name}/{field}")).chunks(128);
+        let scales = golden.floats(&format!("{name}/scale"));
+        for quantizer in levels(spec, Side::Key) {
+            let (bytes, _) = round_trip(&*quantizer, &rows, 128);
+            let pairs = bytes.chunks(132).zip(expected.clone()).zip(&scales);
+            for (i, ((row, codes), scale)) in pairs.enumerate() {
+                let is_zero = rows[i * 128..(i + 1) * 128].iter().all(|x| *x == 0.0);
+                assert!(row[..128] == *codes, "{spec} {source} row {i}");
+                let ours = f32::from_le_bytes([row[128], row[129], row[130], row[131]]);
+                assert!(is_zero || (ours - scale).abs() <= scale * 1e-6, "{spec} {source} {i}");
+            }
+        }
+    }
+}
+
+#[test]
+fn int4_and_nvfp4_decode_to_the_numbers_of_the_vectors() {
+    let golden = Golden::open();
+    let rows = golden.floats("data/gauss");
+    let codes = golden.bytes("int/asym4_per_token/gauss/q");
+    let (scales, minima) = (
+        golden.floats("int/asym4_per_token/gauss/scale"),
+        golden.floats("int/asym4_per_token/gauss/min"),
+    );
+    for quantizer in levels("int4", Side::Key) {
+        let (_, values) = round_trip(&*quantizer, &rows, 128);
+        for (i, (value, code)) in values.iter().zip(codes).enumerate() {
+            let expected = scales[i / 128] * f32::from(*code) + minima[i / 128];
+            assert!((value - expected).abs() <= 1e-5, "int4 {i}: {value}, not {expected}");
+        }
+    }
+    const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    let codes = golden.bytes("nvfp4/noglobal/gauss/codes");
+    let scales = golden.bytes("nvfp4/noglobal/gauss/scales_e4m3");
+    for quantizer in levels("nvfp4", Side::Key) {
+        let (_, values) = round_trip(&*quantizer, &rows, 128);
+        for (i, (value, code)) in values.iter().zip(codes).enumerate() {
+            let scale = f32::from(half::f16::from_bits(u16::from(scales[i / 16]) << 7)) * 256.0;
+            let sign = if code & 8 == 0 { 1.0 } else { -1.0 };
+            let expected = sign * scale * E2M1[usize::from(code & 7)];
+            assert_eq!(*value, expected, "nvfp4 {i}");
+        }
+    }
+}
+
+/// The vectors of `nuq` calibrate one set of levels and thresholds on all 300 keys, those of `gear`
+/// have one matrix of rank 4 for all tokens: our groups must not be worse than that.
+#[test]
+fn nuq_and_gear_are_as_good_as_the_vectors() {
+    let golden = Golden::open();
+    let cases = [
+        ("nuq(bits=2)", "model_k_pre", 0.2245),
+        ("nuq(bits=3)", "model_k_pre", 0.1131),
+        ("nuq(bits=4)", "model_k_pre", 0.0566),
+        ("gear(bits=2, rank=4)", "outlier", 0.1567),
+        ("gear(bits=4, rank=4)", "outlier", 0.0309),
+        ("gear(bits=2, rank=0)", "outlier", 0.1672 * 1.03),
+        ("gear(bits=4, rank=0)", "outlier", 0.0330 * 1.03),
+    ];
+    for (spec, source, expected) in cases {
+        let rows = golden.floats(&format!("data/{source}"));
+        let dim = golden.columns(&format!("data/{source}"));
+        for quantizer in levels(spec, Side::Key) {
+            assert_eq!(quantizer.spec(), spec);
+            let (_, values) = round_trip(&*quantizer, &rows, dim);
+            let error = distance(&rows, &values) / distance(&rows, &vec![0.0; rows.len()]);
+            assert!(error <= expected, "{spec} {source}: {error} above {expected}");
+            assert!(error >= 0.5 * expected, "{spec} {source}: {error}, far below {expected}");
+        }
+    }
+}
+
+/// Scores of `qjl` correlate with the true ones as those of the vectors do (0.87 for gaussian rows
+/// at two signs an element), and more signs make them better.
+#[test]
+fn qjl_scores_are_unbiased_estimates() {
+    let rows = Golden::open().floats("data/gauss");
+    let (queries, dim) = (&rows[..8 * 128], 128);
+    let mut last = 0.0;
+    for ratio in 1..=4 {
+        for quantizer in levels(&format!("qjl(ratio={ratio})"), Side::Key) {
+            let (_, values) = round_trip(&*quantizer, &rows, dim);
+            let mut pairs = Vec::new();
+            for query in queries.chunks(dim) {
+                for (row, value) in rows.chunks(dim).zip(values.chunks(dim)).skip(8) {
+                    let dot = |a: &[f32]| a.iter().zip(query).map(|(a, b)| a * b).sum::<f32>();
+                    pairs.push((f64::from(dot(row)), f64::from(dot(value))));
+                }
+            }
+            let sum = |f: fn(f64, f64) -> f64| pairs.iter().map(|(a, b)| f(*a, *b)).sum::<f64>();
+            let (xx, xy, yy) = (sum(|a, _| a * a), sum(|a, b| a * b), sum(|_, b| b * b));
+            let (correlation, slope) = (xy / (xx * yy).sqrt(), xy / xx);
+            assert!((slope - 1.0).abs() < 0.1, "ratio {ratio}: slope {slope}");
+            assert!(correlation >= last, "ratio {ratio}: {correlation} after {last}");
+            assert!(ratio != 2 || (0.82..0.92).contains(&correlation), "{correlation}");
+            last = correlation - 1e-9;
+        }
     }
 }

@@ -82,9 +82,9 @@ impl Call<'_> {
     fn job(&self, task: Task) -> Job<'_> {
         let shape = &self.cache.config().shape;
         let sequence = &self.plan.sequences[task.sequence];
-        let (lane, cell) = self.cache.config().lane_width.locate(shape, self.layer, task.kv_head);
-        let (lane, spans) = self.plan.lane(sequence, lane);
-        Job { task, sequence, lane, spans, cell, group: shape.group(), dim: shape.head_dim }
+        let (_, cell) = self.cache.config().lane_width.locate(shape, self.layer, task.kv_head);
+        let (lane, walk) = self.plan.walk(self.cache, self.layer, task.sequence, task.kv_head);
+        Job { task, sequence, lane, walk, cell, group: shape.group(), dim: shape.head_dim }
     }
 
     /// Fills `scratch.total` with the state of the task's part of the rows.
@@ -98,7 +98,7 @@ impl Call<'_> {
         }
         scratch.total.reset(rows, job.dim);
         for format in 0..self.cache.formats().len() {
-            if job.spans.iter().any(|span| span.block.view.format() == format) {
+            if job.walk.spans.iter().any(|span| span.block.view.format() == format) {
                 self.attend_format(job, format, scratch);
                 scratch.total.merge(&scratch.part);
             }
@@ -143,20 +143,19 @@ impl Call<'_> {
         let RowScratch { prepared, scores, decoded } = scratch;
         let part = job.part();
         let mut ready: Option<(usize, i32)> = None;
-        let mut start = 0;
-        for span in job.spans {
-            let index = start;
-            start += span.count as usize;
-            let this = span.block.view.format();
-            if start <= part.start || format.is_some_and(|format| format != this) {
-                continue;
-            }
-            if index >= part.end {
+        for i in job.walk.stop_of(part.start)..job.walk.num_stops() {
+            let stop = job.walk.stop(i);
+            if stop.offset >= part.end {
                 break;
+            }
+            let span = stop.span;
+            let this = span.block.view.format();
+            if format.is_some_and(|format| format != this) {
+                continue;
             }
             let key = self.cache.formats()[this].side(Side::Key);
             let shift = job.shift(span);
-            for piece in job.pieces(span, index, self.options.sliding_window) {
+            for piece in job.pieces(stop, self.options.sliding_window) {
                 if ready != Some((this, shift)) {
                     self.turn(job, shift, queries, prepared);
                     if job.rows() < DECODE_FROM {

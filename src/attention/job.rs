@@ -13,6 +13,7 @@
 use std::ops::Range;
 
 use super::plan::{Planned, PlannedLane, Task};
+use super::walk::{Stop, Walk};
 use crate::sequence::Span;
 
 /// A task with everything it refers to.
@@ -20,7 +21,7 @@ pub(super) struct Job<'a> {
     pub(super) task: Task,
     pub(super) sequence: &'a Planned,
     pub(super) lane: &'a PlannedLane,
-    pub(super) spans: &'a [Span],
+    pub(super) walk: Walk<'a>,
     pub(super) cell: usize,
     pub(super) group: usize,
     pub(super) dim: usize,
@@ -93,22 +94,17 @@ impl<'a> Job<'a> {
         if self.sequence.cache_relative { self.lane.evicted - span.evicted_before } else { 0 }
     }
 
-    /// The pieces of a span whose first row has `index` in the lane.
-    pub(super) fn pieces(
-        &self,
-        span: &'a Span,
-        index: usize,
-        window: u32,
-    ) -> impl Iterator<Item = Piece<'a>> {
+    /// The pieces of a span.
+    pub(super) fn pieces(&self, stop: Stop<'a>, window: u32) -> impl Iterator<Item = Piece<'a>> {
         let shared_end = self.last_index(0) + 1;
         let own = move |query| {
             let rows = shared_end..self.last_index(query) + 1;
-            self.piece(span, index, rows, query..query + 1, window)
+            self.piece(stop, rows, query..query + 1, window)
         };
         let num_queries = self.task.num_queries;
-        let is_diagonal = index + span.count as usize > shared_end;
+        let is_diagonal = stop.index + stop.span.count as usize > shared_end;
         let owners = if is_diagonal { 1..num_queries } else { 0..0 };
-        let shared = self.piece(span, index, 0..shared_end, 0..num_queries, window);
+        let shared = self.piece(stop, 0..shared_end, 0..num_queries, window);
         shared.into_iter().chain(owners.filter_map(own))
     }
 
@@ -116,15 +112,16 @@ impl<'a> Job<'a> {
     /// beyond the window of the first of `queries`, which sees furthest back.
     fn piece(
         &self,
-        span: &'a Span,
-        index: usize,
+        Stop { span, index, offset }: Stop<'a>,
         lane_rows: Range<usize>,
         queries: Range<usize>,
         window: u32,
     ) -> Option<Piece<'a>> {
         let part = self.part();
-        let start = index.max(lane_rows.start).max(part.start);
-        let end = (index + span.count as usize).min(lane_rows.end).min(part.end);
+        let start = index + part.start.saturating_sub(offset);
+        let start = start.max(lane_rows.start);
+        let end = index + (span.count as usize).min(part.end.saturating_sub(offset));
+        let end = end.min(lane_rows.end);
         if start >= end {
             return None;
         }
@@ -143,9 +140,10 @@ impl<'a> Job<'a> {
         self.lane.len - self.sequence.num_queries + self.task.first_query + query
     }
 
-    /// The rows of the lane that the task attends to.
+    /// The rows of the walk that the task attends to.
     pub(super) fn part(&self) -> Range<usize> {
         let Task { part, num_parts, .. } = self.task;
-        part * self.lane.len / num_parts..(part + 1) * self.lane.len / num_parts
+        let rows = self.walk.rows();
+        part * rows / num_parts..(part + 1) * rows / num_parts
     }
 }

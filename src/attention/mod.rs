@@ -24,6 +24,7 @@ pub mod reference;
 mod replay;
 mod split;
 mod state;
+mod walk;
 mod write;
 
 use std::sync::Arc;
@@ -34,7 +35,7 @@ pub use write::write_sequence;
 use self::plan::Plan;
 use crate::cache::Cache;
 use crate::device::tensor::{Tensor, TensorMut};
-use crate::error::{Result, ensure};
+use crate::error::{Result, bail, ensure};
 use crate::sequence::Sequence;
 
 /// What a layer does to its logits. The default is plain scaled dot-product attention.
@@ -75,6 +76,36 @@ impl Attention {
             self.plan.clear();
         }
         result
+    }
+
+    /// Restricts `layer` of the current plan to blocks, for selected attention such as Quest: head
+    /// `h` of sequence `s` attends to `blocks[starts[i]..starts[i + 1]]` with
+    /// `i = s * num_kv_heads + h`, ascending indices into the block table of its lane. The blocks
+    /// that hold the planned tokens are attended in any case. It holds for the runs of this layer
+    /// until the next plan; nobody may run the layer meanwhile. On failure the layer is back to
+    /// all blocks. Buffers are reused.
+    pub fn select(&mut self, layer: usize, starts: &[u32], blocks: &[u32]) -> Result<()> {
+        self.check(layer, 0, 1)?;
+        let heads = self.plan.sequences.len() * self.cache.config().shape.num_kv_heads;
+        ensure!(
+            starts.len() == heads + 1,
+            InvalidArgument,
+            "starts has {} values, must have {heads} + 1: one for each KV head of each sequence",
+            starts.len()
+        );
+        let (first, last) = (starts[0] as usize, starts[heads] as usize);
+        ensure!(first == 0, InvalidArgument, "starts[0] is {first}, must be 0");
+        ensure!(
+            last == blocks.len(),
+            InvalidArgument,
+            "starts[{heads}] is {last}, must be the number of blocks, {}",
+            blocks.len()
+        );
+        if let Some(i) = starts.windows(2).position(|pair| pair[0] > pair[1]) {
+            let (this, next) = (starts[i], starts[i + 1]);
+            bail!(InvalidArgument, "starts[{}] is {next}, below starts[{i}], {this}", i + 1);
+        }
+        self.plan.select(&self.cache, layer, &starts[1..], blocks)
     }
 
     /// Tokens of the planned batch: rows of Q and O.

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::split::{self, Split};
+use super::walk::{Selection, Walk};
 use crate::cache::Cache;
 use crate::error::{Result, ensure};
 use crate::sequence::{Observation, Replay, Sequence, Shared, Span};
@@ -19,6 +20,10 @@ pub(super) struct Plan {
     pub(super) sequences: Vec<Planned>,
     pub(super) lanes: Vec<PlannedLane>,
     pub(super) spans: Vec<Span>,
+    /// For each span, the rows of its lane before it.
+    starts: Vec<usize>,
+    /// Explicit block lists, for each layer.
+    selections: Vec<Selection>,
     pub(super) tasks: Vec<Task>,
     /// For each layer, the running sum of the costs of its tasks.
     costs: Vec<u64>,
@@ -75,6 +80,8 @@ impl Plan {
         self.sequences.clear();
         self.lanes.clear();
         self.spans.clear();
+        self.starts.clear();
+        self.selections.iter_mut().for_each(Selection::clear);
         self.tasks.clear();
         self.costs.clear();
         self.num_splits = 0;
@@ -132,7 +139,12 @@ impl Plan {
             let start = self.spans.len();
             self.spans.extend(lane.spans.iter().cloned());
             let spans = start..self.spans.len();
-            self.lanes.push(PlannedLane { spans, len: lane.len(), evicted: lane.evicted });
+            let mut len = 0;
+            for span in &lane.spans {
+                self.starts.push(len);
+                len += span.count as usize;
+            }
+            self.lanes.push(PlannedLane { spans, len, evicted: lane.evicted });
         }
         self.sequences.push(Planned {
             shared: sequence.shared().clone(),
@@ -180,17 +192,53 @@ impl Plan {
                 }
             }
         }
+        self.selections.resize_with(shape.num_layers, Selection::default);
+        self.costs.resize(shape.num_layers * self.tasks.len(), 0);
         for layer in 0..shape.num_layers {
-            let mut sum = 0;
-            for task in &self.tasks {
-                let sequence = &self.sequences[task.sequence];
-                let (lane, _) = cache.config().lane_width.locate(shape, layer, task.kv_head);
-                let len = self.lanes[sequence.first_lane + lane].len;
-                let after = sequence.num_queries - task.first_query - task.num_queries;
-                sum += ((len - after) * task.num_queries / task.num_parts) as u64 + 1;
-                self.costs.push(sum);
-            }
+            self.count_costs(cache, layer);
         }
+    }
+
+    /// Fills the running sum of the costs of a layer.
+    fn count_costs(&mut self, cache: &Cache, layer: usize) {
+        let mut sum = 0;
+        for (i, task) in self.tasks.iter().enumerate() {
+            let sequence = &self.sequences[task.sequence];
+            let (_, walk) = self.walk(cache, layer, task.sequence, task.kv_head);
+            let after = sequence.num_queries - task.first_query - task.num_queries;
+            sum += ((walk.rows() - after) * task.num_queries / task.num_parts) as u64 + 1;
+            self.costs[layer * self.tasks.len() + i] = sum;
+        }
+    }
+
+    /// See [`super::Attention::select`].
+    pub(super) fn select(
+        &mut self,
+        cache: &Cache,
+        layer: usize,
+        ends: &[u32],
+        blocks: &[u32],
+    ) -> Result<()> {
+        let heads = cache.config().shape.num_kv_heads;
+        let mut selection = std::mem::take(&mut self.selections[layer]);
+        selection.clear();
+        let mut start = 0;
+        let result = ends.iter().enumerate().try_for_each(|(i, end)| {
+            let (sequence, head) = (i / heads, i % heads);
+            let (_, mut lane) = self.walk(cache, layer, sequence, head);
+            lane.chosen = None;
+            let list = &blocks[start..*end as usize];
+            start = *end as usize;
+            let pushed = selection.push(lane, self.sequences[sequence].num_queries, list);
+            pushed.map_err(|error| error.within(format!("sequence {sequence}, KV head {head}")))
+        });
+        match result {
+            Ok(()) => selection.apply(),
+            Err(_) => selection.clear(),
+        }
+        self.selections[layer] = selection;
+        self.count_costs(cache, layer);
+        result
     }
 
     /// Parts of the rows of each head of a sequence: by its longest lane, so that all layers have
@@ -233,6 +281,22 @@ impl Plan {
     pub(super) fn lane(&self, sequence: &Planned, lane: usize) -> (&PlannedLane, &[Span]) {
         let lane = &self.lanes[sequence.first_lane + lane];
         (lane, &self.spans[lane.spans.clone()])
+    }
+
+    /// What a head of a sequence attends to in a layer, and the lane it is in.
+    pub(super) fn walk(
+        &self,
+        cache: &Cache,
+        layer: usize,
+        sequence: usize,
+        kv_head: usize,
+    ) -> (&PlannedLane, Walk<'_>) {
+        let shape = &cache.config().shape;
+        let (lane, _) = cache.config().lane_width.locate(shape, layer, kv_head);
+        let (lane, spans) = self.lane(&self.sequences[sequence], lane);
+        let chosen = self.selections[layer].head(sequence * shape.num_kv_heads + kv_head);
+        let starts = &self.starts[lane.spans.clone()];
+        (lane, Walk { spans, starts, len: lane.len, chosen })
     }
 
     /// Fails if a sequence has changed or ended since the plan was made.

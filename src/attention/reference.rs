@@ -26,6 +26,19 @@ pub fn attend(
     (i, n): (usize, usize),
     options: &Options<'_>,
 ) -> Attended {
+    attend_selected(sequence, layer, q_head, query, (i, n), options, None)
+}
+
+/// Like [`attend`], over these blocks of the lane and those that hold the last `n` tokens.
+pub fn attend_selected(
+    sequence: &Sequence,
+    layer: usize,
+    q_head: usize,
+    query: &[f32],
+    (i, n): (usize, usize),
+    options: &Options<'_>,
+    blocks: Option<&[u32]>,
+) -> Attended {
     let config = sequence.cache().config();
     let (dim, kv_head) = (config.shape.head_dim, q_head / config.shape.group());
     let (mut keys, mut values, mut positions) = (Vec::new(), Vec::new(), Vec::new());
@@ -40,6 +53,15 @@ pub fn attend(
         .flat_map(|span| vec![lane.evicted - span.evicted_before; span.count as usize])
         .collect();
     let len = positions.len();
+    let mut is_selected = vec![blocks.is_none(); len];
+    let mut start = 0;
+    for (block, span) in lane.spans.iter().enumerate() {
+        let end = start + span.count as usize;
+        if end > len - n || blocks.is_some_and(|blocks| blocks.contains(&(block as u32))) {
+            is_selected[start..end].fill(true);
+        }
+        start = end;
+    }
     let last = len - n + i;
     let position = (sequence.num_tokens() + sequence.num_reserved() - n + i) as i64;
     let relative = sequence.config().cache_relative;
@@ -49,7 +71,7 @@ pub fn attend(
             let distance =
                 if relative { last as i64 - t as i64 } else { position - i64::from(positions[t]) };
             let window = i64::from(options.sliding_window);
-            if t > last || (window > 0 && distance >= window) {
+            if t > last || !is_selected[t] || (window > 0 && distance >= window) {
                 return f64::NEG_INFINITY;
             }
             let mut query = query.to_vec();

@@ -120,6 +120,39 @@ pub unsafe extern "C" fn kvmgr_attention_plan(
     })
 }
 
+/// Restricts a layer of the current plan to blocks: selected attention, such as Quest. KV head h of
+/// the batch's sequence s attends to blocks[starts[i]] to blocks[starts[i + 1] - 1] with
+/// i = s * num_kv_heads + h: ascending indices into the block table of its lane. The blocks that
+/// hold the planned tokens are attended in any case, so an empty list leaves those. It holds for
+/// the runs of this layer until the next plan. On failure the layer is back to all blocks.
+/// Wants the handle alone; allocates only while its buffers still grow.
+///
+/// @param layer below num_layers
+/// @param starts num_sequences * num_kv_heads + 1 ascending numbers, the first 0 and the last
+///        num_blocks
+/// @param num_starts length of starts, checked against the plan
+/// @param blocks num_blocks indices; may be NULL if num_blocks is 0
+/// @param num_blocks length of blocks
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_attention_select(
+    attention: *mut kvmgr_attention,
+    layer: u32,
+    starts: *const u32,
+    num_starts: usize,
+    blocks: *const u32,
+    num_blocks: usize,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle and arrays of these lengths.
+    guard(|| unsafe {
+        handle::with(attention, |attention| {
+            let starts = convert::slice(starts, num_starts, "starts")?;
+            let blocks = convert::slice(blocks, num_blocks, "blocks")?;
+            attention.attention.write(NAME)?.select(layer as usize, starts, blocks)
+        })
+    })
+}
+
 /// Writes K and V of the planned tokens into the rows that were reserved for them.
 ///
 /// @param layer below num_layers

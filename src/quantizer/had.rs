@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use super::{Cell, Entry, Granularity, Quantizer, scratch};
+use super::{Cell, Entry, Granularity, Quantizer, scratch, tq};
 use crate::error::{Result, bail, ensure};
 use crate::simd::{Kernels, sanitize};
 use crate::spec::Stage;
@@ -22,7 +22,7 @@ pub(super) static ENTRY: Entry = Entry {
     paper: "QuaRot, arXiv 2404.00456",
     params: &[],
     aliases: &[],
-    examples: &["had+q8_0", "had+q4_0", "had+kivi(bits=2)", "had+f16"],
+    examples: &["had+q8_0", "had+q4_0", "had+int4", "had+kivi(bits=2)", "had+f16"],
     create: |_, _, _| bail!(InvalidArgument, "{NEEDS_INNER}"),
 };
 
@@ -46,12 +46,31 @@ pub(super) fn inner(stage: &Stage) -> Result<Option<Stage>> {
 }
 
 /// Puts the rotation before `inner`.
-pub(super) fn wrap(inner: Arc<dyn Quantizer>, kernels: &'static Kernels) -> Arc<dyn Quantizer> {
-    Arc::new(Hadamard { inner, kernels })
+pub(super) fn wrap(
+    inner: Arc<dyn Quantizer>,
+    kernels: &'static Kernels,
+) -> Result<Arc<dyn Quantizer>> {
+    ensure!(
+        !inner.spec().starts_with(tq::NAME),
+        InvalidArgument,
+        "{}: it rotates by itself, a second rotation would undo that",
+        inner.spec()
+    );
+    Ok(rotated(format!("{PREFIX}{}", inner.spec()), inner, kernels))
+}
+
+/// The rotation before `inner`, called `spec`.
+pub(super) fn rotated(
+    spec: String,
+    inner: Arc<dyn Quantizer>,
+    kernels: &'static Kernels,
+) -> Arc<dyn Quantizer> {
+    Arc::new(Hadamard { spec, inner, kernels })
 }
 
 #[derive(Debug)]
 struct Hadamard {
+    spec: String,
     inner: Arc<dyn Quantizer>,
     kernels: &'static Kernels,
 }
@@ -67,7 +86,7 @@ impl Hadamard {
 
 impl Quantizer for Hadamard {
     fn spec(&self) -> String {
-        format!("{PREFIX}{}", self.inner.spec())
+        self.spec.clone()
     }
 
     fn granularity(&self) -> Granularity {

@@ -14,14 +14,18 @@
 //! Formats with a scale look at the values that share it (a block of 32, or a KIVI group; with
 //! `had+`, the row first): NaN becomes 0, an infinity becomes the largest finite magnitude among
 //! them with its sign, and finite magnitudes saturate where the f16 scale would overflow: 8.3e6 in
-//! `q8_0`, 5.2e5 in `q4_0`, 65504 in `kivi`. So one bad value cannot turn its neighbours into NaN.
+//! `q8_0`, 5.2e5 in `q4_0`, 65504 in `kivi`; the other formats name theirs. So one bad value cannot
+//! turn its neighbours into NaN.
 //! Values too small for an f16 scale decode to 0 (`kivi`: to the minimum of their group).
 //!
 //! To add a quantizer: one file with an `ENTRY`, and one word in the list below. Parsing, the
 //! listing from C, `tests/quantizers.rs`, the bench row and the README table follow from it.
 
+mod grouped;
+mod low_rank;
 mod scratch;
 mod token;
+mod unpacked;
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -34,7 +38,10 @@ use crate::spec::{self, Stage};
 
 registry! {
     /// Every quantizer, in the order of the documentation.
-    pub static QUANTIZERS: Entry = { raw_f32, raw_f16, raw_bf16, q8_0, q4_0, kivi, had }
+    pub static QUANTIZERS: Entry = {
+        raw_f32, raw_f16, raw_bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, fp8, mxfp4, nvfp4, int8,
+        int4, tq, kivi, nuq, gear, qjl, had
+    }
 }
 
 /// Which side of the cache a quantizer stores. Some formats group K and V along different axes.
@@ -146,7 +153,7 @@ fn create_stage(
     kernels: &'static Kernels,
 ) -> Result<Arc<dyn Quantizer>> {
     if let Some(inner) = had::inner(stage)? {
-        return Ok(had::wrap(create_stage(&inner, side, kernels)?, kernels));
+        return had::wrap(create_stage(&inner, side, kernels)?, kernels);
     }
     let mut aliases = QUANTIZERS.iter().flat_map(|entry| entry.aliases);
     if let Some((alias, full)) = aliases.find(|(alias, _)| *alias == stage.name) {

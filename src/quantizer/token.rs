@@ -31,6 +31,17 @@ impl TokenQuantizer {
         Ok(Arc::new(Self { spec: spec.into(), format, group: BLOCK, kernels, encode }))
     }
 
+    /// A format without parameters that `Kernels::encode_rows` encodes.
+    pub(super) fn coded(
+        spec: &str,
+        format: Format,
+        kernels: &'static Kernels,
+    ) -> Result<Arc<dyn Quantizer>> {
+        Self::plain(spec, format, kernels, |this, rows, dim, out| {
+            this.kernels.encode_rows(this.format, rows, dim, out);
+        })
+    }
+
     fn rows<'a>(&self, cell: &Cell<'a>) -> Rows<'a> {
         let stride = self.format.row_bytes(cell.dim, self.group);
         let Cell { bytes, tokens, dim, ref rows } = *cell;

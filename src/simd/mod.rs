@@ -21,8 +21,10 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod encode;
 mod rows;
 mod scalar;
+mod scalar_levels;
 
 use std::sync::OnceLock;
 
@@ -51,6 +53,7 @@ pub struct Kernels {
     encode_bf16: fn(&[f32], &mut [u8]),
     encode_q8_0: fn(&[f32], &mut [u8]),
     encode_q4_0: fn(&[f32], &mut [u8]),
+    encode_rows: fn(Format, &[f32], usize, &mut [u8]),
     dot_f32: fn(&[f32], &[f32]) -> f32,
     axpy_f32: fn(f32, &[f32], &mut [f32]),
     scale: fn(&mut [f32], f32),
@@ -151,6 +154,16 @@ impl Kernels {
         (self.encode_q4_0)(values, out);
     }
 
+    /// Encodes rows of `dim` values in a format that has no encoder of its own above.
+    pub fn encode_rows(&self, format: Format, values: &[f32], dim: usize, out: &mut [u8]) {
+        assert!((1..=MAX_ROW).contains(&dim), "dim is {dim}, must be in 1..={MAX_ROW}");
+        assert_eq!(values.len() % dim, 0, "values must be [n, {dim}]");
+        assert_eq!(dim % format.multiple(), 0, "{format:?} has no rows of {dim}");
+        let bytes = values.len() / dim * format.row_bytes(dim, BLOCK);
+        assert_eq!(out.len(), bytes, "out has the wrong length");
+        (self.encode_rows)(format, values, dim, out);
+    }
+
     /// `a . b`.
     pub fn dot_f32(&self, a: &[f32], b: &[f32]) -> f32 {
         assert_eq!(a.len(), b.len(), "a and b must be equally long");
@@ -194,6 +207,9 @@ impl Kernels {
         (self.hadamard)(values, size);
     }
 }
+
+/// Most elements of a row that [`Kernels::encode_rows`] takes.
+pub const MAX_ROW: usize = 4096;
 
 fn check_blocks(values: usize, bytes: usize, format: Format) {
     assert_eq!(values % BLOCK, 0, "{values} values are no multiple of {BLOCK}");

@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use super::rows::{BLOCK, Format, RowKernels, Rows};
+use super::scalar_levels::{E4m3, E5m2, Int4, Int8, Iq4Nl, Mxfp4, Nvfp4, Q4_1, Q5_0, Q5_1, Tq};
 use super::{Kernels, sanitize};
 
 pub(super) static KERNELS: Kernels = Kernels {
@@ -18,11 +19,25 @@ pub(super) static KERNELS: Kernels = Kernels {
         row_kernels::<Affine<2>>(),
         row_kernels::<Codes<4>>(),
         row_kernels::<Codes<2>>(),
+        row_kernels::<Q4_1>(),
+        row_kernels::<Q5_0>(),
+        row_kernels::<Q5_1>(),
+        row_kernels::<Iq4Nl>(),
+        row_kernels::<Mxfp4>(),
+        row_kernels::<Nvfp4>(),
+        row_kernels::<Int8>(),
+        row_kernels::<Int4>(),
+        row_kernels::<Tq<2>>(),
+        row_kernels::<Tq<3>>(),
+        row_kernels::<Tq<4>>(),
+        row_kernels::<E4m3>(),
+        row_kernels::<E5m2>(),
     ],
     encode_f16,
     encode_bf16,
     encode_q8_0: |values, out| encode_blocks(values, out, encode_q8_0_block),
     encode_q4_0: |values, out| encode_blocks(values, out, encode_q4_0_block),
+    encode_rows: |format, values, dim, out| super::encode::rows(format, values, dim, out),
     dot_f32,
     axpy_f32,
     scale: |values, factor| values.iter_mut().for_each(|x| *x *= factor),
@@ -36,7 +51,7 @@ const fn row_kernels<R: Row>() -> RowKernels {
 }
 
 /// Decoding of one format.
-trait Row {
+pub(super) trait Row {
     /// Decodes the elements of `row` from `at`, a multiple of 32, on: at most one block.
     fn block(rows: &Rows<'_>, row: &[u8], at: usize, out: &mut [f32]);
 }
@@ -147,7 +162,7 @@ impl<const BITS: usize> Row for Affine<BITS> {
 }
 
 /// The 32 codes of a block: with `w = 4 * BITS` bytes, element `j` is in byte `j % w`.
-fn unpack<const BITS: usize>(bytes: &[u8], out: &mut [f32]) {
+pub(super) fn unpack<const BITS: usize>(bytes: &[u8], out: &mut [f32]) {
     let width = 4 * BITS;
     for (part, out) in out.chunks_mut(width).enumerate() {
         for (x, byte) in out.iter_mut().zip(bytes) {
@@ -156,7 +171,7 @@ fn unpack<const BITS: usize>(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn f16_at(bytes: &[u8], at: usize) -> f32 {
+pub(super) fn f16_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }
 
@@ -270,4 +285,4 @@ pub(super) fn hadamard_factor(size: usize) -> f32 {
     1.0 / (size as f32).sqrt()
 }
 
-const _: () = assert!(Format::Codes2 as usize + 1 == Format::COUNT);
+const _: () = assert!(Format::E5m2 as usize + 1 == Format::COUNT);

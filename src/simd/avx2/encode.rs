@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::math::load;
-use crate::simd::rows::BLOCK;
+use crate::simd::rows::{BLOCK, Format};
 use crate::simd::sanitize;
 use crate::simd::scalar::{Q4_0_LIMIT, Q8_0_LIMIT, reciprocal};
 
@@ -80,6 +80,12 @@ pub(super) fn q4_0(values: &[f32], out: &mut [u8]) {
         // SAFETY: `out` has 16 bytes after the scale.
         unsafe { _mm_storeu_si128(out[2..].as_mut_ptr().cast(), bytes) };
     }
+}
+
+/// The loops of every level, compiled for this one.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn rows(format: Format, values: &[f32], dim: usize, out: &mut [u8]) {
+    crate::simd::encode::rows(format, values, dim, out);
 }
 
 /// The block as vectors, made finite and limited, and its largest magnitude.

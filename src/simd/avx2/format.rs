@@ -7,6 +7,10 @@ use crate::simd::rows::{BLOCK, Rows};
 
 /// A format whose rows can be read as vectors of 8.
 pub(super) trait Format: Copy {
+    /// Whether rows have a factor that the parts leave out, because it is cheaper to multiply the
+    /// score or the weight of the row.
+    const SCALED: bool = false;
+
     /// Opens block `block` of the row at `row`.
     ///
     /// # Safety
@@ -25,6 +29,15 @@ pub(super) trait Format: Copy {
     /// # Safety
     /// As for `open`; the column lies inside the row.
     unsafe fn element(self, column: usize) -> f32;
+
+    /// The factor of a row, if `SCALED`.
+    ///
+    /// # Safety
+    /// As for `open`.
+    #[inline(always)]
+    unsafe fn row_scale(_: &Rows<'_>, _: *const u8) -> f32 {
+        1.0
+    }
 }
 
 /// A raw block is just where it starts.
@@ -80,6 +93,8 @@ macro_rules! no_tail {
     };
 }
 
+pub(super) use no_tail;
+
 #[derive(Clone, Copy)]
 pub(super) struct Q8_0 {
     d: __m256,
@@ -111,7 +126,7 @@ impl Format for Q8_0 {
 /// 32 nibbles: 16 bytes, whose low halves are the first parts. Parts 0 and 2, 1 and 3 come from the
 /// same bytes: taken in that order, only one vector of bytes needs a register.
 #[derive(Clone, Copy)]
-pub(super) struct Codes4(*const u8);
+pub(super) struct Codes4(pub(super) *const u8);
 
 impl Format for Codes4 {
     #[inline(always)]
@@ -242,7 +257,7 @@ impl<C: Format + Width> Format for Affine<C> {
 /// # Safety
 /// The CPU has AVX2 and F16C, and `at` points to two bytes.
 #[inline(always)]
-unsafe fn broadcast_f16(at: *const u8) -> __m256 {
+pub(super) unsafe fn broadcast_f16(at: *const u8) -> __m256 {
     // SAFETY: by contract.
     unsafe {
         let bits = i32::from(at.cast::<u16>().read_unaligned());

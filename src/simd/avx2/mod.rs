@@ -4,12 +4,14 @@
 
 mod encode;
 mod format;
+mod levels;
 mod math;
 mod rows;
 
 use super::Kernels;
 use super::rows::RowKernels;
 use format::{Affine2, Affine4, Bf16, Codes2, Codes4, F16, F32, Format, Q4_0, Q8_0};
+use levels::{E4m3, E5m2, Int4, Int8, Iq4Nl, Mxfp4, Nvfp4, Q4_1, Q5_0, Q5_1, Tq};
 
 pub(super) static KERNELS: Kernels = Kernels {
     name: "avx2",
@@ -28,6 +30,19 @@ pub(super) static KERNELS: Kernels = Kernels {
         row_kernels::<Affine2>(),
         row_kernels::<Codes4>(),
         row_kernels::<Codes2>(),
+        row_kernels::<Q4_1>(),
+        row_kernels::<Q5_0>(),
+        row_kernels::<Q5_1>(),
+        row_kernels::<Iq4Nl>(),
+        row_kernels::<Mxfp4>(),
+        row_kernels::<Nvfp4>(),
+        row_kernels::<Int8>(),
+        row_kernels::<Int4>(),
+        row_kernels::<Tq<2>>(),
+        row_kernels::<Tq<3>>(),
+        row_kernels::<Tq<4>>(),
+        row_kernels::<E4m3>(),
+        row_kernels::<E5m2>(),
     ],
     // SAFETY: a `Kernels` is handed out only after `is_available` said yes, and its methods have
     // checked the lengths.
@@ -38,6 +53,8 @@ pub(super) static KERNELS: Kernels = Kernels {
     encode_q8_0: |values, out| unsafe { encode::q8_0(values, out) },
     // SAFETY: as above.
     encode_q4_0: |values, out| unsafe { encode::q4_0(values, out) },
+    // SAFETY: as above.
+    encode_rows: |format, values, dim, out| unsafe { encode::rows(format, values, dim, out) },
     // SAFETY: as above.
     dot_f32: |a, b| unsafe { math::dot(a, b) },
     // SAFETY: as above.

@@ -87,6 +87,9 @@ fn dot_tile<F: Format, const R: usize, const Q: usize>(
         for q in 0..Q {
             for r in 0..R {
                 let mut score = totals[q * R + r];
+                if F::SCALED {
+                    score *= F::row_scale(rows, starts[r]);
+                }
                 for column in dim / 8 * 8..dim {
                     let element = F::open(rows, starts[r], 0).element(column);
                     score += element * queries[q * dim + column];
@@ -219,21 +222,34 @@ fn axpy_tile<F: Format, const R: usize, const Q: usize>(
     unsafe {
         let starts: [_; R] =
             std::array::from_fn(|r| rows.bytes.as_ptr().add((t + r) * rows.stride));
-        let weight = |q: usize, r: usize| weights.as_ptr().add(q * count + t + r);
+        let first_weight = weights.as_ptr().add(t);
+        let weight = |q: usize, r: usize| first_weight.add(q * count + r);
+        let mut scaled = [0.0; 4 * BATCH];
+        let (weights, distance) = if F::SCALED {
+            for r in 0..R {
+                let scale = F::row_scale(rows, starts[r]);
+                for q in 0..Q {
+                    scaled[q * R + r] = *weight(q, r) * scale;
+                }
+            }
+            (scaled.as_ptr(), R)
+        } else {
+            (first_weight, count)
+        };
         let outputs = outputs.as_mut_ptr();
         let blocks = dim / BLOCK;
         for block in 0..blocks {
             let open = open_rows::<F, R>(rows, &starts, block);
             let output = outputs.add(block * BLOCK);
             for part in ORDER {
-                axpy_part::<F, R, Q>(&open, part, weights.as_ptr().add(t), count, output, dim);
+                axpy_part::<F, R, Q>(&open, part, weights, distance, output, dim);
             }
         }
         if !dim.is_multiple_of(BLOCK) {
             let open = open_rows::<F, R>(rows, &starts, blocks);
             let output = outputs.add(blocks * BLOCK);
             for part in 0..dim % BLOCK / 8 {
-                axpy_part::<F, R, Q>(&open, part, weights.as_ptr().add(t), count, output, dim);
+                axpy_part::<F, R, Q>(&open, part, weights, distance, output, dim);
             }
         }
         for column in dim / 8 * 8..dim {
@@ -290,7 +306,11 @@ pub(super) fn decode<F: Format>(rows: &Rows<'_>, out: &mut [f32]) {
             unsafe {
                 let open = F::open(rows, row, block);
                 for (part, out) in parts.iter_mut().enumerate() {
-                    _mm256_storeu_ps(out.as_mut_ptr(), open.part(part));
+                    let mut x = open.part(part);
+                    if F::SCALED {
+                        x = _mm256_mul_ps(x, _mm256_set1_ps(F::row_scale(rows, row)));
+                    }
+                    _mm256_storeu_ps(out.as_mut_ptr(), x);
                 }
             }
         }
