@@ -99,7 +99,10 @@ fn policies(criterion: &mut Criterion) {
     group.sample_size(10).warm_up_time(Duration::from_millis(300));
     group.measurement_time(Duration::from_secs(1));
     let is_family = |stage: &&StageInfo| {
-        matches!(stage.class, StageClass::Score | StageClass::Map | StageClass::Budget)
+        matches!(
+            stage.class,
+            StageClass::Score | StageClass::Map | StageClass::Budget | StageClass::Act
+        )
     };
     let file = weights::write(weights::Shape {
         layers: 1,

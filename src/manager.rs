@@ -12,7 +12,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, bail, ensure};
 use crate::policy::{Event, Pipeline, PositionMode};
 use crate::sequence::{Observation, Replay, Sequence, SequenceConfig};
-use crate::shape::{LaneWidth, ModelShape, Needs, Rope};
+use crate::shape::{KeepSet, LaneWidth, ModelShape, Needs, Rope};
 use crate::store::{Key, Store};
 use crate::tier::{self, Tier};
 use layers::Layers;
@@ -503,6 +503,9 @@ impl Session {
         if !policy.is_due(event, self.steps, longest, self.sequence.num_tokens()) {
             return Ok(());
         }
+        if policy.changes_values(event) {
+            return self.run_with_values(event, &policy);
+        }
         let mut layers = Layers::new(&self.sequence, self.manager.as_deref(), policy.needs());
         let kept = policy.select(event, &mut layers)?;
         let mut done = vec![false; self.sequence.lanes().len()];
@@ -513,6 +516,31 @@ impl Session {
                 if !std::mem::replace(&mut done[lane], true) {
                     self.sequence.compact(lane, keep)?;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a policy that changes values of survivors: one layer at a time, so that only the values of
+    /// one are held. The lanes are no wider than a layer.
+    fn run_with_values(&mut self, event: Event, policy: &Pipeline) -> Result<()> {
+        let shape = self.sequence.cache().config().shape;
+        for layer in 0..shape.num_layers {
+            let kept = {
+                let manager = self.manager.as_deref();
+                let mut layers = Layers::new(&self.sequence, manager, policy.needs());
+                policy.select_layer(event, &mut layers, layer)?
+            };
+            let mut lanes: Vec<(usize, KeepSet, Vec<Vec<f32>>)> = Vec::new();
+            for (head, kept) in kept.into_iter().enumerate() {
+                let (lane, _) = self.sequence.locate(layer, head);
+                match lanes.last_mut() {
+                    Some((last, _, values)) if *last == lane => values.push(kept.values),
+                    _ => lanes.push((lane, kept.set, vec![kept.values])),
+                }
+            }
+            for (lane, keep, values) in lanes {
+                self.sequence.compact_with(lane, &keep, &values)?;
             }
         }
         Ok(())

@@ -51,7 +51,7 @@ pub fn check_range(name: &str, value: usize, max: usize) -> Result<()> {
 }
 
 /// What one block table of a sequence covers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LaneWidth {
     /// One table for all layers and heads: the plain paged layout.
     Sequence,

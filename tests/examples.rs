@@ -26,7 +26,8 @@ fn run(command: &mut Command) -> String {
     text
 }
 
-const SMALL: [&str; 4] = ["01-hello", "02-decode-loop", "03-prefix-sharing", "04-custom-store"];
+const SMALL: [&str; 5] =
+    ["01-hello", "02-decode-loop", "03-prefix-sharing", "04-custom-store", "05-custom-policy"];
 
 #[test]
 fn small_examples_succeed() {

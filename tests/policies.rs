@@ -29,6 +29,7 @@ fn with_stage(class: StageClass, stage: &str) -> (String, usize) {
         StageClass::Score => ("", " | keep(0.5)"),
         StageClass::Map | StageClass::Budget => ("h2o | ", " | keep(0.5)"),
         StageClass::Keep => ("h2o | ", ""),
+        StageClass::Act => ("h2o | keep(0.5) | ", ""),
         StageClass::Position | StageClass::Quant => ("", ""),
     };
     (format!("{before}{stage}{after}"), before.len() + 1)

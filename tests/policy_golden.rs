@@ -5,7 +5,7 @@ mod common;
 use common::golden::{DIM, GROUP, Golden, HEADS, LAYERS, LEN, TOLERANCE};
 use kvmgr::error::Result;
 use kvmgr::policy::{
-    Event, HeadInput, HeadScores, LayerInput, LayerSource, OutputProjection, Pipeline,
+    Event, HeadInput, HeadScores, Kept, LayerInput, LayerSource, OutputProjection, Pipeline,
 };
 use kvmgr::shape::{KeepSet, Needs, Rope, RopeStyle};
 
@@ -173,8 +173,8 @@ const CLAIMS: &[(&str, Claim)] = {
         ("fastkvzip", Large("fastkvzip(file=FILE) | global | keep(KEEP)")),
         ("kvzip", Replayed),
         ("kvzip_plus", Replayed),
-        ("merging_snapkv", Open("evicted values merged into survivors")),
-        ("cam_knorm", Open("evicted values merged into survivors")),
+        ("merging_snapkv", SameTokens("snapkv | keep(KEEP) | merge")),
+        ("cam_knorm", SameTokens("knorm | agree | keep_tokens(256) | cam(m=32, candidates=64)")),
         ("think", Open("pruning of key channels")),
     ]
 };
@@ -377,6 +377,60 @@ fn every_press_of_the_manifest_is_claimed_and_agrees() {
         assert!(MANIFEST.lines().any(is_there), "the manifest has no {claimed}");
     }
     assert!(open < MANIFEST.lines().count());
+}
+
+/// Values of survivors after an act, against `expected` `[HEADS, kept, DIM]` of each layer.
+fn check_values(golden: &Golden, spec: &str, expected: impl Fn(usize, &[Kept]) -> Vec<f32>) {
+    let pipeline = Pipeline::parse(spec).expect(spec);
+    let mut prompt = Prompt::new(golden);
+    for layer in 0..LAYERS {
+        let kept = pipeline.select_layer(Event::PrefillEnd, &mut prompt, layer).expect(spec);
+        let expected = expected(layer, &kept);
+        let found: Vec<f32> = kept.iter().flat_map(|kept| kept.values.clone()).collect();
+        assert_eq!(found.len(), expected.len(), "{spec}");
+        let size = expected.iter().map(|x| x.abs()).fold(0.0, f32::max);
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found - expected).abs() <= 1e-5 * size, "{spec}: {found} and {expected}");
+        }
+    }
+}
+
+#[test]
+fn merged_values_agree_with_the_reference() {
+    let golden = Golden::open();
+    let name = |layer: usize| format!("merging_snapkv@0.5/l{layer}.merged_values_sorted");
+    if golden.has(&name(0)) {
+        check_values(&golden, "snapkv | keep(0.5) | merge", |layer, _| golden.floats(&name(layer)));
+    }
+    // The reference draws what is merged with these probabilities; here they are weights.
+    let spec = "knorm | agree | keep_tokens(256) | cam(m=32, candidates=64)";
+    check_values(&golden, spec, |layer, kept| {
+        let values = golden.floats(&format!("states/l{layer}.v"));
+        let parts = golden.floats(&format!("cam_knorm/l{layer}.merge_prob"));
+        let scores = golden.scores("knorm@0.5", layer);
+        let mean = |i: usize| scores[i] + scores[LEN + i];
+        let survivors = indices(&kept[0].set);
+        let mut gone: Vec<usize> = (0..LEN).filter(|i| !survivors.contains(i)).collect();
+        gone.sort_by(|a, b| mean(*b).total_cmp(&mean(*a)).then(b.cmp(a)));
+        gone.truncate(64);
+        gone.sort_unstable();
+        let mut out = Vec::new();
+        for head in 0..HEADS {
+            let row = |i: usize| &values[(head * LEN + i) * DIM..][..DIM];
+            let first = out.len();
+            survivors.iter().for_each(|i| out.extend_from_slice(row(*i)));
+            for (i, part) in gone.iter().zip(&parts[head * 64..]) {
+                let start = survivors.partition_point(|survivor| survivor < i);
+                let window = start..(start + 32).min(survivors.len());
+                for at in window.clone() {
+                    let target = &mut out[first + at * DIM..][..DIM];
+                    let weight = part / window.len() as f32;
+                    target.iter_mut().zip(row(*i)).for_each(|(x, v)| *x += weight * v);
+                }
+            }
+        }
+        out
+    });
 }
 
 #[test]

@@ -435,6 +435,7 @@ fn pipe(picks: &[u64], file: &str) -> String {
         StageClass::Map,
         StageClass::Budget,
         StageClass::Keep,
+        StageClass::Act,
         StageClass::Position,
         StageClass::Quant,
     ] {

@@ -125,6 +125,42 @@ pub struct kvmgr_policy_input {
     /// [num_q_heads, T]: the largest probability that each token received from tokens that replay it,
     /// with KVMGR_NEEDS_REPLAY_HIDDEN over the length of their hidden states.
     pub replay_maxima: *const f32,
+    /// The KV head that a score of the engine's own is asked about; else 0.
+    pub kv_head: u32,
+    /// Must be 0.
+    pub reserved: u32,
+}
+
+impl kvmgr_policy_input {
+    /// Nothing told.
+    pub(super) const EMPTY: Self = Self {
+        struct_size: size_of::<Self>(),
+        layer: 0,
+        num_layers: 0,
+        num_q_heads: 0,
+        num_kv_heads: 0,
+        head_dim: 0,
+        num_tokens: 0,
+        num_queries: 0,
+        event: KVMGR_EVENT_PREFILL_END,
+        keys: std::ptr::null(),
+        values: std::ptr::null(),
+        queries: std::ptr::null(),
+        column_sums: std::ptr::null(),
+        positions: std::ptr::null(),
+        query_mean: std::ptr::null(),
+        query_covariance: std::ptr::null(),
+        rope_inv_freq: std::ptr::null(),
+        rope_style: kvmgr_rope_style(0),
+        rope_dims: 0,
+        rope_base: 0.0,
+        hidden_size: 0,
+        hidden: std::ptr::null(),
+        output_projection: std::ptr::null(),
+        replay_maxima: std::ptr::null(),
+        kv_head: 0,
+        reserved: 0,
+    };
 }
 
 static LISTING: LazyLock<Listing> = LazyLock::new(|| {
@@ -426,6 +462,7 @@ impl<'a> Input<'a> {
 /// # Safety
 /// `rope_inv_freq` is NULL or has half as many elements as are rotated.
 unsafe fn rope(raw: &kvmgr_policy_input, is_read: bool) -> Result<Option<Rope>> {
+    ensure!(raw.reserved == 0, InvalidArgument, "reserved is {}, must be 0", raw.reserved);
     if !is_read {
         return Ok(None); // Closing gaps of positions is the engine's part.
     }

@@ -3,7 +3,7 @@
 //! A policy is a pipeline of small stages, written in one line of text:
 //!
 //! ```text
-//! trigger? score map* budget? keep? position? quant?
+//! trigger? score map* budget? keep? act? position? quant?
 //! every(16) | snapkv(w=64) | adakv(0.2) | keep(0.25) | pos(keep) | quant(k=had+q4_0, v=q4_0)
 //! ```
 //!
@@ -11,6 +11,7 @@
 //! * *maps* change scores, in written order;
 //! * a *budget* spreads the allowance of a layer over its KV heads;
 //! * *keep* says how large the allowance is;
+//! * an *act* lets survivors take over values of the evicted;
 //! * what is absent takes its default. A spec without a score keeps everything.
 //!
 //! Phases (`prefill: ... ; decode: ...`) give the two moments different pipelines. Without a phase a
@@ -20,7 +21,9 @@
 //!
 //! To add a stage: one file with an `ENTRY` and one word in the list of its family.
 
+pub mod act;
 pub mod budget;
+pub mod custom;
 pub mod map;
 mod parse;
 pub mod score;
@@ -189,11 +192,22 @@ struct Phase {
     name: String,
     /// Steps between two runs; no matter when the prompt ends.
     every: usize,
-    score: Box<dyn score::Score>,
+    score: Arc<dyn score::Score>,
     /// The maps with their names, in written order.
     maps: Vec<(String, Box<dyn map::Map>)>,
     budget: Box<dyn budget::Budget>,
     allowance: Allowance,
+    /// The act with its name.
+    act: Option<(String, Box<dyn act::Act>)>,
+}
+
+/// What one head keeps.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Kept {
+    /// Which tokens.
+    pub set: KeepSet,
+    /// Their values, `[set, head_dim]`, if an act changed them; else empty.
+    pub values: Vec<f32>,
 }
 
 impl Pipeline {
@@ -293,6 +307,29 @@ impl Pipeline {
                 Ok(())
             })?;
         }
+        Ok(kept)
+    }
+
+    /// Whether `event` changes values of survivors; then [`Self::select_layer`] tells them.
+    pub fn changes_values(&self, event: Event) -> bool {
+        self.phase(event).is_some_and(|phase| phase.act.is_some())
+    }
+
+    /// What stays of one layer, with the values that an act changed. Not for budgets over all layers.
+    pub fn select_layer(
+        &self,
+        event: Event,
+        source: &mut dyn LayerSource,
+        layer: usize,
+    ) -> Result<Vec<Kept>> {
+        let mut kept = Vec::new();
+        source.visit(layer, &mut |input| {
+            kept = match self.phase(event) {
+                Some(phase) => phase.select_values(input)?,
+                None => Vec::new(),
+            };
+            Ok(())
+        })?;
         Ok(kept)
     }
 

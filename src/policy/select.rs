@@ -1,8 +1,9 @@
 //! From scores to keep sets: shared by every pipeline.
 
+use super::act::Evicted;
 use super::budget::LayerShare;
 use super::map::{Context, Decision, Scores};
-use super::{Allowance, HeadInput, HeadScores, LayerInput, LayerSource, Phase};
+use super::{Allowance, HeadInput, HeadScores, Kept, LayerInput, LayerSource, Phase};
 use crate::error::{Result, ensure};
 use crate::shape::{KeepSet, LaneWidth, Needs};
 
@@ -10,7 +11,8 @@ impl Phase {
     /// What the engine has to hand over.
     pub(super) fn needs(&self) -> Needs {
         let maps = self.maps.iter().map(|(_, map)| map.needs());
-        maps.fold(self.score.needs(), Needs::union)
+        let acts = self.act.iter().map(|(_, act)| act.needs());
+        maps.chain(acts).fold(self.score.needs(), Needs::union)
     }
 
     /// Whether scores decide one by one.
@@ -24,7 +26,8 @@ impl Phase {
             return Some(&self.name);
         }
         let map = self.maps.iter().find(|(_, map)| wanted(map.needs()));
-        map.map(|(name, _)| name.as_str())
+        let act = self.act.iter().find(|(_, act)| wanted(act.needs()));
+        map.map(|(name, _)| name).or(act.map(|(name, _)| name)).map(String::as_str)
     }
 
     /// What each head of each layer keeps.
@@ -76,14 +79,37 @@ impl Phase {
                 return Ok(kept);
             }
         }
-        let Scores { heads, decision } = self.score(layer)?;
+        let scores = self.score(layer)?;
+        self.choose(layer, &scores)
+    }
+
+    /// What each head of a layer keeps, with values that the act changed.
+    pub(super) fn select_values(&self, layer: &LayerInput<'_>) -> Result<Vec<Kept>> {
+        let scores = self.score(layer)?;
+        let sets = self.choose(layer, &scores)?;
+        let kept = |(head, set): (usize, KeepSet)| {
+            let scores = &scores.heads[head];
+            let values = match &self.act {
+                Some((_, act)) if set.len() < scores.scores.len() => {
+                    act.values(&Evicted { layer, head, scores, kept: &set })
+                }
+                _ => Vec::new(),
+            };
+            Kept { set, values }
+        };
+        Ok(sets.into_iter().enumerate().map(kept).collect())
+    }
+
+    /// What each head of a layer keeps by these scores.
+    fn choose(&self, layer: &LayerInput<'_>, scores: &Scores) -> Result<Vec<KeepSet>> {
+        let heads = &scores.heads;
         if let Allowance::Threshold(threshold) = self.allowance {
             return Ok(heads.iter().map(|head| above(head, threshold)).collect());
         }
-        let budgets = match decision {
-            Decision::Kept(kept) => return Ok(kept),
-            Decision::Budgets(budgets) => budgets,
-            Decision::Open => self.budget.spread(layer.layer, &heads, &self.shares(layer))?,
+        let budgets = match &scores.decision {
+            Decision::Kept(kept) => return Ok(kept.clone()),
+            Decision::Budgets(budgets) => budgets.clone(),
+            Decision::Open => self.budget.spread(layer.layer, heads, &self.shares(layer))?,
         };
         Ok(heads.iter().zip(budgets).map(|(head, budget)| top(head, budget)).collect())
     }

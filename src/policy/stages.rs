@@ -2,6 +2,7 @@
 
 use std::sync::LazyLock;
 
+use super::act::ACTS;
 use super::budget::BUDGETS;
 use super::map::MAPS;
 use super::score::SCORES;
@@ -21,6 +22,8 @@ pub enum StageClass {
     Budget,
     /// How large the allowance is.
     Keep,
+    /// What becomes of the evicted.
+    Act,
     /// What an evicted gap does to positions.
     Position,
     /// How survivors are stored.
@@ -85,9 +88,22 @@ pub static STAGES: LazyLock<Vec<StageInfo>> = LazyLock::new(|| {
         needs: Needs::NONE,
         examples: entry.examples,
     });
-    let before = PLUMBING.iter().filter(|stage| stage.class < StageClass::Score).copied();
-    let after = PLUMBING.iter().filter(|stage| stage.class > StageClass::Budget).copied();
-    before.chain(scores).chain(maps).chain(budgets).chain(after).collect()
+    let acts = ACTS.iter().map(|entry| StageInfo {
+        class: StageClass::Act,
+        name: entry.name,
+        summary: entry.summary,
+        paper: entry.paper,
+        params: entry.params,
+        needs: entry.needs,
+        examples: entry.examples,
+    });
+    let of = |classes: std::ops::RangeInclusive<StageClass>| {
+        PLUMBING.iter().filter(move |stage| classes.contains(&stage.class)).copied()
+    };
+    let before = of(StageClass::Trigger..=StageClass::Trigger);
+    let keep = of(StageClass::Keep..=StageClass::Keep);
+    let after = of(StageClass::Position..=StageClass::Quant);
+    before.chain(scores).chain(maps).chain(budgets).chain(keep).chain(acts).chain(after).collect()
 });
 
 /// Stages with a meaning of their own.

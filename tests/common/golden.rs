@@ -75,6 +75,10 @@ impl Golden {
         let place = format!("{press}/l{layer}");
         if self.has(&format!("{place}.kept")) {
             let kept = self.indices(&format!("{place}.kept"));
+            let tensor = self.tensor(&format!("{place}.kept"));
+            if tensor.is_some_and(|tensor| tensor.shape().len() == 1) {
+                return kept; // All heads keep the same.
+            }
             return kept
                 .chunks(kept.len() / HEADS)
                 .nth(head)

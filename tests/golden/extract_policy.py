@@ -30,7 +30,8 @@ MAPPED = ("cap", "noncausal_attn", "leverage", "compactor", "chunkkv_snapkv", "e
           "chunk_knorm", "block_keydiff", "qfilter", "lukv")
 PRESSES += [f"{press}@{ratio}" for press in MAPPED for ratio in ("0.25", "0.5", "0.75")]
 ONE_SCORE += ("cap", "noncausal_attn", "leverage", "qfilter", "chunkkv_snapkv", "entropy_chunkkv_snapkv", "lukv")
-PRESSES += ["duo_attention"]
+PRESSES += ["duo_attention", "merging_snapkv@0.5", "cam_knorm"]
+ONE_SCORE += ("merging_snapkv",)
 # The reference attends to these with keys at new positions and the query at its old one.
 NO_ATTENTION = ("finch", "keyrerotation_snapkv")
 
@@ -76,6 +77,7 @@ def main():
     for layer in LAYERS:
         for field in ("leverage@0.5/{}.sketch", "qfilter@0.5/{}.filter"):
             subset[field.format(layer)] = presses[field.format(layer)]
+        subset[f"cam_knorm/{layer}.merge_prob"] = presses[f"cam_knorm/{layer}.merge_prob"]
     subset |= {name: tensor for name, tensor in traces.items() if name.split("/")[0] in TRACES}
     subset = {name: np.ascontiguousarray(tensor) for name, tensor in subset.items()}
     save_file(subset, Path(__file__).with_name("policy_subset.safetensors"))

@@ -33,8 +33,12 @@ struct Blockwise {
 }
 
 impl Map for Blockwise {
-    fn decides(&self) -> Option<LaneWidth> {
-        Some(LaneWidth::Head)
+    fn lane_width(&self, _before: LaneWidth) -> LaneWidth {
+        LaneWidth::Head
+    }
+
+    fn decides(&self) -> bool {
+        true
     }
 
     fn splits(&self) -> bool {

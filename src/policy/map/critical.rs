@@ -14,7 +14,7 @@ use crate::error::{Result, bail};
 use crate::policy::select::ranks;
 use crate::policy::{HeadInput, LayerInput, OutputProjection};
 use crate::registry::{Domain, Param};
-use crate::shape::Needs;
+use crate::shape::{LaneWidth, Needs};
 use crate::simd;
 
 pub(super) static ENTRY: Entry = Entry {
@@ -50,6 +50,10 @@ struct Critical {
 }
 
 impl Map for Critical {
+    fn lane_width(&self, _before: LaneWidth) -> LaneWidth {
+        LaneWidth::Head
+    }
+
     fn needs(&self) -> Needs {
         ENTRY.needs
     }

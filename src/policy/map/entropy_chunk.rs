@@ -52,8 +52,12 @@ struct EntropyChunk {
 }
 
 impl Map for EntropyChunk {
-    fn decides(&self) -> Option<LaneWidth> {
-        Some(LaneWidth::Layer)
+    fn lane_width(&self, _before: LaneWidth) -> LaneWidth {
+        LaneWidth::Layer
+    }
+
+    fn decides(&self) -> bool {
+        true
     }
 
     fn map(&self, context: &Context<'_>, scores: &mut Scores) -> Result<()> {

@@ -17,7 +17,7 @@ use subset::Subset;
 
 registry! {
     /// Every map, in the order of the documentation.
-    pub static MAPS: Entry = { protect, critical, chunk, entropy_chunk, quota, blockwise, }
+    pub static MAPS: Entry = { protect, pool, vnorm, rank, znorm, agree, critical, chunk, entropy_chunk, quota, blockwise, }
 }
 
 /// Scores of a layer on their way to keep sets.
@@ -63,9 +63,14 @@ pub trait Map: Debug + Send + Sync {
         Needs::NONE
     }
 
-    /// The lanes that what it decides needs; `None` if it decides nothing.
-    fn decides(&self) -> Option<LaneWidth> {
-        None
+    /// The coarsest lanes that can express the scores after it, if `before` can those before it.
+    fn lane_width(&self, before: LaneWidth) -> LaneWidth {
+        before
+    }
+
+    /// Whether it settles what stays.
+    fn decides(&self) -> bool {
+        false
     }
 
     /// Whether it looks at what the budget after it makes of a layer.

@@ -34,8 +34,12 @@ struct Quota {
 }
 
 impl Map for Quota {
-    fn decides(&self) -> Option<LaneWidth> {
-        Some(LaneWidth::Head)
+    fn lane_width(&self, _before: LaneWidth) -> LaneWidth {
+        LaneWidth::Head
+    }
+
+    fn decides(&self) -> bool {
+        true
     }
 
     fn splits(&self) -> bool {

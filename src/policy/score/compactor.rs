@@ -87,21 +87,19 @@ impl Score for Compactor {
         };
         let leverage = self.sketch.score(layer, inner)?;
         let read = noncausal::score("compactor", self.chunk, layer, inner)?;
-        let parts = leverage.into_iter().zip(read).zip(layer.heads.iter().zip(budgets));
-        let blend = |((leverage, read), (head, budget)): (
-            (Vec<f32>, Vec<f32>),
-            (&HeadInput<'_>, &usize),
-        )| {
+        let mut heads = Vec::with_capacity(layer.heads.len());
+        for (h, head) in layer.heads.iter().enumerate() {
             let (len, range) = (head.positions.len(), inner(head));
-            let gone = 1.0 - *budget as f32 / len.max(1) as f32;
+            let gone = 1.0 - budgets[h] as f32 / len.max(1) as f32;
             let weight = self.blend.unwrap_or(gone);
             let mut scores = vec![0.0f32; len];
-            let both = leverage.iter().zip(&read);
+            let both = leverage[h].iter().zip(&read[h]);
             for (score, (leverage, read)) in scores[range.clone()].iter_mut().zip(both) {
                 *score = weight * leverage + read;
             }
-            HeadScores { protected: (0..len).map(|i| !range.contains(&i)).collect(), scores }
-        };
-        Ok(parts.map(blend).collect())
+            let protected = (0..len).map(|i| !range.contains(&i)).collect();
+            heads.push(HeadScores { scores, protected });
+        }
+        Ok(heads)
     }
 }

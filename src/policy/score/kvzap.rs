@@ -152,8 +152,9 @@ mod tests {
         for x in [-6.0f64, -2.5, -1.0, -0.1, 0.0, 0.3, 1.0, 3.0, 8.0] {
             let step = 1e-4;
             let density = |i: i32| (-0.5 * (f64::from(i) * step).powi(2)).exp();
-            let area: f64 =
-                (0..(x.abs() / step).round() as i32).map(|i| (density(i) + density(i + 1)) / 2.0).sum();
+            let area: f64 = (0..(x.abs() / step).round() as i32)
+                .map(|i| (density(i) + density(i + 1)) / 2.0)
+                .sum();
             let below = 0.5 + x.signum() * area * step / std::f64::consts::TAU.sqrt();
             assert!(
                 (f64::from(gelu(x as f32)) - x * below).abs() < 1e-6,
