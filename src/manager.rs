@@ -182,7 +182,7 @@ fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Result<()> {
     // Attention of this library observes queries and probabilities; hidden states are handed over
     // with each step.
     let mut caps = told.union(Needs::KEYS).union(Needs::VALUES).union(Needs::HIDDEN);
-    caps = caps.union(Needs::REPLAY).union(Needs::REPLAY_HIDDEN);
+    caps = caps.union(Needs::REPLAY).union(Needs::REPLAY_HIDDEN).union(Needs::LOW_COUNT);
     caps = caps.union(Needs::QUERY_WINDOW).union(Needs::COLUMN_SUM);
     if cache.config().rope.is_some() {
         // Statistics are of queries that are turned back.
@@ -583,7 +583,11 @@ fn fresh_key() -> Key {
 fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Observation>> {
     let attention = Needs::QUERY_WINDOW.union(Needs::COLUMN_SUM).union(Needs::QUERY_STATISTICS);
     let attention = attention.union(Needs::HIDDEN).union(Needs::REPLAY);
+    let attention = attention.union(Needs::LOW_COUNT);
     let needs = policy.needs();
-    (needs.0 & attention.0 != 0)
-        .then(|| Arc::new(Observation::new(&cache.config().shape, needs, policy.query_window())))
+    (needs.0 & attention.0 != 0).then(|| {
+        let shape = &cache.config().shape;
+        let observation = Observation::new(shape, needs, policy.query_window());
+        Arc::new(observation.with_history(policy.history()))
+    })
 }

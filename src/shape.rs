@@ -160,7 +160,10 @@ impl Needs {
     /// The hidden states of the tokens that do so.
     pub const REPLAY_HIDDEN: Self = Self(1 << 9);
 
-    const NAMES: [(Self, &'static str); 10] = [
+    /// How many queries gave each cached token less than an even share.
+    pub const LOW_COUNT: Self = Self(1 << 10);
+
+    const NAMES: [(Self, &'static str); 11] = [
         (Self::KEYS, "KEYS"),
         (Self::VALUES, "VALUES"),
         (Self::QUERY_WINDOW, "QUERY_WINDOW"),
@@ -171,6 +174,7 @@ impl Needs {
         (Self::OUTPUT_PROJECTION, "OUTPUT_PROJECTION"),
         (Self::REPLAY, "REPLAY"),
         (Self::REPLAY_HIDDEN, "REPLAY_HIDDEN"),
+        (Self::LOW_COUNT, "LOW_COUNT"),
     ];
 
     /// Both sets together.

@@ -86,6 +86,7 @@ impl LayerSource for Prompt {
             query_covariance: rows("query_covariance", h, DIM * DIM),
             gate_scores: rows("gate_scores", h, 1),
             replay_maxima: &[],
+            low_counts: &[],
         };
         f(&LayerInput {
             layer,
@@ -147,7 +148,7 @@ const CLAIMS: &[(&str, Claim)] = {
         ("cur", Same("cur | keep(KEEP)")),
         ("finch", Same("finch(w=48) | keep(KEEP) | pos(cache_relative)")),
         // Every layer is lazy at threshold 0: sinks and a recent window of n_recent - n_last.
-        ("simlayerkv", SameTokens("stream(sink=4, recent=127)")),
+        ("simlayerkv", SameTokens("simlayer(threshold=0, sink=4, recent=128)")),
         ("expected_attention", Same("expected | keep(KEEP)")),
         ("expected_attention_nocov", Same("expected(cov=0) | keep(KEEP)")),
         ("expected_attention_eps1e-2", Same("expected(eps=1e-2) | keep(KEEP)")),
@@ -377,6 +378,23 @@ fn every_press_of_the_manifest_is_claimed_and_agrees() {
         assert!(MANIFEST.lines().any(is_there), "the manifest has no {claimed}");
     }
     assert!(open < MANIFEST.lines().count());
+}
+
+#[test]
+fn d2o_merges_values_as_its_reference_does() {
+    let golden = Golden::open();
+    if !golden.has("d2o_like/l0.h0.v") {
+        return; // Only in the full set.
+    }
+    check_values(&golden, "h2o(recent=64, heavy=192) | d2o", |layer, kept| {
+        let mut values = Vec::new();
+        for (head, kept) in kept.iter().enumerate() {
+            let place = format!("d2o_like/l{layer}.h{head}");
+            assert_eq!(indices(&kept.set), golden.indices(&format!("{place}.kept")));
+            values.extend(golden.floats(&format!("{place}.v")));
+        }
+        values
+    });
 }
 
 /// Values of survivors after an act, against `expected` `[HEADS, kept, DIM]` of each layer.

@@ -17,6 +17,8 @@ struct Decoder<'a> {
     queries: &'a [f32],
     kept: Vec<i32>,
     column_sums: Vec<f64>,
+    /// Queries that gave each token less than an even share since the last eviction.
+    low_counts: Vec<f32>,
     /// Attention sees tokens at their index among the kept ones.
     cache_relative: Option<Rope>,
 }
@@ -32,6 +34,7 @@ impl Decoder<'_> {
             row
         };
         let mut out = Vec::new();
+        let mut sums = vec![0.0; self.kept.len()];
         for g in 0..GROUP {
             let query = row(self.queries, g * LEN + position);
             let query = turned(query, position + 1 - self.kept.len());
@@ -44,13 +47,18 @@ impl Decoder<'_> {
             let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = logits.iter().map(|x| (x - max).exp()).sum();
             let mut output = vec![0.0; DIM];
-            for ((x, p), total) in logits.iter().zip(&self.kept).zip(&mut self.column_sums) {
+            for (i, (x, p)) in logits.iter().zip(&self.kept).enumerate() {
                 let probability = (x - max).exp() / sum;
-                *total += probability;
+                self.column_sums[i] += probability;
+                sums[i] += probability;
                 let value = row(self.values, *p as usize);
                 output.iter_mut().zip(value).for_each(|(o, v)| *o += probability * f64::from(v));
             }
             out.extend(output);
+        }
+        let even = 1.0 / self.kept.len() as f64;
+        for (count, sum) in self.low_counts.iter_mut().zip(sums) {
+            *count += if sum / (GROUP as f64) < even { 1.0 } else { 0.0 };
         }
         out
     }
@@ -58,12 +66,14 @@ impl Decoder<'_> {
     fn push(&mut self, position: usize) {
         self.kept.push(position as i32);
         self.column_sums.push(0.0);
+        self.low_counts.push(0.0);
     }
 
     fn select(&mut self, pipeline: &Pipeline, event: Event) {
         let set = pipeline.select(event, self).expect("input that fits").remove(0).remove(0);
         self.kept = set.iter().map(|i| self.kept[i]).collect();
         self.column_sums = set.iter().map(|i| self.column_sums[i]).collect();
+        self.low_counts = vec![0.0; self.kept.len()];
     }
 }
 
@@ -74,8 +84,12 @@ impl LayerSource for Decoder<'_> {
 
     fn visit(&mut self, _: usize, f: &mut dyn FnMut(&LayerInput<'_>) -> Result<()>) -> Result<()> {
         let column_sums: Vec<f32> = self.column_sums.iter().map(|sum| *sum as f32).collect();
-        let head =
-            HeadInput { positions: &self.kept, column_sums: &column_sums, ..HeadInput::default() };
+        let head = HeadInput {
+            positions: &self.kept,
+            column_sums: &column_sums,
+            low_counts: &self.low_counts,
+            ..HeadInput::default()
+        };
         f(&LayerInput {
             num_layers: 1,
             group: GROUP,
@@ -99,6 +113,7 @@ fn for_each_decoder(golden: &Golden, mut run: impl FnMut(usize, usize, Decoder<'
                 queries: &queries[head * GROUP * LEN * DIM..][..GROUP * LEN * DIM],
                 kept: Vec::new(),
                 column_sums: Vec::new(),
+                low_counts: Vec::new(),
                 cache_relative: None,
             };
             run(layer, head, decoder);
@@ -185,5 +200,118 @@ fn streaming_follows_the_reference_in_both_position_modes() {
                 check_output(&golden, &format!("{trace}/l{layer}"), head, step, &out, limit);
             }
         });
+    }
+}
+
+#[test]
+fn scissorhands_follows_the_reference_in_bulk() {
+    let golden = Golden::open();
+    let pipeline = Pipeline::parse("every(32) | scissorhands | keep_tokens(128)").unwrap();
+    for_each_decoder(&golden, |layer, head, mut decoder| {
+        let name = format!("scissorhands/l{layer}.h{head}");
+        for position in 0..PROMPT {
+            decoder.push(position);
+            decoder.attend(position);
+            if position + 64 < PROMPT {
+                // Only the last 64 queries of the prompt count.
+                decoder.low_counts.fill(0.0);
+            }
+        }
+        decoder.select(&pipeline, Event::PrefillEnd);
+        check_kept(&golden, &format!("{name}.kept_prefill"), &decoder);
+        for step in 0..LEN - PROMPT {
+            decoder.push(PROMPT + step);
+            decoder.attend(PROMPT + step);
+            let len = decoder.kept.len();
+            if pipeline.is_due(Event::Step, step + 1, len, PROMPT + step + 1) {
+                assert_eq!(len, 160);
+                decoder.select(&pipeline, Event::Step);
+                check_kept(&golden, &format!("{name}.kept_c{}", (step + 1) / 32), &decoder);
+            }
+        }
+        assert!(golden.has(&format!("{name}.kept_c8")));
+    });
+}
+
+/// All heads of a layer that decode together.
+struct LayerDecoder<'a> {
+    heads: Vec<Decoder<'a>>,
+    position: usize,
+}
+
+impl LayerSource for LayerDecoder<'_> {
+    fn num_layers(&self) -> usize {
+        1
+    }
+
+    fn visit(&mut self, _: usize, f: &mut dyn FnMut(&LayerInput<'_>) -> Result<()>) -> Result<()> {
+        let row = |rows: &[f32], i: usize| rows[i * DIM..][..DIM].to_vec();
+        let keys = |head: &Decoder<'_>| -> Vec<f32> {
+            head.kept.iter().flat_map(|p| row(head.keys, *p as usize)).collect()
+        };
+        let queries = |head: &Decoder<'_>| -> Vec<f32> {
+            (0..GROUP).flat_map(|g| row(head.queries, g * LEN + self.position)).collect()
+        };
+        let keys: Vec<_> = self.heads.iter().map(keys).collect();
+        let queries: Vec<_> = self.heads.iter().map(queries).collect();
+        let input = |h: usize| HeadInput {
+            positions: &self.heads[h].kept,
+            keys: &keys[h],
+            queries: &queries[h],
+            num_queries: 1,
+            ..HeadInput::default()
+        };
+        let heads = (0..self.heads.len()).map(input).collect();
+        f(&LayerInput {
+            num_layers: 1,
+            group: GROUP,
+            head_dim: DIM,
+            sequence_len: self.position + 1,
+            heads,
+            ..LayerInput::default()
+        })
+    }
+}
+
+#[test]
+fn tova_follows_the_reference_step_by_step() {
+    let golden = Golden::open();
+    let pipeline = Pipeline::parse("tova(recent=0) | keep_tokens(128)").unwrap();
+    for layer in 0..LAYERS {
+        let load = |name: &str| golden.floats(&format!("states/l{layer}.{name}"));
+        let (keys, values, queries) = (load("k"), load("v"), load("q"));
+        let decoder = |head: usize| Decoder {
+            keys: &keys[head * LEN * DIM..][..LEN * DIM],
+            values: &values[head * LEN * DIM..][..LEN * DIM],
+            queries: &queries[head * GROUP * LEN * DIM..][..GROUP * LEN * DIM],
+            kept: (0..PROMPT as i32).collect(),
+            column_sums: vec![0.0; PROMPT],
+            low_counts: vec![0.0; PROMPT],
+            cache_relative: None,
+        };
+        let mut decoders =
+            LayerDecoder { heads: (0..HEADS).map(decoder).collect(), position: PROMPT - 1 };
+        let name = format!("tova_c128/l{layer}");
+        let select = |decoders: &mut LayerDecoder<'_>, event, kept: String| {
+            let sets = pipeline.select(event, decoders).unwrap().remove(0);
+            for (head, set) in decoders.heads.iter_mut().zip(sets) {
+                head.kept = set.iter().map(|i| head.kept[i]).collect();
+                check_kept(&golden, &kept, head);
+            }
+        };
+        select(&mut decoders, Event::PrefillEnd, format!("{name}.kept_prefill"));
+        for step in 0..LEN - PROMPT {
+            decoders.position = PROMPT + step;
+            for head in 0..HEADS {
+                let decoder = &mut decoders.heads[head];
+                decoder.push(PROMPT + step);
+                decoder.column_sums.resize(decoder.kept.len(), 0.0);
+                decoder.low_counts.resize(decoder.kept.len(), 0.0);
+                let out = decoder.attend(PROMPT + step);
+                check_output(&golden, &name, head, step, &out, 1e-5);
+            }
+            select(&mut decoders, Event::Step, format!("{name}.kept_{step}"));
+        }
+        assert!(golden.has(&format!("{name}.kept_255")));
     }
 }

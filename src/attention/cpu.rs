@@ -248,6 +248,10 @@ impl Call<'_> {
         if needs.contains(Needs::QUERY_STATISTICS) {
             self.add_statistics(job, query, &mut scratch.observed);
         }
+        if needs.contains(Needs::LOW_COUNT) {
+            let Scratch { queries, rows, lse, .. } = &mut *scratch;
+            self.add_low_counts(job, observation, queries, rows, lse);
+        }
         if needs.contains(Needs::COLUMN_SUM) {
             self.add_column_sums(job, scratch);
         }

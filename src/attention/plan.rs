@@ -245,7 +245,8 @@ impl Plan {
     /// the same tasks.
     fn num_parts(&self, sequence: &Planned, num_lanes: usize) -> usize {
         let observation = sequence.observation.as_ref();
-        let sums = observation.is_some_and(|seen| seen.needs().contains(Needs::COLUMN_SUM));
+        let sums = observation
+            .is_some_and(|seen| seen.needs().0 & Needs::COLUMN_SUM.union(Needs::LOW_COUNT).0 != 0);
         if sums || sequence.replay.is_some() {
             // Probabilities need the merged log-sum-exp; one worker goes over all rows again.
             return 1;

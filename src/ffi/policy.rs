@@ -49,6 +49,8 @@ pub const KVMGR_NEEDS_OUTPUT_PROJECTION: u32 = 128;
 pub const KVMGR_NEEDS_REPLAY: u32 = 256;
 /// The policy reads hidden states of the tokens that do so: kvmgr_sequence_observe.
 pub const KVMGR_NEEDS_REPLAY_HIDDEN: u32 = 512;
+/// The policy reads how many queries gave a token less than an even share.
+pub const KVMGR_NEEDS_LOW_COUNT: u32 = 1024;
 
 const _: () = {
     assert!(KVMGR_NEEDS_KEYS == Needs::KEYS.0 && KVMGR_NEEDS_VALUES == Needs::VALUES.0);
@@ -57,6 +59,7 @@ const _: () = {
     assert!(KVMGR_NEEDS_QUERY_STATISTICS == Needs::QUERY_STATISTICS.0);
     assert!(KVMGR_NEEDS_HIDDEN == Needs::HIDDEN.0 && KVMGR_NEEDS_REPLAY == Needs::REPLAY.0);
     assert!(KVMGR_NEEDS_REPLAY_HIDDEN == Needs::REPLAY_HIDDEN.0);
+    assert!(KVMGR_NEEDS_LOW_COUNT == Needs::LOW_COUNT.0);
     assert!(KVMGR_NEEDS_OUTPUT_PROJECTION == Needs::OUTPUT_PROJECTION.0);
 };
 
@@ -129,6 +132,9 @@ pub struct kvmgr_policy_input {
     pub kv_head: u32,
     /// Must be 0.
     pub reserved: u32,
+    /// [num_kv_heads, T]: queries since the policy last ran that gave a token less than 1 / T, on the
+    /// mean over the group's heads.
+    pub low_counts: *const f32,
 }
 
 impl kvmgr_policy_input {
@@ -160,6 +166,7 @@ impl kvmgr_policy_input {
         replay_maxima: std::ptr::null(),
         kv_head: 0,
         reserved: 0,
+        low_counts: std::ptr::null(),
     };
 }
 
@@ -317,6 +324,7 @@ struct Input<'a> {
     gate_scores: Vec<f32>,
     output_projection: &'a [f32],
     replay_maxima: &'a [f32],
+    low_counts: &'a [f32],
     rope: Option<Rope>,
     positions: Vec<i32>,
 }
@@ -399,6 +407,7 @@ impl<'a> Input<'a> {
                 true => Vec::new(),
                 false => policy.gate(raw.layer as usize, heads, hidden, hidden_size)?,
             },
+            low_counts: list(raw.low_counts, rows, Needs::LOW_COUNT, "low_counts")?,
             replay_maxima: list(
                 raw.replay_maxima,
                 shape.num_q_heads * tokens,
@@ -446,6 +455,7 @@ impl<'a> Input<'a> {
                     query_covariance: part(self.query_covariance, h),
                     gate_scores: part(&self.gate_scores, h),
                     replay_maxima: part(self.replay_maxima, h),
+                    low_counts: part(self.low_counts, h),
                 })
                 .collect(),
             rope: self.rope.as_ref(),

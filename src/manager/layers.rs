@@ -27,6 +27,7 @@ struct HeadBuffers {
     queries: Vec<f32>,
     num_queries: usize,
     column_sums: Vec<f32>,
+    low_counts: Vec<f32>,
     query_mean: Vec<f32>,
     query_covariance: Vec<f32>,
     gate_scores: Vec<f32>,
@@ -73,6 +74,7 @@ impl<'a> Layers<'a> {
                 seen.queries_by_head(shape.group(), shape.head_dim, &mut buffers.queries);
                 buffers.num_queries = seen.num_queries();
                 buffers.column_sums.clone_from(&seen.column_sums);
+                buffers.low_counts.clone_from(&seen.low_counts);
                 if self.needs.contains(Needs::HIDDEN) {
                     buffers.gate_scores.clone_from(&seen.gate_scores);
                     buffers.gate_scores.resize(buffers.positions.len(), f32::NAN);
@@ -115,6 +117,7 @@ impl LayerSource for Layers<'_> {
             queries: &head.queries,
             num_queries: head.num_queries,
             column_sums: &head.column_sums,
+            low_counts: &head.low_counts,
             query_mean: &head.query_mean,
             query_covariance: &head.query_covariance,
             gate_scores: &head.gate_scores,

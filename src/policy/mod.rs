@@ -73,6 +73,9 @@ pub struct HeadInput<'a> {
     pub query_covariance: &'a [f32],
     /// What the policy's gate made of the hidden state of each token, `[T]`; empty unless needed.
     pub gate_scores: &'a [f32],
+    /// Queries that gave each token less than an even share since the policy last ran, `[T]`. Missing
+    /// ones at the end count as 0.
+    pub low_counts: &'a [f32],
     /// The largest probability that each token received when the prompt was replayed, for each query
     /// head, `[group, T]`; NaN for tokens that were not replayed. Empty unless needed and seen.
     pub replay_maxima: &'a [f32],
@@ -251,6 +254,11 @@ impl Pipeline {
     /// The coarsest lanes that can express the keep sets, and the stage that demands it.
     pub fn lane_width(&self) -> (LaneWidth, Option<&str>) {
         (self.width.0, self.width.1.as_deref())
+    }
+
+    /// The latest queries of a prompt that count.
+    pub fn history(&self) -> usize {
+        self.phases().map(|phase| phase.score.history()).max().unwrap_or(0)
     }
 
     /// Leading tokens that take part in every replay.

@@ -19,6 +19,7 @@ pub struct Observation {
     window: usize,
     heads: Vec<Mutex<HeadObservation>>,
     num_kv_heads: usize,
+    history: usize,
     /// What reserved tokens replay, if they do.
     replay: RwLock<Option<Replay>>,
     /// For each layer, the lengths of the hidden states of the reserved tokens.
@@ -49,6 +50,8 @@ pub struct HeadObservation {
     /// Attention probability that each cached row received so far, summed over queries and over
     /// the query heads of the group.
     pub column_sums: Vec<f32>,
+    /// Queries that gave each row less than an even share since the last eviction.
+    pub low_counts: Vec<f32>,
     /// Statistics of each query head of the group, from position [`FIRST_STATISTIC`] on. Tokens that
     /// are truncated or not committed stay in them.
     pub statistics: Vec<QueryStatistics>,
@@ -68,9 +71,21 @@ impl Observation {
             window,
             heads,
             num_kv_heads: shape.num_kv_heads,
+            history: 0,
             replay: RwLock::default(),
             replay_norms: (0..shape.num_layers).map(|_| RwLock::default()).collect(),
         }
+    }
+
+    /// The same for a policy that counts the last `history` queries of each call.
+    #[must_use]
+    pub fn with_history(self, history: usize) -> Self {
+        Self { history, ..self }
+    }
+
+    /// Queries of each call that count.
+    pub fn history(&self) -> usize {
+        self.history
     }
 
     /// What the policy asked for.
@@ -97,6 +112,7 @@ impl Observation {
             window: self.window,
             heads: self.heads.iter().map(copy).collect(),
             num_kv_heads: self.num_kv_heads,
+            history: self.history,
             replay: RwLock::default(),
             replay_norms: self.replay_norms.iter().map(|_| RwLock::default()).collect(),
         }
@@ -162,8 +178,9 @@ impl HeadObservation {
         self.gate_scores.extend_from_slice(scores);
     }
 
-    /// Keeps what is known of the surviving rows of a lane.
+    /// Keeps what is known of the surviving rows of a lane. Counts start anew.
     pub fn keep(&mut self, keep: &KeepSet, len: usize) {
+        self.low_counts.clear();
         for (plane, missing) in [(&mut self.column_sums, 0.0), (&mut self.gate_scores, f32::NAN)] {
             if !plane.is_empty() {
                 plane.resize(len, missing);
@@ -179,6 +196,7 @@ impl HeadObservation {
     /// Forgets what is known of rows from `len` on.
     pub fn truncate_rows(&mut self, len: usize) {
         self.column_sums.truncate(len);
+        self.low_counts.truncate(len);
         self.gate_scores.truncate(len);
         self.replay_maxima.iter_mut().for_each(|plane| plane.truncate(len));
     }

@@ -25,9 +25,12 @@ impl Golden {
         let parse = |bytes: &'static [u8]| SafeTensors::deserialize(bytes).expect("a whole file");
         let mut files = vec![("", parse(FILE))];
         if let Some(folder) = std::env::var_os("KVMGR_GOLDEN") {
-            for (prefix, file) in
-                [("", "press_T512"), ("states/", "states_T512"), ("weights/", "model_weights")]
-            {
+            for (prefix, file) in [
+                ("", "press_T512"),
+                ("", "decode_T512"),
+                ("states/", "states_T512"),
+                ("weights/", "model_weights"),
+            ] {
                 let path = PathBuf::from(&folder).join(format!("{file}.safetensors"));
                 let bytes = std::fs::read(&path).expect("KVMGR_GOLDEN names the full set");
                 files.push((prefix, parse(bytes.leak())));

@@ -45,7 +45,7 @@ def wanted(press, name):
     )
 
 
-TRACES = ("h2o_hh96_r32", "h2o_hh32_r96", "streaming_s4_r124_orig_pos", "streaming_s4_r124_cache_pos")
+TRACES = ("h2o_hh96_r32", "h2o_hh32_r96", "tova_c128", "scissorhands", "streaming_s4_r124_orig_pos", "streaming_s4_r124_cache_pos")
 
 
 def main():

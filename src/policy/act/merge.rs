@@ -59,26 +59,10 @@ impl Act for Merge {
         let head = &evicted.layer.heads[evicted.head];
         let dim = evicted.layer.head_dim;
         let (kept, gone) = evicted.split();
-        let unit = |i: &usize| {
-            let key = evicted.row(head.keys, *i);
-            let scale = 1.0 / kernels.dot_f32(key, key).sqrt().max(EPSILON);
-            key.iter().map(|x| x * scale).collect::<Vec<f32>>()
-        };
-        let units: Vec<Vec<f32>> = kept.iter().map(unit).collect();
-        let nearest = |i: &usize| {
-            let key = unit(i);
-            let mut best = (f32::NEG_INFINITY, 0);
-            for (at, unit) in units.iter().enumerate() {
-                let cosine = kernels.dot_f32(&key, unit);
-                if cosine > best.0 {
-                    best = (cosine, at);
-                }
-            }
-            best
-        };
         let mut pairs: Vec<(f32, usize, usize)> = gone
             .iter()
-            .map(|i| (nearest(i), *i))
+            .zip(nearest_survivors(evicted, &kept, &gone))
+            .map(|(i, nearest)| (nearest, *i))
             .filter(|((cosine, _), _)| *cosine >= self.threshold)
             .map(|((cosine, at), i)| (cosine, at, i))
             .collect();
@@ -106,4 +90,32 @@ impl Act for Merge {
         }
         values
     }
+}
+
+/// For each evicted token the largest cosine of its key with a surviving one, and which that is.
+pub(super) fn nearest_survivors(
+    evicted: &Evicted<'_>,
+    kept: &[usize],
+    gone: &[usize],
+) -> Vec<(f32, usize)> {
+    let kernels = simd::active();
+    let keys = evicted.layer.heads[evicted.head].keys;
+    let unit = |i: &usize| {
+        let key = evicted.row(keys, *i);
+        let scale = 1.0 / kernels.dot_f32(key, key).sqrt().max(EPSILON);
+        key.iter().map(|x| x * scale).collect::<Vec<f32>>()
+    };
+    let units: Vec<Vec<f32>> = kept.iter().map(unit).collect();
+    let nearest = |i: &usize| {
+        let key = unit(i);
+        let mut best = (f32::NEG_INFINITY, 0);
+        for (at, unit) in units.iter().enumerate() {
+            let cosine = kernels.dot_f32(&key, unit);
+            if cosine > best.0 {
+                best = (cosine, at);
+            }
+        }
+        best
+    };
+    gone.iter().map(nearest).collect()
 }

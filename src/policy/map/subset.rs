@@ -14,6 +14,7 @@ struct Rows {
     keys: Vec<f32>,
     values: Vec<f32>,
     column_sums: Vec<f32>,
+    low_counts: Vec<f32>,
     gate_scores: Vec<f32>,
 }
 
@@ -30,6 +31,7 @@ impl Subset {
                 keys: pick(head.keys, layer.head_dim),
                 values: pick(head.values, layer.head_dim),
                 column_sums: pick(head.column_sums, 1),
+                low_counts: pick(head.low_counts, 1),
                 gate_scores: pick(head.gate_scores, 1),
             }
         };
@@ -43,6 +45,7 @@ impl Subset {
             keys: &rows.keys,
             values: &rows.values,
             column_sums: &rows.column_sums,
+            low_counts: &rows.low_counts,
             gate_scores: &rows.gate_scores,
             queries: &[],
             num_queries: 0,

@@ -18,8 +18,9 @@ pub use probability::WindowProbabilities;
 registry! {
     /// Every score, in the order of the documentation.
     pub static SCORES: Entry = {
-        full, stream, snapkv, h2o, tova, keydiff, expected, knorm, lagkv, cur, observed, finch, capkv,
-        leverage, noncausal, compactor, qfilter, kvzip, kvzap, fastkvzip, duo, random,
+        full, stream, snapkv, h2o, scissorhands, tova, keydiff, expected, knorm, lagkv, cur,
+        observed, finch, capkv, leverage, noncausal, compactor, qfilter, kvzip, kvzap, fastkvzip,
+        duo, simlayer, fastgen, nacl, random,
     }
 }
 
@@ -30,6 +31,11 @@ pub trait Score: Debug + Send + Sync {
 
     /// Queries of each head to remember.
     fn query_window(&self) -> usize {
+        0
+    }
+
+    /// The latest queries of each call of attention that count for low counts.
+    fn history(&self) -> usize {
         0
     }
 
