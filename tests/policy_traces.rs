@@ -1,7 +1,5 @@
 //! Policies that act at each step against traces of other programs.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-
 mod common;
 
 use common::golden::{DIM, GROUP, Golden, HEADS, LAYERS, LEN, PROMPT, TOLERANCE};

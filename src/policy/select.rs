@@ -104,7 +104,8 @@ impl Phase {
     fn choose(&self, layer: &LayerInput<'_>, scores: &Scores) -> Result<Vec<KeepSet>> {
         let heads = &scores.heads;
         if let Allowance::Threshold(threshold) = self.allowance {
-            return Ok(heads.iter().map(|head| above(head, threshold)).collect());
+            let whole = self.score.keeps_whole();
+            return Ok(heads.iter().map(|head| above(head, threshold, whole)).collect());
         }
         let budgets = match &scores.decision {
             Decision::Kept(kept) => return Ok(kept.clone()),
@@ -214,8 +215,12 @@ fn check_projection(needs: Needs, layer: &LayerInput<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The tokens of a head with at least this score, and protected ones; the best if there is none.
-fn above(head: &HeadScores, threshold: f32) -> KeepSet {
+/// The tokens of a head with at least this score, and protected ones; the best if there is none. A
+/// head of at most `whole` tokens stays whole.
+fn above(head: &HeadScores, threshold: f32, whole: usize) -> KeepSet {
+    if head.scores.len() <= whole {
+        return KeepSet::all(head.scores.len());
+    }
     let stays = |i: &usize| head.protected[*i] || head.scores[*i] >= threshold;
     let kept = KeepSet::from_indices((0..head.scores.len()).filter(stays));
     if kept.is_empty() { top(head, 1) } else { kept }
