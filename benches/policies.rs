@@ -4,7 +4,7 @@
 //! budget runs, so a new stage has its row without being named here.
 
 #[path = "../tests/common/weights.rs"]
-#[expect(missing_docs, unreachable_pub, reason = "shared with the tests")]
+#[expect(unreachable_pub, reason = "shared with the tests")]
 mod weights;
 
 use std::hint::black_box;

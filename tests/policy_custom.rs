@@ -83,7 +83,7 @@ fn run(spec: &CStr, tokens: usize, steps: usize) -> Result<Vec<i32>, kvmgr_statu
         assert_eq!(kvmgr_cache_create(&config, &raw mut cache), KVMGR_OK, "{}", message());
         let status = kvmgr_cache_sequence_create(cache, ptr::null(), &raw mut sequence);
         assert_eq!(status, KVMGR_OK, "{}", message());
-        let mut feed = |n: usize| {
+        let feed = |n: usize| {
             assert_eq!(kvmgr_sequence_reserve(sequence, n), KVMGR_OK);
             let mut rows = vec![1.0f32; n * 8];
             let mut tensor: kvmgr_tensor = std::mem::zeroed();

@@ -1,7 +1,5 @@
 //! Policies that act while decoding hold a sequence at its budget for ever.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-
 mod common;
 
 use common::{Engine, config};
