@@ -76,7 +76,10 @@ fn selected_blocks_agree_with_the_reference() {
                         Some(&lists[sequence * 2 + head / 2]),
                     );
                     let error = relative_error(&step.output[row * 32..][..32], &expected.output);
-                    assert!(error < common::tolerance(&engine), "seed {seed} layer {layer} row {row}: {error}");
+                    assert!(
+                        error < common::tolerance(&engine),
+                        "seed {seed} layer {layer} row {row}: {error}"
+                    );
                     assert!((f64::from(step.lse[row]) - expected.lse).abs() < 1e-3);
                 }
             }

@@ -40,7 +40,8 @@ fn round_trip(quantizer: &dyn Quantizer, rows: &[f32], dim: usize) -> (Vec<u8>, 
     let mut bytes = vec![0; quantizer.bytes(tokens, dim)];
     quantizer.encode(rows, dim, &mut bytes);
     let mut values = vec![f32::NAN; rows.len()];
-    quantizer.decode(&Cell { bytes: &bytes, tokens, dim, rows: 0..tokens, ahead: &[] }, &mut values);
+    quantizer
+        .decode(&Cell { bytes: &bytes, tokens, dim, rows: 0..tokens, ahead: &[] }, &mut values);
     (bytes, values)
 }
 

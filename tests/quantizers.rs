@@ -148,8 +148,13 @@ fn dot_and_axpy_are_sums_over_the_decoded_rows() {
                 let bytes = encode(&**quantizer, &rows, dim);
                 for (i, range) in ranges(tokens).into_iter().enumerate() {
                     let n = 1 + (tokens + dim + i) % 9;
-                    let cell =
-                        Cell { bytes: &bytes, tokens, dim, rows: range, ahead: &bytes[..bytes.len().min(i % 3)] };
+                    let cell = Cell {
+                        bytes: &bytes,
+                        tokens,
+                        dim,
+                        rows: range,
+                        ahead: &bytes[..bytes.len().min(i % 3)],
+                    };
                     check_dot(&**quantizer, &cell, n, &mut random, &format!("{spec} {side:?}"));
                     check_axpy(&**quantizer, &cell, n, &mut random, &format!("{spec} {side:?}"));
                 }

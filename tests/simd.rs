@@ -114,7 +114,14 @@ fn every_half_decodes() {
     let bytes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
     for kernels in levels() {
         for format in [Format::F16, Format::Bf16] {
-            let rows = Rows { bytes: &bytes, stride: 512, count: 256, dim: 256, group: 32, ahead: &bytes[..100] };
+            let rows = Rows {
+                bytes: &bytes,
+                stride: 512,
+                count: 256,
+                dim: 256,
+                group: 32,
+                ahead: &bytes[..100],
+            };
             let mut out = vec![0.0; 1 << 16];
             kernels.decode(format, &rows, &mut out);
             for (i, x) in out.iter().enumerate() {

@@ -290,7 +290,8 @@ impl Grouped {
     }
 
     fn get(&self, bytes: &[u8], out: &mut [f32]) {
-        let rows = Rows { bytes, stride: bytes.len(), count: 1, dim: out.len(), group: BLOCK, ahead: &[] };
+        let rows =
+            Rows { bytes, stride: bytes.len(), count: 1, dim: out.len(), group: BLOCK, ahead: &[] };
         if !out.is_empty() {
             self.kernels.decode(Format::F16, &rows, out);
         }

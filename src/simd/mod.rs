@@ -15,7 +15,8 @@
 //!
 //! What must agree between levels: encoded bytes and decoded values, bit for bit, so that blocks
 //! may move between machines. Sums ([`Kernels::dot`], [`Kernels::axpy`], [`Kernels::exp_sub`]) agree
-//! up to rounding.
+//! up to rounding: of f32 for raw rows, and for rows of integers, whose queries and weights a level
+//! may turn into integers too, of 2^-15 of the largest query or weight.
 //!
 //! To add a level: one module with a static `Kernels`, and one word in `ALL`.
 

@@ -54,7 +54,8 @@ impl WindowProbabilities {
             self.tile.clear();
             self.tile.extend(keys.iter().flat_map(|x| x.to_le_bytes()));
             let count = keys.len() / dim;
-            let rows = Rows { bytes: &self.tile, stride: dim * 4, count, dim, group: dim, ahead: &[] };
+            let rows =
+                Rows { bytes: &self.tile, stride: dim * 4, count, dim, group: dim, ahead: &[] };
             self.products.resize(num_queries * count, 0.0);
             self.kernels.dot(Format::F32, &rows, queries, &mut self.products);
             for (t, products) in self.products.chunks_exact(count).enumerate() {

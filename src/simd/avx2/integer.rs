@@ -11,6 +11,8 @@
 //!
 //! Queries or weights that are not finite, or too large or small for it, take the float loops.
 
+#![expect(clippy::needless_range_loop, reason = "indices into two register arrays at once")]
+
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
