@@ -63,7 +63,7 @@ fn blocks<const N: usize>(values: &[f32], out: &mut [u8], encode: impl Fn(&Block
 
 /// Whether all magnitudes are at most `limit`; false for NaN.
 #[inline(always)]
-fn fits(values: &[f32], limit: f32) -> bool {
+pub(super) fn fits(values: &[f32], limit: f32) -> bool {
     let mut all = true;
     for x in values {
         all &= x.abs() <= limit;

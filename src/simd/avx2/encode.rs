@@ -4,8 +4,8 @@ use std::arch::x86_64::*;
 
 use super::math::load;
 use crate::simd::rows::{BLOCK, Format};
-use crate::simd::sanitize;
 use crate::simd::scalar::{Q4_0_LIMIT, Q8_0_LIMIT, reciprocal};
+use crate::simd::{encode_affine, sanitize};
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn f16(values: &[f32], out: &mut [u8]) {
@@ -54,7 +54,7 @@ pub(super) fn q8_0(values: &[f32], out: &mut [u8]) {
         let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         let bytes = _mm256_packs_epi16(words.0, words.1);
         let bytes = _mm256_permutevar8x32_epi32(bytes, order);
-        out[..2].copy_from_slice(&half::f16::from_f32(d).to_le_bytes());
+        out[..2].copy_from_slice(&f16_of(d));
         // SAFETY: `out` has 32 bytes after the scale.
         unsafe { _mm256_storeu_si256(out[2..].as_mut_ptr().cast(), bytes) };
     }
@@ -76,7 +76,7 @@ pub(super) fn q4_0(values: &[f32], out: &mut [u8]) {
         let words = _mm256_permute4x64_epi64::<0b1101_1000>(_mm256_packus_epi32(first, second));
         let low = _mm256_castsi256_si128(words);
         let bytes = _mm_packus_epi16(low, _mm256_extracti128_si256::<1>(words));
-        out[..2].copy_from_slice(&half::f16::from_f32(d).to_le_bytes());
+        out[..2].copy_from_slice(&f16_of(d));
         // SAFETY: `out` has 16 bytes after the scale.
         unsafe { _mm_storeu_si128(out[2..].as_mut_ptr().cast(), bytes) };
     }
@@ -86,6 +86,30 @@ pub(super) fn q4_0(values: &[f32], out: &mut [u8]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn rows(format: Format, values: &[f32], dim: usize, out: &mut [u8]) {
     crate::simd::encode::rows(format, values, dim, out);
+}
+
+/// As above.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn all_within(values: &[f32], limit: f32) -> bool {
+    crate::simd::encode::fits(values, limit)
+}
+
+/// As above.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn channel_ranges(values: &[f32], low: &mut [f32], high: &mut [f32]) {
+    encode_affine::channel_ranges(values, low, high);
+}
+
+/// As above.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn group_ranges(row: &[f32], group: usize, low: &mut [f32], high: &mut [f32]) {
+    encode_affine::group_ranges(row, group, low, high);
+}
+
+/// As above.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn codes(bits: usize, values: &[f32], inverse: &[f32], m: &[f32], out: &mut [u8]) {
+    encode_affine::codes(bits, values, inverse, m, out);
 }
 
 /// The block as vectors, made finite and limited, and its largest magnitude.
@@ -153,6 +177,13 @@ fn round_half_away(x: __m256) -> __m256i {
     let sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0));
     let half = _mm256_or_ps(_mm256_set1_ps(0.5f32.next_down()), sign);
     _mm256_cvttps_epi32(_mm256_add_ps(x, half))
+}
+
+#[inline]
+#[target_feature(enable = "f16c")]
+fn f16_of(x: f32) -> [u8; 2] {
+    let half = _mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(x));
+    (_mm_cvtsi128_si32(half) as u16).to_le_bytes()
 }
 
 #[inline]
