@@ -5,6 +5,8 @@
 # make test-plugin  the ggml plugin inside llama.cpp, where that is built
 # make install  PREFIX=/usr/local DESTDIR=
 # make bench    every benchmark
+# make bench-peers  the block manager beside kvbm-logical
+# make test-loom    the block pool's shared part under a model checker
 
 CARGO   ?= cargo
 PREFIX  ?= /usr/local
@@ -14,7 +16,8 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 SONAME  := libkvmgr.so.$(basename $(VERSION))
 OUT     ?= $(TARGET)/cpp-examples
 
-.PHONY: demo pareto quality lib examples test test-install test-plugin install bench clean
+.PHONY: demo pareto quality lib examples test test-install test-plugin test-loom install bench \
+  bench-peers clean
 
 demo: examples
 	$(OUT)/kvmgr-compare tests/data/tiny.gguf --text tests/data/heldout.txt \
@@ -71,8 +74,17 @@ test-plugin: lib
 	    $(abspath $(OUT))/ggml-kvmgr/libggml-kvmgr.so tests/data/tiny.gguf tests/data/heldout.txt; \
 	fi
 
+# Every interleaving of the block pool's shared part, with a model checker.
+test-loom:
+	RUSTFLAGS="--cfg loom" $(CARGO) test --release --manifest-path tests/loom/Cargo.toml \
+	  --target-dir $(TARGET)/loom
+
 bench:
 	$(CARGO) bench
+
+# The block manager beside kvbm-logical (89 crates, downloaded and linked), in one process.
+bench-peers:
+	$(CARGO) run --release --manifest-path benches/peers/Cargo.toml --target-dir $(TARGET)/peers
 
 install: lib
 	install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/lib/cmake/kvmgr \

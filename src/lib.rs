@@ -19,4 +19,5 @@ pub mod simd;
 pub mod slots;
 pub mod spec;
 pub mod store;
+mod sync;
 pub mod tier;

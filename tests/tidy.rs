@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Modules from the lowest layer up; a module uses only modules of lower rows and itself.
 const LAYERS: &[&[&str]] = &[
     &["error"],
-    &["dtype", "log", "shape"],
+    &["dtype", "log", "shape", "sync"],
     &["spec"],
     &["registry"],
     &["simd", "device"],

@@ -1,6 +1,13 @@
 //! Blocks: fixed-size runs of tokens, reference counted, shared through a prefix index.
 
+mod counts;
+pub mod events;
+pub mod groups;
+mod index;
 pub mod pool;
 pub mod prefix;
+mod reclaim;
+pub mod tables;
 
 pub use pool::{BlockId, BlockPool, EntryId, Released};
+pub use tables::{Admission, Request, SequenceId, Tables, TablesConfig};

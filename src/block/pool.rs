@@ -13,13 +13,21 @@
 //! for each lane. The entry is named by its first block and owns one reference to each; a sequence
 //! that matched or registered the entry owns its own references and counts as a holder. Entries
 //! without a holder are idle: an evictor orders them, and they are reclaimed when blocks run out.
+//!
+//! Everything lies in flat arrays made once: for each block a record (32 bytes), a digest (32), a
+//! place in the index (12), in the free list (4), in the memory of evicted prefixes (1), and what
+//! the evictor keeps (9 to 14).
+//!
+//! Lookups need shared access only: they add to atomic counts ([`super::counts`]) and leave the
+//! evictor alone, which therefore may name held blocks; those are passed over when they come up.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
-
+use super::counts::{Counts, Snapshot};
+use super::events::{EventFormat, EventStream, Journal};
+use super::index::{Index, tag};
 use super::prefix::Digest;
 use crate::error::{Result, ensure};
 use crate::evictor::Evictor;
+use crate::sync::{AtomicUsize, Ordering};
 
 /// Names a block of a pool: an index below its number of blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,52 +48,107 @@ pub enum Released {
     Freed,
 }
 
-/// No block: ends a bundle.
-const NONE: u32 = u32::MAX;
+/// How long an idle prefix should stay, next to others.
+pub const DEFAULT_PRIORITY: u8 = 35;
 
-/// The state of every block in flat arrays. Exclusive access; the owner puts a lock around it.
+/// The highest priority.
+pub const MAX_PRIORITY: u8 = 100;
+
+/// No block: ends a bundle.
+pub(super) const NONE: u32 = u32::MAX;
+
+/// The state of every block in flat arrays. The owner puts a reader-writer lock around it.
 #[derive(Debug)]
 pub struct BlockPool {
-    blocks: Vec<Block>,
+    pub(super) records: Vec<Record>,
+    pub(super) digests: Vec<Digest>,
     free: Vec<u32>,
-    digests: Vec<Digest>,
-    index: HashMap<Digest, u32, BuildHasherDefault<DigestHasher>>,
-    evictor: Box<dyn Evictor>,
-    idle_blocks: usize,
-    evictions: u64,
+    pub(super) index: Index,
+    pub(super) evictor: Box<dyn Evictor>,
+    pub(super) idle_blocks: AtomicUsize,
+    pub(super) evictions: u64,
+    /// Tags of evicted prefixes, so that a miss can be told from a prefix never seen.
+    pub(super) evicted: Vec<u32>,
+    /// Entries that came and went, if somebody listens.
+    pub(super) journal: Option<Box<Journal>>,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Block {
-    /// References of sequences, plus one while an entry owns the block.
-    refs: u32,
-    /// Sequences that hold the entry named by this block.
-    holders: u32,
+#[derive(Debug)]
+#[repr(align(32))]
+pub(super) struct Record {
+    pub(super) counts: Counts,
+    /// Grows when the block is freed, so that stale names are recognised.
+    pub(super) generation: u32,
     /// Next block of the bundle, `NONE` at its end.
-    sibling: u32,
+    pub(super) sibling: u32,
+    /// Blocks of the chain up to and including this one.
+    pub(super) depth: u32,
+    /// The tag under which the index has the entry.
+    pub(super) tag: u32,
     /// Whether an entry owns a reference.
-    cached: bool,
+    pub(super) cached: bool,
+    pub(super) priority: u8,
+    /// The group of a hybrid model that the entry belongs to.
+    pub(super) group: u8,
+    /// [`REUSED`] and [`DOOMED`].
+    pub(super) flags: u8,
 }
+
+/// The entry has been idle before.
+pub(super) const REUSED: u8 = 1;
+/// The users of the entry said that they will not come back.
+pub(super) const DOOMED: u8 = 2;
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<Record>() == 32);
 
 impl BlockPool {
     /// A pool of `num_blocks` free blocks whose idle entries `evictor` orders.
     pub fn new(num_blocks: usize, evictor: Box<dyn Evictor>) -> Self {
-        let empty = Block { refs: 0, holders: 0, sibling: NONE, cached: false };
+        let empty = |_| Record {
+            counts: Counts::new(),
+            generation: 0,
+            sibling: NONE,
+            depth: 0,
+            tag: 0,
+            cached: false,
+            priority: DEFAULT_PRIORITY,
+            group: 0,
+            flags: 0,
+        };
         Self {
-            blocks: vec![empty; num_blocks],
+            records: (0..num_blocks).map(empty).collect(),
+            digests: vec![[0; 32]; num_blocks],
             // Popped from the end: low numbers first, and the block freed last is used next.
             free: (0..num_blocks as u32).rev().collect(),
-            digests: vec![[0; 32]; num_blocks],
-            index: HashMap::with_capacity_and_hasher(num_blocks, BuildHasherDefault::default()),
+            index: Index::new(num_blocks),
             evictor,
-            idle_blocks: 0,
+            idle_blocks: AtomicUsize::new(0),
             evictions: 0,
+            evicted: vec![0; num_blocks / 4 + 1],
+            journal: None,
         }
+    }
+
+    /// Writes down from now on which entries come and go, for [`Self::publish`].
+    pub fn listen(&mut self, format: EventFormat) {
+        self.journal = Some(Box::new(Journal::new(format)));
+    }
+
+    /// Makes a batch of what has happened since the last one, stamped with `seconds`. Answers its
+    /// number and its bytes, or `None` if nothing happened or nobody listens.
+    pub fn publish(&mut self, seconds: f64) -> Option<(u64, &[u8])> {
+        self.journal.as_mut()?.publish(seconds)
+    }
+
+    /// The batches so far, if somebody listens.
+    pub fn events(&self) -> Option<&EventStream> {
+        Some(self.journal.as_ref()?.stream())
     }
 
     /// Blocks in the pool.
     pub fn num_blocks(&self) -> usize {
-        self.blocks.len()
+        self.records.len()
     }
 
     /// Blocks that nobody refers to.
@@ -95,7 +158,12 @@ impl BlockPool {
 
     /// Blocks that only a prefix entry refers to.
     pub fn num_idle(&self) -> usize {
-        self.idle_blocks
+        self.idle_blocks.load(Ordering::Relaxed)
+    }
+
+    /// Blocks that can be allocated: free ones and those of idle entries.
+    pub fn num_available(&self) -> usize {
+        self.num_free() + self.num_idle()
     }
 
     /// Prefix entries, held and idle.
@@ -108,9 +176,28 @@ impl BlockPool {
         self.evictions
     }
 
+    /// Bytes of bookkeeping, the evictor's included.
+    pub fn metadata_bytes(&self) -> usize {
+        let n = self.num_blocks();
+        n * (size_of::<Record>() + size_of::<Digest>() + size_of::<u32>())
+            + self.index.bytes()
+            + self.evicted.len() * size_of::<u32>()
+            + self.evictor.bytes()
+    }
+
     /// References to `block`, its entry's included.
     pub fn refs(&self, block: BlockId) -> u32 {
-        self.blocks[block.0 as usize].refs
+        self.records[block.0 as usize].counts.get().refs
+    }
+
+    /// How often `block` has been freed: with its number it names one life of it.
+    pub fn generation(&self, block: BlockId) -> u32 {
+        self.records[block.0 as usize].generation
+    }
+
+    /// Whether an entry owns `block`.
+    pub fn is_cached(&self, block: BlockId) -> bool {
+        self.records[block.0 as usize].cached
     }
 
     /// Appends `n` blocks with one reference each to `out`, or none at all.
@@ -123,37 +210,83 @@ impl BlockPool {
             self.num_blocks()
         );
         for id in self.free.drain(free - n..).rev() {
-            self.blocks[id as usize] = Block { refs: 1, holders: 0, sibling: NONE, cached: false };
+            let record = &mut self.records[id as usize];
+            record.counts.set(Snapshot { refs: 1, holders: 0 });
             out.push(BlockId(id));
         }
         Ok(())
     }
 
-    /// Adds a reference. Answers whether the block was idle before.
-    pub fn retain(&mut self, block: BlockId) -> bool {
-        let block = &mut self.blocks[block.0 as usize];
-        assert!(block.refs > 0, "retain of a free block");
-        block.refs += 1;
-        let was_idle = block.cached && block.refs == 2;
-        self.idle_blocks -= usize::from(was_idle);
+    pub(super) fn put_free(&mut self, id: u32) {
+        let record = &mut self.records[id as usize];
+        record.generation = record.generation.wrapping_add(1);
+        self.free.push(id);
+    }
+
+    /// The free blocks.
+    pub(super) fn free_list(&self) -> &[u32] {
+        &self.free
+    }
+
+    /// One block with one reference, from the free list or from the next idle entry.
+    pub fn take(&mut self) -> Option<BlockId> {
+        while self.free.is_empty() {
+            self.evict_one()?;
+        }
+        let id = self.free.pop()?;
+        let record = &mut self.records[id as usize];
+        record.counts.set(Snapshot { refs: 1, holders: 0 });
+        Some(BlockId(id))
+    }
+
+    /// Shared: adds a reference. Answers whether the block was idle before.
+    pub fn retain(&self, block: BlockId) -> bool {
+        let record = &self.records[block.0 as usize];
+        let before = record.counts.add(false);
+        assert!(before.refs > 0, "retain of a free block");
+        let was_idle = record.cached && before.refs == 1;
+        self.idle_blocks.fetch_sub(usize::from(was_idle), Ordering::Relaxed);
         was_idle
     }
 
     /// Drops a reference.
     pub fn release(&mut self, id: BlockId) -> Released {
-        let block = &mut self.blocks[id.0 as usize];
-        assert!(block.refs > 0, "release of a free block");
-        block.refs -= 1;
-        match block.refs {
+        let record = &mut self.records[id.0 as usize];
+        match record.counts.sub_exclusive(1, 0).refs {
             0 => {
-                self.free.push(id.0);
+                self.put_free(id.0);
                 Released::Freed
             }
-            1 if block.cached => {
-                self.idle_blocks += 1;
+            1 if record.cached => {
+                self.idle_blocks.fetch_add(1, Ordering::Relaxed);
                 Released::Idle
             }
             _ => Released::Used,
+        }
+    }
+
+    /// Adds a reference to a block of a table, and a hold if the block is an entry.
+    pub fn share(&mut self, id: u32) {
+        let record = &mut self.records[id as usize];
+        let was_idle = record.cached && record.counts.get().refs == 1;
+        let holders = u32::from(record.cached);
+        record.counts.add_exclusive(1, holders);
+        self.idle_blocks.fetch_sub(usize::from(was_idle), Ordering::Relaxed);
+    }
+
+    /// Drops what [`Self::share`], [`Self::find_held`] or [`Self::register_one`] gave.
+    pub fn unshare(&mut self, id: u32) {
+        let record = &mut self.records[id as usize];
+        if !record.cached {
+            if record.counts.sub_exclusive(1, 0).refs == 0 {
+                self.put_free(id);
+            }
+            return;
+        }
+        let left = record.counts.sub_exclusive(1, 1);
+        if left.holders == 0 {
+            self.idle_blocks.fetch_add(usize::from(left.refs == 1), Ordering::Relaxed);
+            self.enlist(id);
         }
     }
 
@@ -162,212 +295,132 @@ impl BlockPool {
     pub fn register(&mut self, digest: &Digest, blocks: &[BlockId]) -> Option<EntryId> {
         let head = blocks.first()?.0;
         let fresh = |id: &BlockId| {
-            let block = &self.blocks[id.0 as usize];
-            block.refs > 0 && !block.cached
+            let record = &self.records[id.0 as usize];
+            record.counts.get().refs > 0 && !record.cached
         };
-        if self.index.contains_key(digest) || !blocks.iter().all(fresh) {
+        if self.find(digest, 0).is_some() || !blocks.iter().all(fresh) {
             return None;
         }
         for (i, id) in blocks.iter().enumerate() {
-            let block = &mut self.blocks[id.0 as usize];
-            block.refs += 1;
-            block.cached = true;
-            block.sibling = blocks.get(i + 1).map_or(NONE, |next| next.0);
+            let record = &mut self.records[id.0 as usize];
+            record.counts.add_exclusive(1, u32::from(i == 0));
+            record.cached = true;
+            record.sibling = blocks.get(i + 1).map_or(NONE, |next| next.0);
         }
-        self.blocks[head as usize].holders = 1;
-        self.digests[head as usize] = *digest;
-        self.index.insert(*digest, head);
+        self.enter(head, digest, 0, 0);
         Some(EntryId(head))
+    }
+
+    /// Makes `block` the entry for `digest` in `group`, held by all who refer to it. Answers another block if that one is the entry already.
+    pub fn register_one(
+        &mut self,
+        digest: &Digest,
+        group: u8,
+        depth: u32,
+        block: u32,
+    ) -> Option<u32> {
+        if let Some(known) = self.find(digest, group) {
+            return Some(known);
+        }
+        let record = &mut self.records[block as usize];
+        let users = record.counts.get().refs;
+        record.counts.add_exclusive(1, users);
+        record.cached = true;
+        record.sibling = NONE;
+        self.enter(block, digest, group, depth);
+        None
     }
 
     /// The entry for `digest`, if it is known. Changes nothing; [`Self::hold`] takes it.
     pub fn lookup(&self, digest: &Digest) -> Option<EntryId> {
-        self.index.get(digest).copied().map(EntryId)
+        self.find(digest, 0).map(EntryId)
     }
 
-    /// Adds a holder to `entry` and a reference to each of its blocks, appended to `out` in lane
-    /// order with whether each was idle before.
-    pub fn hold(&mut self, entry: EntryId, out: &mut Vec<(BlockId, bool)>) {
-        let head = &mut self.blocks[entry.0 as usize];
-        if head.holders == 0 {
-            self.evictor.remove(entry.0);
+    /// Shared: holds the entry for `digest` in `group` and refers to its block once.
+    pub fn find_held(&self, digest: &Digest, group: u8) -> Option<u32> {
+        let head = self.find(digest, group)?;
+        self.hold_one(head);
+        Some(head)
+    }
+
+    /// Shared: holds the entries of the longest run of `digests`, from the first on, that is known
+    /// in `group`, and appends their blocks to `out`.
+    pub fn find_run(&self, digests: &[Digest], group: u8, out: &mut Vec<u32>) -> usize {
+        const BATCH: usize = 32;
+        let start = out.len();
+        for batch in digests.chunks(BATCH) {
+            // First reads of the index are independent of one another, so their misses overlap.
+            let (mut tags, mut firsts) = ([0; BATCH], [0; BATCH]);
+            for (i, digest) in batch.iter().enumerate() {
+                tags[i] = tag(digest, group);
+                firsts[i] = self.index.first(tags[i]);
+            }
+            for (i, digest) in batch.iter().enumerate() {
+                let guess = (firsts[i] as u32).wrapping_sub(1);
+                let guessed = (firsts[i] >> 32) as u32 == tags[i]
+                    && firsts[i] != 0
+                    && self.is_entry(guess, digest, group);
+                let found = if guessed {
+                    Some(guess)
+                } else {
+                    self.index.find(tags[i], |block| self.is_entry(block, digest, group))
+                };
+                let Some(head) = found else { return out.len() - start };
+                self.hold_one(head);
+                out.push(head);
+            }
         }
-        head.holders += 1;
+        out.len() - start
+    }
+
+    /// Shared: adds a holder to `entry` and a reference to each of its blocks, appended to `out` in
+    /// lane order with whether each was idle before.
+    pub fn hold(&self, entry: EntryId, out: &mut Vec<(BlockId, bool)>) {
+        self.records[entry.0 as usize].counts.add_holder();
         let mut id = entry.0;
         while id != NONE {
             let was_idle = self.retain(BlockId(id));
             out.push((BlockId(id), was_idle));
-            id = self.blocks[id as usize].sibling;
+            id = self.records[id as usize].sibling;
         }
     }
 
     /// Removes a holder of `entry`. The holder's block references are released apart from this.
     /// Call it for the last block of a chain first, so that leaves are reclaimed first.
     pub fn unhold(&mut self, entry: EntryId) {
-        let head = &mut self.blocks[entry.0 as usize];
-        assert!(head.holders > 0, "unhold of an idle entry");
-        head.holders -= 1;
-        if head.holders == 0 {
-            self.evictor.insert(entry.0);
+        if self.records[entry.0 as usize].counts.sub_exclusive(0, 1).holders == 0 {
+            self.enlist(entry.0);
         }
     }
 
-    /// Starts to reclaim the next idle entry: it can no longer be found, but keeps its blocks
-    /// until [`Self::finish_eviction`], so that their bytes can be offloaded in between.
-    pub fn begin_eviction(&mut self) -> Option<(Digest, Vec<BlockId>)> {
-        let head = self.evictor.pop()?;
-        let digest = self.digests[head as usize];
-        self.index.remove(&digest);
-        self.evictions += 1;
-        let mut blocks = Vec::new();
-        let mut id = head;
-        while id != NONE {
-            blocks.push(BlockId(id));
-            id = self.blocks[id as usize].sibling;
-        }
-        Some((digest, blocks))
+    /// The block of the entry for `digest` in `group`. Holds nothing.
+    pub fn find(&self, digest: &Digest, group: u8) -> Option<u32> {
+        self.index.find(tag(digest, group), |block| self.is_entry(block, digest, group))
     }
 
-    /// Drops the entry's reference to one of its blocks. Answers whether the block is free now.
-    pub fn finish_eviction(&mut self, id: BlockId) -> bool {
-        let block = &mut self.blocks[id.0 as usize];
-        assert!(block.cached, "block {} is in no entry", id.0);
-        block.cached = false;
-        block.refs -= 1;
-        if block.refs > 0 {
-            return false;
-        }
-        self.idle_blocks -= 1;
-        self.free.push(id.0);
-        true
+    fn is_entry(&self, block: u32, digest: &Digest, group: u8) -> bool {
+        self.records[block as usize].group == group && self.digests[block as usize] == *digest
     }
 
-    /// Checks every invariant; for tests and debugging. O(blocks).
-    pub fn check_integrity(&self) {
-        let used = self.blocks.iter().filter(|block| block.refs > 0).count();
-        assert_eq!(used + self.free.len(), self.blocks.len(), "free list and references disagree");
-        assert!(self.free.iter().all(|id| self.blocks[*id as usize].refs == 0));
-        let idle = self.blocks.iter().filter(|block| block.cached && block.refs == 1).count();
-        assert_eq!(idle, self.idle_blocks);
-        for (digest, head) in &self.index {
-            assert_eq!(&self.digests[*head as usize], digest);
-            assert!(self.blocks[*head as usize].cached);
-        }
-        let unheld = self.index.values().filter(|head| self.blocks[**head as usize].holders == 0);
-        assert_eq!(unheld.count(), self.evictor.len(), "idle entries and evictor disagree");
-    }
-}
-
-/// A digest is uniform already: its first eight bytes are its hash.
-#[derive(Debug, Default)]
-struct DigestHasher(u64);
-
-impl Hasher for DigestHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some(bytes) = bytes.first_chunk::<8>() {
-            self.0 = u64::from_le_bytes(*bytes);
+    fn hold_one(&self, head: u32) {
+        let record = &self.records[head as usize];
+        let before = record.counts.add(true);
+        if before.refs == 1 {
+            self.idle_blocks.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
-    fn write_usize(&mut self, _length: usize) {}
+    fn enter(&mut self, head: u32, digest: &Digest, group: u8, depth: u32) {
+        let tag = tag(digest, group);
+        let record = &mut self.records[head as usize];
+        record.tag = tag;
+        (record.group, record.depth) = (group, depth);
+        (record.priority, record.flags) = (DEFAULT_PRIORITY, 0);
+        self.digests[head as usize] = *digest;
+        self.index.insert(tag, head);
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::evictor;
-
-    fn pool(n: usize) -> BlockPool {
-        BlockPool::new(n, evictor::create("lru", n).unwrap())
-    }
-
-    fn evict(pool: &mut BlockPool) -> Option<Digest> {
-        let (digest, blocks) = pool.begin_eviction()?;
-        for block in blocks {
-            pool.finish_eviction(block);
-        }
-        Some(digest)
-    }
-
-    #[test]
-    fn allocation_is_all_or_nothing() {
-        let mut pool = pool(4);
-        let mut out = Vec::new();
-        pool.allocate(3, &mut out).unwrap();
-        assert_eq!(out, [BlockId(0), BlockId(1), BlockId(2)]);
-        assert!(pool.allocate(2, &mut out).is_err());
-        assert_eq!((out.len(), pool.num_free()), (3, 1));
-        assert_eq!(pool.release(BlockId(1)), Released::Freed);
-        pool.allocate(0, &mut out).unwrap();
-        pool.check_integrity();
-    }
-
-    #[test]
-    fn an_entry_lives_from_register_to_eviction() {
-        let mut pool = pool(4);
-        let mut blocks = Vec::new();
-        pool.allocate(2, &mut blocks).unwrap();
-        let entry = pool.register(&[1; 32], &blocks).unwrap();
-        assert!(pool.register(&[1; 32], &blocks).is_none(), "known digest");
-        assert!(pool.register(&[2; 32], &blocks).is_none(), "blocks of another entry");
-        assert!(pool.begin_eviction().is_none(), "held entries stay");
-
-        pool.unhold(entry);
-        for block in &blocks {
-            assert_eq!(pool.release(*block), Released::Idle);
-        }
-        pool.check_integrity();
-        assert_eq!(pool.num_idle(), 2);
-
-        let mut held = Vec::new();
-        pool.hold(pool.lookup(&[1; 32]).unwrap(), &mut held);
-        assert_eq!(held, [(blocks[0], true), (blocks[1], true)]);
-        assert!(pool.begin_eviction().is_none());
-        pool.unhold(entry);
-        held.iter().for_each(|(block, _)| _ = pool.release(*block));
-
-        assert_eq!(evict(&mut pool), Some([1; 32]));
-        assert_eq!((pool.num_free(), pool.num_idle(), pool.num_entries()), (4, 0, 0));
-        pool.check_integrity();
-    }
-
-    #[test]
-    fn leaves_are_reclaimed_before_their_parents() {
-        let mut pool = pool(8);
-        let mut blocks = Vec::new();
-        pool.allocate(3, &mut blocks).unwrap();
-        let chain: Vec<_> = (0..3u8)
-            .map(|i| pool.register(&[i; 32], &blocks[i as usize..][..1]).unwrap())
-            .collect();
-        let free = |pool: &mut BlockPool, n: usize| {
-            for i in (0..n).rev() {
-                pool.unhold(chain[i]);
-                pool.release(blocks[i]);
-            }
-        };
-        free(&mut pool, 3);
-        let mut held = Vec::new();
-        pool.hold(chain[0], &mut held);
-        free(&mut pool, 1);
-        let order: Vec<_> =
-            std::iter::from_fn(|| evict(&mut pool)).map(|digest| digest[0]).collect();
-        assert_eq!(order, [2, 1, 0]);
-    }
-
-    #[test]
-    fn a_block_used_past_the_eviction_of_its_entry_is_freed_by_its_user() {
-        let mut pool = pool(2);
-        let mut blocks = Vec::new();
-        pool.allocate(1, &mut blocks).unwrap();
-        let entry = pool.register(&[9; 32], &blocks).unwrap();
-        pool.unhold(entry);
-        evict(&mut pool).unwrap();
-        assert_eq!(pool.num_free(), 1);
-        assert_eq!(pool.release(blocks[0]), Released::Freed);
-        pool.check_integrity();
-    }
-}
+#[path = "pool_tests.rs"]
+mod tests;

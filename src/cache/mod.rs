@@ -1,8 +1,8 @@
 //! The cache: blocks with memory behind them. The only writer of block bytes.
 //!
-//! One lock guards the pool, the memory and the table from block to bytes. It is taken for batches
-//! of blocks, never for a token: a sequence keeps views of its blocks and reads and writes through
-//! them without it.
+//! One reader-writer lock guards the pool, the memory and the table from block to bytes. It is taken
+//! for batches of blocks, never for a token: a sequence keeps views of its blocks and reads and
+//! writes through them without it. Prefix lookups and retains share it.
 
 mod config;
 mod format;
@@ -11,9 +11,9 @@ mod slab;
 mod view;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
 pub use config::{CacheConfig, MemoryFormats};
 pub use format::Format;
@@ -52,7 +52,7 @@ pub struct Cache {
     sealed: usize,
     root: Digest,
     offload: Mutex<Option<Arc<dyn Offload>>>,
-    state: Mutex<State>,
+    state: RwLock<State>,
     /// Counters that sequences add to.
     pub counters: Counters,
 }
@@ -77,8 +77,8 @@ struct State {
     pool: BlockPool,
     slab: Option<Slab>,
     views: Vec<BlockView>,
-    idle_bytes: usize,
-    peak_bytes: usize,
+    idle_bytes: AtomicUsize,
+    peak_bytes: AtomicUsize,
 }
 
 /// A snapshot of what a cache holds. Bytes are bytes of blocks, as allocated.
@@ -128,8 +128,8 @@ impl Cache {
             pool: BlockPool::new(num_blocks, evictor),
             slab,
             views: vec![BlockView::none(); num_blocks],
-            idle_bytes: 0,
-            peak_bytes: 0,
+            idle_bytes: AtomicUsize::new(0),
+            peak_bytes: AtomicUsize::new(0),
         };
         let root = prefix::root(config.block_size, config.salt, config.scope(&formats).as_bytes());
         Ok(Arc::new(Self {
@@ -138,7 +138,7 @@ impl Cache {
             sealed,
             root,
             offload: Mutex::new(None),
-            state: Mutex::new(state),
+            state: RwLock::new(state),
             counters: Counters::default(),
         }))
     }
@@ -218,9 +218,9 @@ impl Cache {
 
     /// Reclaims idle entries until `n` blocks of `format` can be allocated under the lock that it
     /// returns. Their bytes are offloaded without the lock.
-    fn reclaim(&self, n: usize, format: usize) -> Result<MutexGuard<'_, State>> {
+    fn reclaim(&self, n: usize, format: usize) -> Result<RwLockWriteGuard<'_, State>> {
         loop {
-            let mut state = self.state.lock();
+            let mut state = self.state.write();
             let has_blocks = state.pool.num_free() >= n;
             if has_blocks && state.slab.as_ref().is_none_or(|slab| slab.fits(format, n)) {
                 return Ok(state);
@@ -241,13 +241,13 @@ impl Cache {
                 let bytes: Vec<_> = views.iter().map(BlockView::bytes).collect();
                 offload.offload(&digest, &bytes);
             }
-            self.state.lock().finish_eviction(&blocks);
+            self.state.write().finish_eviction(&blocks);
         }
     }
 
     /// Adds a reference to each block.
     pub fn retain(&self, ids: impl IntoIterator<Item = BlockId>) {
-        let mut state = self.state.lock();
+        let state = self.state.read();
         for id in ids {
             let was_idle = state.pool.retain(id);
             state.count_hold(id, was_idle);
@@ -261,14 +261,14 @@ impl Cache {
         ids: impl DoubleEndedIterator<Item = BlockId>,
         entries: impl DoubleEndedIterator<Item = EntryId>,
     ) {
-        let mut state = self.state.lock();
+        let mut state = self.state.write();
         entries.rev().for_each(|entry| state.pool.unhold(entry));
         ids.rev().for_each(|id| state.release(id));
     }
 
     /// Adds a hold on each entry; a fork shares its parent's.
     pub fn hold(&self, entries: impl IntoIterator<Item = EntryId>) {
-        let mut state = self.state.lock();
+        let mut state = self.state.write();
         let mut held = Vec::new();
         for entry in entries {
             held.clear();
@@ -283,7 +283,7 @@ impl Cache {
 
     /// Whether anybody else refers to `block`.
     pub fn is_shared(&self, block: BlockId) -> bool {
-        self.state.lock().pool.refs(block) > 1
+        self.state.read().pool.refs(block) > 1
     }
 
     /// Gives `block`, which nobody else refers to, other bytes in the format `format`; `fill`
@@ -296,14 +296,14 @@ impl Cache {
         fill: impl FnOnce(&BlockView),
     ) -> Option<BlockView> {
         let target = {
-            let mut state = self.state.lock();
+            let mut state = self.state.write();
             if state.pool.refs(block.id) > 1 {
                 return None;
             }
             state.slab.as_mut()?.allocate(format)?
         };
         fill(&target);
-        let mut state = self.state.lock();
+        let mut state = self.state.write();
         state.views[block.id.0 as usize] = target;
         if let Some(slab) = &mut state.slab {
             slab.free(block.view);
@@ -314,13 +314,13 @@ impl Cache {
 
     /// Makes one block for each lane the entry for `digest`. See [`BlockPool::register`].
     pub fn register(&self, digest: &Digest, blocks: &[BlockId]) -> Option<EntryId> {
-        self.state.lock().pool.register(digest, blocks)
+        self.state.write().pool.register(digest, blocks)
     }
 
     /// Finds the entry for `digest` and holds it: its blocks, in lane order, are appended to `out`
     /// with a reference each.
     pub fn find(&self, digest: &Digest, out: &mut Vec<Block>) -> Option<EntryId> {
-        let mut state = self.state.lock();
+        let state = self.state.read();
         let entry = state.pool.lookup(digest)?;
         let mut held = Vec::with_capacity(self.config.num_lanes());
         state.pool.hold(entry, &mut held);
@@ -334,7 +334,7 @@ impl Cache {
 
     /// What the cache holds now.
     pub fn stats(&self) -> CacheStats {
-        let state = self.state.lock();
+        let state = self.state.read();
         let (pool, slab) = (&state.pool, state.slab.as_ref());
         let (blocks, free, idle) = (pool.num_blocks(), pool.num_free(), pool.num_idle());
         CacheStats {
@@ -344,22 +344,22 @@ impl Cache {
             idle_blocks: idle as u64,
             prefix_entries: pool.num_entries() as u64,
             bytes_used: state.used_bytes() as u64,
-            bytes_idle: state.idle_bytes as u64,
+            bytes_idle: state.idle_bytes.load(Ordering::Relaxed) as u64,
             bytes_committed: slab.map_or(0, |slab| slab.committed_bytes() as u64),
-            bytes_peak: state.peak_bytes as u64,
+            bytes_peak: state.peak_bytes.load(Ordering::Relaxed) as u64,
             evictions: pool.evictions(),
         }
     }
 
     /// Starts a new peak at what is used now.
     pub fn reset_peak(&self) {
-        let mut state = self.state.lock();
-        state.peak_bytes = state.used_bytes();
+        let state = self.state.write();
+        state.peak_bytes.store(state.used_bytes(), Ordering::Relaxed);
     }
 
     /// Checks every invariant of the pool and its memory; for tests and debugging. O(blocks).
     pub fn check_integrity(&self) {
-        let state = self.state.lock();
+        let state = self.state.read();
         state.pool.check_integrity();
         let Some(slab) = &state.slab else { return };
         let referred = |(id, _): &(usize, &BlockView)| state.pool.refs(BlockId(*id as u32)) > 0;
@@ -375,23 +375,24 @@ impl Cache {
 
 impl State {
     fn used_bytes(&self) -> usize {
-        self.slab.as_ref().map_or(0, Slab::used_bytes) - self.idle_bytes
+        self.slab.as_ref().map_or(0, Slab::used_bytes) - self.idle_bytes.load(Ordering::Relaxed)
     }
 
-    fn note_peak(&mut self) {
-        self.peak_bytes = self.peak_bytes.max(self.used_bytes());
+    fn note_peak(&self) {
+        self.peak_bytes.fetch_max(self.used_bytes(), Ordering::Relaxed);
     }
 
-    fn count_hold(&mut self, id: BlockId, was_idle: bool) {
+    fn count_hold(&self, id: BlockId, was_idle: bool) {
         if was_idle {
-            self.idle_bytes -= self.views[id.0 as usize].len();
+            let bytes = self.views[id.0 as usize].len();
+            self.idle_bytes.fetch_sub(bytes, Ordering::Relaxed);
         }
     }
 
     fn release(&mut self, id: BlockId) {
         match self.pool.release(id) {
             Released::Used => {}
-            Released::Idle => self.idle_bytes += self.views[id.0 as usize].len(),
+            Released::Idle => *self.idle_bytes.get_mut() += self.views[id.0 as usize].len(),
             Released::Freed => self.free_bytes(id),
         }
     }
@@ -399,7 +400,7 @@ impl State {
     fn finish_eviction(&mut self, blocks: &[BlockId]) {
         for id in blocks {
             if self.pool.finish_eviction(*id) {
-                self.idle_bytes -= self.views[id.0 as usize].len();
+                *self.idle_bytes.get_mut() -= self.views[id.0 as usize].len();
                 self.free_bytes(*id);
             }
         }

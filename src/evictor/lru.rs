@@ -1,73 +1,45 @@
 //! Least recently used: the slot that became idle first goes first. Since the pool inserts
 //! children before parents, chains are reclaimed leaf first.
 
-use super::{Entry, Evictor};
+use super::lists::Lists;
+use super::{Entry, Evictor, Idle};
 
 pub(super) static ENTRY: Entry = Entry {
     name: "lru",
     summary: "least recently used, leaf first",
     params: &[],
-    create: |_, capacity| Box::new(Lru::new(capacity)),
+    create: |_, capacity| Box::new(Lru(Lists::new(capacity, 2))),
 };
 
-/// No neighbour.
-const NONE: u32 = u32::MAX;
+const LIVE: usize = 0;
+const DOOMED: usize = 1;
 
-/// A doubly linked list threaded through two flat arrays.
 #[derive(Debug)]
-struct Lru {
-    links: Vec<Link>,
-    head: u32,
-    tail: u32,
-    len: usize,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Link {
-    previous: u32,
-    next: u32,
-}
-
-impl Lru {
-    fn new(capacity: usize) -> Self {
-        let links = vec![Link { previous: NONE, next: NONE }; capacity];
-        Self { links, head: NONE, tail: NONE, len: 0 }
-    }
-}
+struct Lru(Lists);
 
 impl Evictor for Lru {
-    fn insert(&mut self, slot: u32) {
-        self.links[slot as usize] = Link { previous: self.tail, next: NONE };
-        match self.tail {
-            NONE => self.head = slot,
-            tail => self.links[tail as usize].next = slot,
-        }
-        self.tail = slot;
-        self.len += 1;
+    fn insert(&mut self, idle: Idle) {
+        self.0.remove(idle.slot);
+        self.0.push(if idle.doomed { DOOMED } else { LIVE }, idle.slot);
     }
 
-    fn remove(&mut self, slot: u32) {
-        let Link { previous, next } = self.links[slot as usize];
-        match previous {
-            NONE => self.head = next,
-            previous => self.links[previous as usize].next = next,
-        }
-        match next {
-            NONE => self.tail = previous,
-            next => self.links[next as usize].previous = previous,
-        }
-        self.len -= 1;
+    fn update(&mut self, idle: Idle) {
+        self.0.redoom(idle, LIVE, DOOMED);
     }
 
     fn pop(&mut self) -> Option<u32> {
-        let slot = self.head;
-        (slot != NONE).then(|| {
-            self.remove(slot);
-            slot
-        })
+        self.0.pop(DOOMED).or_else(|| self.0.pop(LIVE))
+    }
+
+    fn remove(&mut self, slot: u32) -> bool {
+        self.0.remove(slot).is_some()
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.bytes()
     }
 
     fn len(&self) -> usize {
-        self.len
+        self.0.len()
     }
 }

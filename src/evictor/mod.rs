@@ -1,6 +1,8 @@
 //! Evictors: the order in which unused cached blocks are reclaimed. Lossless, unlike a policy:
 //! an evicted prefix can be computed again or fetched from a store.
 
+mod lists;
+
 use std::fmt::Debug;
 
 use crate::error::Result;
@@ -9,21 +11,48 @@ use crate::spec;
 
 registry! {
     /// Every evictor, in the order of the documentation.
-    pub static EVICTORS: Entry = { lru, }
+    pub static EVICTORS: Entry = { lru, fifo, lfu, slru, s3_fifo, priority, cost, }
+}
+
+/// What the pool knows about an entry that became idle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Idle {
+    /// Which one: a block number below the capacity.
+    pub slot: u32,
+    /// How long its users want it to stay, 0 to 100.
+    pub priority: u8,
+    /// Blocks of its chain up to and including it: what it costs to compute again.
+    pub depth: u32,
+    /// A hash of its digest: the same prefix has the same tag in its next life.
+    pub tag: u32,
+    /// Whether it was idle before in this life, and somebody came back for it.
+    pub reused: bool,
+    /// Whether its users said that they will not come back: it goes before all others.
+    pub doomed: bool,
 }
 
 /// The order of reclaim over the slots `0..capacity` of a pool.
 ///
-/// The pool calls, never the other way round, and only for prefix entries that nobody holds.
-/// Every call is O(1) or O(log n); none allocates after creation.
-pub trait Evictor: Debug + Send {
-    /// Adds `slot`, which is not in the order. A child is always inserted before its parent when
-    /// both become idle at once, so that leaves go first.
-    fn insert(&mut self, slot: u32);
-    /// Takes `slot` out again, because somebody holds it or it is gone. It is in the order.
-    fn remove(&mut self, slot: u32);
-    /// Takes out the next slot to reclaim.
+/// The pool calls, never the other way round. Every call is O(1) or O(log n), amortised where an
+/// evictor moves entries between its queues; none allocates after creation. A slot that a lookup
+/// holds may stay in the order; the pool passes it over when it is popped and inserts it again
+/// when it is idle again.
+pub trait Evictor: Debug + Send + Sync {
+    /// Adds a slot, or says that a slot in the order was used once more. A child is always
+    /// inserted before its parent when both become idle at once, so that leaves go first.
+    fn insert(&mut self, idle: Idle);
+    /// Says that what is known of a slot in the order has changed, without a use.
+    fn update(&mut self, idle: Idle);
+    /// Takes out the next slot to reclaim: doomed ones first.
     fn pop(&mut self) -> Option<u32>;
+    /// Takes out one slot, if it is in the order.
+    fn remove(&mut self, slot: u32) -> bool;
+    /// Whether priorities count.
+    fn has_priorities(&self) -> bool {
+        false
+    }
+    /// Bytes of bookkeeping.
+    fn bytes(&self) -> usize;
     /// Slots in the order.
     fn len(&self) -> usize;
     /// Whether the order is empty.

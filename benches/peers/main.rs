@@ -1,0 +1,118 @@
+//! Workloads W1 to W5 on the block manager and on kvbm-logical, alternating in one process.
+//!
+//! `cargo run --release --manifest-path benches/peers/Cargo.toml [rounds]` prints one row for each
+//! cost: median of the rounds for both sides and the ratio of the medians. W2 reads the trace
+//! `tests/golden/w2.csv`. Tokens are tok(space, pos) = splitmix64(space * gamma + pos) % 32000.
+
+mod kvbm;
+mod ours;
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+pub const BLOCK: usize = 16;
+
+/// Nanoseconds per operation by row.
+pub type Costs = BTreeMap<&'static str, f64>;
+
+pub fn splitmix(x: u64) -> u64 {
+    let mut z = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+pub fn tok(space: u64, pos: u64) -> i32 {
+    (splitmix(space.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(pos)) % 32_000) as i32
+}
+
+pub fn tokens(space: u64, range: std::ops::Range<u64>) -> Vec<i32> {
+    range.map(|pos| tok(space, pos)).collect()
+}
+
+pub struct Stream(pub u64);
+
+impl Stream {
+    pub fn below(&mut self, n: usize) -> usize {
+        let value = splitmix(self.0);
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        (value % n as u64) as usize
+    }
+
+    pub fn shuffle<T>(&mut self, list: &mut [T]) {
+        for i in (1..list.len()).rev() {
+            list.swap(i, self.below(i + 1));
+        }
+    }
+}
+
+/// Nanoseconds that `body` takes for each of `n` operations.
+pub fn time<R>(n: usize, body: impl FnOnce() -> R) -> (f64, R) {
+    let start = Instant::now();
+    let result = body();
+    (start.elapsed().as_nanos() as f64 / n as f64, result)
+}
+
+/// W2: user, tokens of the message, tokens of the answer, in order.
+pub fn trace() -> Vec<(u64, usize, usize)> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/w2.csv");
+    let text = std::fs::read_to_string(path).expect("the trace is in the repository");
+    let number = |text: Option<&str>| text.and_then(|text| text.trim().parse().ok());
+    let row = |line: &str| {
+        let mut fields = line.split(',');
+        let mut next = || -> Option<u64> { number(fields.next()) };
+        let user = next()?;
+        let _turn = next()?;
+        Some((user, next()? as usize, next()? as usize))
+    };
+    text.lines().filter_map(row).collect()
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn compare(rounds: usize, ours: &dyn Fn() -> Costs, theirs: &dyn Fn() -> Costs) {
+    let (mut a, mut b) = (BTreeMap::new(), BTreeMap::new());
+    for _ in 0..rounds {
+        for (row, cost) in ours() {
+            a.entry(row).or_insert_with(Vec::new).push(cost);
+        }
+        for (row, cost) in theirs() {
+            b.entry(row).or_insert_with(Vec::new).push(cost);
+        }
+    }
+    for (row, costs) in &mut a {
+        let ours = median(costs);
+        match b.get_mut(row).map(|costs| median(costs)) {
+            Some(theirs) => {
+                println!("| {row} | {ours:.1} | {theirs:.1} | {:.1} |", theirs / ours);
+            }
+            None => println!("| {row} | {ours:.1} | | |"),
+        }
+    }
+}
+
+fn main() {
+    let rounds = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(3);
+    println!("| row, ns | kvmgr | kvbm-logical 1.6.1 | ratio |\n|---|---|---|---|");
+    compare(rounds, &ours::w1, &kvbm::w1);
+    compare(rounds, &ours::w3, &kvbm::w3);
+    compare(rounds, &ours::w4, &kvbm::w4);
+    println!("| W5, 10k blocks | | | |");
+    compare(rounds, &|| ours::w5(10_000), &|| kvbm::w5(10_000));
+    println!("| W5, 1M blocks | | | |");
+    compare(rounds, &|| ours::w5(1_000_000), &|| kvbm::w5(1_000_000));
+    println!("\nmetadata: {:.1} bytes a block at 1M blocks", ours::metadata(1_000_000));
+    println!("\n| evictor | hit % at 8k | 16k | 32k |\n|---|---|---|---|");
+    for evictor in ["lru", "fifo", "lfu", "slru", "s3_fifo", "priority", "cost"] {
+        let rate = |blocks| 100.0 * ours::w2(evictor, blocks);
+        println!("| {evictor} | {:.1} | {:.1} | {:.1} |", rate(8192), rate(16384), rate(32768));
+    }
+    let (one, two) = (ours::lookups(1), ours::lookups(2));
+    println!(
+        "\nlookups at 1M blocks, 1 and 2 threads: {one:.1} and {two:.1} M/s, {:.2}x",
+        two / one
+    );
+}

@@ -1,0 +1,249 @@
+//! The workloads on this library.
+
+use std::hint::black_box;
+
+use kvmgr::block::prefix::{self, Digest};
+use kvmgr::block::{BlockId, BlockPool, Request, SequenceId, Tables, TablesConfig};
+use kvmgr::evictor;
+
+use crate::{BLOCK, Costs, Stream, splitmix, time, tok, tokens};
+
+fn pool(blocks: usize, evictor: &str) -> BlockPool {
+    BlockPool::new(blocks, evictor::create(evictor, blocks).expect("a known evictor"))
+}
+
+fn tables() -> Tables {
+    Tables::new(TablesConfig::new(BLOCK)).expect("a valid configuration")
+}
+
+fn root() -> Digest {
+    prefix::root(BLOCK, 0, b"bench")
+}
+
+/// Admits a prompt and commits what was not cached, as if the engine had computed it; one more
+/// token is reserved.
+fn start(pool: &mut BlockPool, tables: &mut Tables, prompt: &[i32]) -> (SequenceId, usize) {
+    let admission = tables.admit(pool, &Request::new(prompt, root())).expect("room");
+    let (id, found) = (admission.id, admission.num_cached);
+    tables.commit(pool, id, prompt.len() - found, &[]).expect("reserved");
+    tables.reserve(pool, &[id], &[1]).expect("room");
+    (id, found)
+}
+
+pub fn w1() -> Costs {
+    let (mut pool, mut tables) = (pool(140_000, "lru"), tables());
+    let shared = tokens(0, 0..2048);
+    start(&mut pool, &mut tables, &shared);
+    let prompts: Vec<_> = (0..1000u64)
+        .map(|i| shared.iter().copied().chain([tok(i + 1, 0)]).collect::<Vec<_>>())
+        .collect();
+    let (admit, mut ids) = time(1000, || {
+        let mut admit = |prompt: &Vec<i32>| {
+            let admission = tables.admit(&mut pool, &Request::new(prompt, root())).expect("room");
+            assert_eq!(admission.num_cached, 2048);
+            admission.id
+        };
+        prompts.iter().map(&mut admit).collect::<Vec<_>>()
+    });
+    let digests = tables.hash(&Request::new(&shared, root())).to_vec();
+    let (given, extra) = time(1000, || {
+        let mut admit = |prompt| {
+            let request = Request { digests: &digests, ..Request::new(prompt, root()) };
+            tables.admit(&mut pool, &request).expect("room").id
+        };
+        prompts.iter().map(|prompt| admit(prompt)).collect::<Vec<_>>()
+    });
+    tables.release(&mut pool, &extra).expect("live");
+    let steps: Vec<Vec<i32>> =
+        (1..2048).map(|p| (0..1000).map(|i| tok(i + 1, p)).collect()).collect();
+    let (decode, ()) = time(2047 * 1000, || {
+        for id in &ids {
+            tables.commit(&mut pool, *id, 1, &[]).expect("reserved");
+        }
+        tables.reserve(&mut pool, &ids, &[1; 1000]).expect("room");
+        for step in &steps {
+            tables.append(&mut pool, &ids, step).expect("room");
+        }
+    });
+    assert!(ids.iter().all(|id| tables.num_tokens(*id) == Ok(4096)));
+    Stream(42).shuffle(&mut ids);
+    let (free, ()) = time(1000 * 256, || tables.release(&mut pool, &ids).expect("live"));
+    Costs::from([
+        ("W1 admit, per sequence", admit),
+        ("W1 admit, hashes given", given),
+        ("W1 decode, per token", decode),
+        ("W1 free, per block", free),
+    ])
+}
+
+pub fn w2(evictor: &str, blocks: usize) -> f64 {
+    let (mut pool, mut tables) = (pool(blocks, evictor), tables());
+    let mut histories = std::collections::HashMap::new();
+    let (mut found, mut asked) = (0, 0);
+    for (user, message, answer) in crate::trace() {
+        let history: &mut Vec<i32> = histories.entry(user).or_insert_with(|| tokens(0, 0..512));
+        let own = |history: &mut Vec<i32>, n: usize| {
+            let start = history.len() as u64;
+            history.extend(tokens(user + 1, start..start + n as u64));
+        };
+        own(history, message);
+        let (id, hit) = start(&mut pool, &mut tables, history);
+        asked += history.len();
+        found += hit;
+        let start = history.len();
+        own(history, answer);
+        for token in &history[start..] {
+            tables.append(&mut pool, &[id], &[*token]).expect("room");
+        }
+        tables.release(&mut pool, &[id]).expect("live");
+    }
+    found as f64 / asked as f64
+}
+
+pub fn w3() -> Costs {
+    let (mut pool, mut tables) = (pool(100_000, "lru"), tables());
+    let (mut fork, mut append, mut free) = (0.0, 0.0, 0.0);
+    const ROUNDS: u64 = 10;
+    for round in 0..ROUNDS {
+        let (parent, _) = start(&mut pool, &mut tables, &tokens(round + 1, 0..1000));
+        let (cost, children) = time(64, || {
+            let fork = |_| tables.fork(&mut pool, parent).expect("live");
+            (0..64).map(fork).collect::<Vec<SequenceId>>()
+        });
+        fork += cost;
+        let steps: Vec<Vec<i32>> = (0..256)
+            .map(|p| (0..64).map(|child| tok(1000 + round * 64 + child, p)).collect())
+            .collect();
+        append += time(64 * 256, || {
+            tables.reserve(&mut pool, &children, &[1; 64]).expect("room");
+            for step in &steps {
+                tables.append(&mut pool, &children, step).expect("room");
+            }
+        })
+        .0;
+        assert_eq!(tables.take_copies().len(), 64);
+        free += time(64, || tables.release(&mut pool, &children).expect("live")).0;
+        tables.release(&mut pool, &[parent]).expect("live");
+    }
+    let rounds = ROUNDS as f64;
+    Costs::from([
+        ("W3 fork, per child", fork / rounds),
+        ("W3 append, per token", append / rounds),
+        ("W3 free, per child", free / rounds),
+    ])
+}
+
+pub fn w4() -> Costs {
+    let mut pool = pool(100_000, "lru");
+    let mut held: Vec<BlockId> = (0..50_000).map(|_| pool.take().expect("room")).collect();
+    let mut random = Stream(3);
+    let picks: Vec<usize> = (0..500_000).map(|_| random.below(50_000)).collect();
+    let (pair, ()) = time(picks.len(), || {
+        for pick in &picks {
+            let fresh = pool.take().expect("room");
+            pool.unshare(std::mem::replace(&mut held[*pick], fresh).0);
+        }
+    });
+    let (immediate, ()) = time(500_000, || {
+        for _ in 0..500_000 {
+            let block = pool.take().expect("room");
+            pool.unshare(black_box(block).0);
+        }
+    });
+    Costs::from([("W4 alloc + free random", pair), ("W4 alloc + free at once", immediate)])
+}
+
+/// `n` digests that are as random as SHA-256's.
+fn digests(n: usize) -> Vec<Digest> {
+    (0..n as u64)
+        .map(|i| {
+            let mut digest = [0; 32];
+            for (k, bytes) in digest.chunks_exact_mut(8).enumerate() {
+                bytes.copy_from_slice(&splitmix(i * 4 + k as u64).to_le_bytes());
+            }
+            digest
+        })
+        .collect()
+}
+
+pub fn w5(n: usize) -> Costs {
+    let mut pool = pool(n, "lru");
+    let digests = digests(n);
+    let (alloc, blocks) =
+        time(n, || (0..n).map(|_| pool.take().expect("room")).collect::<Vec<_>>());
+    let (register, ()) = time(n, || {
+        for (i, digest) in digests.iter().enumerate() {
+            assert!(pool.register_one(digest, 0, i as u32 % 256, blocks[i].0).is_none());
+        }
+    });
+    let mut out = Vec::with_capacity(n);
+    let (lookup, ()) = time(n, || {
+        digests.chunks(256).for_each(|chain| _ = pool.find_run(chain, 0, &mut out));
+    });
+    assert_eq!(out.len(), n);
+    let blocks: Vec<u32> = blocks.into_iter().map(|block| block.0).collect();
+    let release = |pool: &mut BlockPool, blocks: &[u32]| {
+        for chain in blocks.chunks(256) {
+            chain.iter().rev().for_each(|block| pool.unshare(*block));
+        }
+    };
+    release(&mut pool, &out);
+    let (idle, ()) = time(n, || release(&mut pool, &blocks));
+    out.clear();
+    let (again, ()) = time(n, || {
+        digests.chunks(256).for_each(|chain| _ = pool.find_run(chain, 0, &mut out));
+        release(&mut pool, &out);
+    });
+    let (evict, ()) = time(n, || {
+        for _ in 0..n {
+            black_box(pool.take().expect("idle blocks"));
+        }
+    });
+    assert_eq!(pool.num_entries(), 0);
+    Costs::from([
+        ("alloc", alloc),
+        ("register, hashes given", register),
+        ("lookup held", lookup),
+        ("release", idle),
+        ("lookup + release idle", again),
+        ("evict + alloc", evict),
+    ])
+}
+
+pub fn metadata(n: usize) -> f64 {
+    pool(n, "lru").metadata_bytes() as f64 / n as f64
+}
+
+/// Millions of lookups a second at 1M blocks by `threads` under a reader-writer lock.
+pub fn lookups(threads: usize) -> f64 {
+    let n = 1_000_000;
+    let mut pool = pool(n, "lru");
+    let digests = digests(n);
+    for digest in &digests {
+        let block = pool.take().expect("room");
+        pool.register_one(digest, 0, 0, block.0);
+    }
+    let pool = std::sync::RwLock::new(pool);
+    let run = || {
+        let (cost, ()) = time(1, || {
+            std::thread::scope(|scope| {
+                for half in 0..threads {
+                    let (pool, digests) = (&pool, &digests);
+                    scope.spawn(move || {
+                        let mut out = Vec::with_capacity(256);
+                        let share = n / threads;
+                        for chain in digests[half * share..][..share].chunks(256) {
+                            out.clear();
+                            let pool = pool.read().expect("no panic");
+                            assert_eq!(pool.find_run(chain, 0, &mut out), chain.len());
+                        }
+                    });
+                }
+            });
+        });
+        n as f64 * 1e3 / cost
+    };
+    let mut rates: Vec<f64> = (0..5).map(|_| run()).collect();
+    rates.sort_by(f64::total_cmp);
+    rates[2]
+}

@@ -1,0 +1,167 @@
+//! The prefix index: an open-addressed table from digest to block.
+//!
+//! ```text
+//! slot (u64) = tag (high 32 bits of the digest's hash) | block + 1        0 = empty
+//! home       = tag * capacity >> 32, then linear probing
+//! ```
+//!
+//! The table holds no digests: those lie in the pool, one for each block, and are compared only
+//! when the tag agrees. The home of a slot follows from its tag, so removal can shift entries back
+//! without reading a digest. 12 bytes for each block of the pool, made once.
+
+use super::prefix::Digest;
+
+/// From digest to block number, over at most the number of blocks it was made for.
+#[derive(Debug)]
+pub(super) struct Index {
+    slots: Vec<u64>,
+    len: usize,
+}
+
+/// The hash of a digest in a group: its tag.
+pub(super) fn tag(digest: &Digest, group: u8) -> u32 {
+    let word = |i: usize| {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&digest[i * 8..][..8]);
+        u64::from_le_bytes(bytes)
+    };
+    // Hashes that a caller supplies may be short and padded, so every word counts.
+    let mixed = word(0) ^ word(1).rotate_left(17) ^ word(2).rotate_left(31) ^ word(3);
+    let mixed = (mixed ^ u64::from(group)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    ((mixed ^ (mixed >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 32) as u32
+}
+
+impl Index {
+    /// A table for `num_blocks` blocks: at most two thirds full.
+    pub(super) fn new(num_blocks: usize) -> Self {
+        Self { slots: vec![0; num_blocks + num_blocks / 2 + 8], len: 0 }
+    }
+
+    /// Entries in the table.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Bytes of the table.
+    pub(super) fn bytes(&self) -> usize {
+        self.slots.len() * size_of::<u64>()
+    }
+
+    /// The slot where the search for `tag` starts, read ahead of [`Self::find_from`] so that the
+    /// cache misses of a batch overlap.
+    pub(super) fn first(&self, tag: u32) -> u64 {
+        self.slots[self.home(tag)]
+    }
+
+    /// The block with `tag` for which `is_it` holds.
+    pub(super) fn find(&self, tag: u32, is_it: impl Fn(u32) -> bool) -> Option<u32> {
+        let mut at = self.home(tag);
+        loop {
+            let slot = self.slots[at];
+            if slot == 0 {
+                return None;
+            }
+            let block = slot as u32 - 1;
+            if (slot >> 32) as u32 == tag && is_it(block) {
+                return Some(block);
+            }
+            at = self.next(at);
+        }
+    }
+
+    /// Adds `block`, which is not in the table.
+    pub(super) fn insert(&mut self, tag: u32, block: u32) {
+        let mut at = self.home(tag);
+        while self.slots[at] != 0 {
+            at = self.next(at);
+        }
+        self.slots[at] = u64::from(tag) << 32 | u64::from(block + 1);
+        self.len += 1;
+    }
+
+    /// Takes `block` out, which is in the table under `tag`.
+    pub(super) fn remove(&mut self, tag: u32, block: u32) {
+        let wanted = u64::from(tag) << 32 | u64::from(block + 1);
+        let mut hole = self.home(tag);
+        while self.slots[hole] != wanted {
+            assert!(self.slots[hole] != 0, "block {block} is not in the index");
+            hole = self.next(hole);
+        }
+        self.len -= 1;
+        // Entries behind the hole move into it unless that would put them before their home.
+        let mut at = self.next(hole);
+        loop {
+            let slot = self.slots[at];
+            if slot == 0 {
+                break;
+            }
+            let home = self.home((slot >> 32) as u32);
+            if self.distance(home, at) >= self.distance(hole, at) {
+                self.slots[hole] = slot;
+                hole = at;
+            }
+            at = self.next(at);
+        }
+        self.slots[hole] = 0;
+    }
+
+    /// Every block in the table.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = u32> + '_ {
+        self.slots.iter().filter(|slot| **slot != 0).map(|slot| *slot as u32 - 1)
+    }
+
+    fn home(&self, tag: u32) -> usize {
+        ((u64::from(tag) * self.slots.len() as u64) >> 32) as usize
+    }
+
+    fn next(&self, at: usize) -> usize {
+        if at + 1 == self.slots.len() { 0 } else { at + 1 }
+    }
+
+    fn distance(&self, from: usize, to: usize) -> usize {
+        if to >= from { to - from } else { to + self.slots.len() - from }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    #[test]
+    fn it_agrees_with_a_map_through_collisions_and_removals() {
+        let mut index = Index::new(64);
+        let mut model: HashMap<u32, u32> = HashMap::new();
+        let mut random = 1u64;
+        for _ in 0..200_000 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let block = (random >> 33) as u32 % 64;
+            // Few distinct tags, so that clusters are long and wrap around.
+            let tag = 0xFFFF_0000_u32.wrapping_mul((random >> 45) as u32 % 5 + 1);
+            match model.remove(&block) {
+                Some(tag) => index.remove(tag, block),
+                None => {
+                    index.insert(tag, block);
+                    model.insert(block, tag);
+                }
+            }
+            assert_eq!(index.len(), model.len());
+        }
+        for block in 0..64 {
+            let found = model.get(&block).and_then(|tag| index.find(*tag, |it| it == block));
+            assert_eq!(found.is_some(), model.contains_key(&block));
+        }
+        assert_eq!(index.blocks().count(), model.len());
+    }
+
+    #[test]
+    fn every_byte_of_a_digest_and_the_group_count() {
+        let base = tag(&[0; 32], 0);
+        assert_ne!(base, tag(&[0; 32], 1));
+        for byte in 0..32 {
+            let mut digest = [0; 32];
+            digest[byte] = 1;
+            assert_ne!(base, tag(&digest, 0), "byte {byte}");
+        }
+    }
+}

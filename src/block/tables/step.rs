@@ -1,0 +1,380 @@
+//! A step: reserve slots, commit what was written, append one token to each of many, truncate.
+
+use super::{Copy, NO_BLOCK, SequenceId, Tables};
+use crate::block::groups::Group;
+use crate::block::pool::{BlockId, BlockPool, DEFAULT_PRIORITY};
+use crate::block::prefix;
+use crate::error::{Result, bail, ensure};
+
+impl Tables {
+    /// Gives each of `ids` slots for `counts` more tokens, or none to any: drafts, or the next piece
+    /// of a conversation. A sequence may not occur twice.
+    pub fn reserve(
+        &mut self,
+        pool: &mut BlockPool,
+        ids: &[SequenceId],
+        counts: &[u32],
+    ) -> Result<()> {
+        check_len("counts", counts.len(), ids.len())?;
+        self.begin_batch(ids)?;
+        let mut needed = 0;
+        for (id, count) in ids.iter().zip(counts) {
+            let slot = self.present(*id)?;
+            let reserved = self.sequences[slot].reserved as usize;
+            let end = reserved + *count as usize;
+            ensure!(
+                end <= i32::MAX as usize,
+                InvalidArgument,
+                "counts has {count} for a sequence of {reserved} tokens, the limit is {}",
+                i32::MAX
+            );
+            needed += self.needed(pool, slot, reserved, end);
+        }
+        ensure_available(pool, needed)?;
+        for (id, count) in ids.iter().zip(counts) {
+            let slot = id.0 as u32 as usize;
+            let end = self.sequences[slot].reserved as usize + *count as usize;
+            self.grow(pool, slot, end)?;
+        }
+        Ok(())
+    }
+
+    /// Says that the next `count` reserved tokens of a sequence have been written. `tokens` names
+    /// those that are not known yet: all but the rest of a prompt. Full blocks can be found by
+    /// others from now on. Reserved tokens beyond are kept; [`Self::truncate`] drops them.
+    pub fn commit(
+        &mut self,
+        pool: &mut BlockPool,
+        id: SequenceId,
+        count: usize,
+        tokens: &[i32],
+    ) -> Result<()> {
+        let slot = self.present(id)?;
+        let sequence = &mut self.sequences[slot];
+        let (committed, reserved) = (sequence.committed as usize, sequence.reserved as usize);
+        ensure!(
+            count <= reserved - committed,
+            InvalidArgument,
+            "count is {count}, only {} tokens are reserved",
+            reserved - committed
+        );
+        let unknown = (committed + count).saturating_sub(sequence.ids.len());
+        check_len("tokens", tokens.len(), unknown)?;
+        sequence.ids.extend_from_slice(tokens);
+        self.advance(pool, slot, committed + count);
+        Ok(())
+    }
+
+    /// Says that the reserved token of each of `ids` has been written and was `tokens[i]`, and
+    /// reserves the next one; or does nothing at all. A sequence may not occur twice.
+    pub fn append(
+        &mut self,
+        pool: &mut BlockPool,
+        ids: &[SequenceId],
+        tokens: &[i32],
+    ) -> Result<()> {
+        check_len("tokens", tokens.len(), ids.len())?;
+        self.begin_batch(ids)?;
+        let size = self.config.block_size as u32;
+        let mut needed = 0;
+        for id in ids {
+            let slot = self.present(*id)?;
+            let sequence = &self.sequences[slot];
+            let (committed, reserved) = (sequence.committed, sequence.reserved);
+            ensure!(
+                committed < reserved && sequence.ids.len() == committed as usize,
+                InvalidState,
+                "sequence {:#x} has {committed} tokens of {} committed and {reserved} reserved: \
+                 commit the prompt and reserve a token first",
+                id.0,
+                sequence.ids.len()
+            );
+            if committed + 1 == reserved && (reserved.is_multiple_of(size) || sequence.tail_shared)
+            {
+                needed += self.needed(pool, slot, reserved as usize, reserved as usize + 1);
+            }
+        }
+        ensure_available(pool, needed)?;
+        for (id, token) in ids.iter().zip(tokens) {
+            let slot = id.0 as u32 as usize;
+            let sequence = &mut self.sequences[slot];
+            sequence.ids.push(*token);
+            let committed = sequence.committed + 1;
+            if committed.is_multiple_of(size) {
+                self.advance(pool, slot, committed as usize);
+            } else {
+                sequence.committed = committed;
+            }
+            let sequence = &mut self.sequences[slot];
+            if sequence.reserved == committed {
+                if committed.is_multiple_of(size) || sequence.tail_shared {
+                    self.grow(pool, slot, committed as usize + 1)?;
+                } else {
+                    sequence.reserved = committed + 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets the committed tokens from `num_tokens` on and every reservation.
+    pub fn truncate(
+        &mut self,
+        pool: &mut BlockPool,
+        id: SequenceId,
+        num_tokens: usize,
+    ) -> Result<()> {
+        let slot = self.present(id)?;
+        let size = self.config.block_size;
+        let committed = self.sequences[slot].committed as usize;
+        ensure!(
+            num_tokens <= committed,
+            InvalidArgument,
+            "num_tokens is {num_tokens}, only {committed} are committed"
+        );
+        self.check_rollback(slot, num_tokens)?;
+        let (full, was_full) = (num_tokens / size, committed / size);
+        let groups = self.config.groups.len();
+        let sequence = &mut self.sequences[slot];
+        if full < was_full && self.config.prefix {
+            sequence.digest = match full {
+                0 => sequence.root,
+                full => {
+                    let chunk = &sequence.blocks[(full - 1) * groups..full * groups];
+                    let Some(block) = chunk.iter().find(|block| **block != NO_BLOCK) else {
+                        bail!(InvalidState, "no block of chunk {} is left to go back to", full - 1);
+                    };
+                    pool.digests[*block as usize]
+                }
+            };
+        }
+        // A block that was full is an entry or may be: whoever writes to it again copies it first.
+        sequence.tail_shared |= full < was_full;
+        if !self.config.groups.iter().any(|group| matches!(group, Group::Recurrent(_))) {
+            // A running state may lie in a block that was reserved; such tables keep theirs.
+            sequence.drop_blocks(pool, num_tokens.div_ceil(size) * groups);
+        }
+        (sequence.committed, sequence.reserved) = (num_tokens as u32, num_tokens as u32);
+        sequence.ids.truncate(num_tokens);
+        sequence.pending.clear();
+        Ok(())
+    }
+
+    /// Refuses to go back to where a group has no rows or no state any more.
+    fn check_rollback(&self, slot: usize, num_tokens: usize) -> Result<()> {
+        let size = self.config.block_size;
+        let sequence = &self.sequences[slot];
+        let groups = self.config.groups.len();
+        for (index, group) in self.config.groups.iter().enumerate() {
+            let is_state = matches!(group, Group::Recurrent(_));
+            ensure!(
+                !is_state || num_tokens == sequence.committed as usize,
+                Unsupported,
+                "num_tokens is {num_tokens}: group {index} is recurrent, a state cannot go back"
+            );
+            let needed = group.first_needed(num_tokens, size)..num_tokens.div_ceil(size);
+            let missing = |chunk: &usize| sequence.blocks[chunk * groups + index] == NO_BLOCK;
+            ensure!(
+                is_state || !needed.clone().any(|chunk| missing(&chunk)),
+                InvalidState,
+                "num_tokens is {num_tokens}: the window of group {index} has left those tokens"
+            );
+        }
+        Ok(())
+    }
+
+    /// Blocks that reserving up to `end` takes, at most.
+    pub(super) fn needed(&self, pool: &BlockPool, slot: usize, from: usize, end: usize) -> usize {
+        let sequence = &self.sequences[slot];
+        let size = self.config.block_size;
+        let have = from.div_ceil(size);
+        let last = end.saturating_sub(1) / size;
+        let mut needed = 0;
+        if end > from && sequence.tail_shared {
+            needed += sequence.shared_tail(pool, size, self.config.groups.len()).count();
+        }
+        for group in &self.config.groups {
+            needed += match group {
+                Group::Recurrent(_) => {
+                    (have..=last).filter(|chunk| group.has_block(*chunk, last)).count()
+                }
+                _ => end.div_ceil(size).saturating_sub(have),
+            };
+        }
+        needed
+    }
+
+    /// Reserves up to `end`; the blocks are available.
+    pub(super) fn grow(&mut self, pool: &mut BlockPool, slot: usize, end: usize) -> Result<()> {
+        let size = self.config.block_size;
+        let groups = self.config.groups.len();
+        if end > self.sequences[slot].reserved as usize {
+            self.own_tail(pool, slot)?;
+        }
+        let sequence = &mut self.sequences[slot];
+        let have = sequence.blocks.len() / groups;
+        let chunks = end.div_ceil(size);
+        for chunk in have..chunks {
+            for group in &self.config.groups {
+                if !group.has_block(chunk, chunks - 1) {
+                    sequence.blocks.push(NO_BLOCK);
+                    continue;
+                }
+                let Some(block) = take_or_move(pool, &mut sequence.blocks, *group, groups, chunk)
+                else {
+                    bail!(Internal, "an available block is missing");
+                };
+                sequence.blocks.push(block);
+            }
+        }
+        sequence.reserved = sequence.reserved.max(end as u32);
+        Ok(())
+    }
+
+    /// Copies the blocks of the open chunk that somebody else refers to.
+    fn own_tail(&mut self, pool: &mut BlockPool, slot: usize) -> Result<()> {
+        let sequence = &mut self.sequences[slot];
+        if !std::mem::replace(&mut sequence.tail_shared, false) {
+            return Ok(());
+        }
+        let groups = self.config.groups.len();
+        let shared: Vec<usize> =
+            sequence.shared_tail(pool, self.config.block_size, groups).collect();
+        for place in shared {
+            let Some(target) = pool.take() else {
+                bail!(Internal, "an available block is missing")
+            };
+            let source = std::mem::replace(&mut self.sequences[slot].blocks[place], target.0);
+            self.copies.push(Copy { source: BlockId(source), target });
+            pool.unshare(source);
+        }
+        Ok(())
+    }
+
+    /// Commits up to `end`: closes the chunks that became full and gives up what no group needs.
+    pub(super) fn advance(&mut self, pool: &mut BlockPool, slot: usize, end: usize) {
+        let size = self.config.block_size;
+        let from = self.sequences[slot].committed as usize;
+        self.sequences[slot].committed = end as u32;
+        if self.config.prefix {
+            for chunk in from / size..end / size {
+                self.close(pool, slot, chunk);
+            }
+            let sequence = &mut self.sequences[slot];
+            if end / size >= sequence.pending_from as usize + sequence.pending.len() {
+                sequence.pending.clear();
+            }
+        }
+        self.slide(pool, slot, from, end);
+    }
+
+    /// A chunk is full: names it and makes its blocks entries.
+    fn close(&mut self, pool: &mut BlockPool, slot: usize, chunk: usize) {
+        let size = self.config.block_size;
+        let groups = self.config.groups.len();
+        let sequence = &mut self.sequences[slot];
+        let tokens = &sequence.ids[chunk * size..][..size];
+        let parent = sequence.digest;
+        let pending = chunk.checked_sub(sequence.pending_from as usize);
+        sequence.digest = match pending.and_then(|at| sequence.pending.get(at)) {
+            Some(digest) => *digest,
+            None => prefix::extend_with(self.config.hash, &parent, tokens, &[]),
+        };
+        for (index, group) in self.config.groups.iter().enumerate() {
+            let block = &mut sequence.blocks[chunk * groups + index];
+            if *block == NO_BLOCK || !group.is_kept(chunk) {
+                continue;
+            }
+            let digest = &sequence.digest;
+            match pool.register_one(digest, index as u8, chunk as u32 + 1, *block) {
+                None => {
+                    if sequence.priority != DEFAULT_PRIORITY {
+                        pool.set_priority(BlockId(*block), sequence.priority);
+                    }
+                    if let Some(journal) = &mut pool.journal {
+                        let parent = (chunk > 0).then_some(&parent);
+                        journal.stored(index as u8, parent, digest, tokens);
+                    }
+                }
+                Some(known) if self.config.dedup && known != *block => {
+                    pool.share(known);
+                    pool.unshare(std::mem::replace(block, known));
+                }
+                // A duplicate carries its digest too, so that a rollback finds it.
+                Some(_) => pool.digests[*block as usize] = *digest,
+            }
+        }
+    }
+
+    /// Gives up blocks that the token at `from` needed and the one at `end` does not.
+    fn slide(&mut self, pool: &mut BlockPool, slot: usize, from: usize, end: usize) {
+        let size = self.config.block_size;
+        let groups = self.config.groups.len();
+        let sequence = &mut self.sequences[slot];
+        for (index, group) in self.config.groups.iter().enumerate() {
+            for chunk in group.first_needed(from, size)..group.first_needed(end, size) {
+                let block = &mut sequence.blocks[chunk * groups + index];
+                if *block != NO_BLOCK {
+                    pool.unshare(std::mem::replace(block, NO_BLOCK));
+                }
+            }
+        }
+    }
+}
+
+impl super::Sequence {
+    /// Places of the open chunk's blocks that somebody else refers to.
+    fn shared_tail<'a>(
+        &'a self,
+        pool: &'a BlockPool,
+        size: usize,
+        groups: usize,
+    ) -> impl Iterator<Item = usize> + 'a {
+        let open = !(self.committed as usize).is_multiple_of(size);
+        let first = self.committed as usize / size * groups;
+        let places = if open { first..self.blocks.len().min(first + groups) } else { 0..0 };
+        places.filter(|place| {
+            let block = self.blocks[*place];
+            block != NO_BLOCK && pool.refs(BlockId(block)) > 1
+        })
+    }
+}
+
+/// A block for `chunk`: a running state moves along, everything else is new.
+fn take_or_move(
+    pool: &mut BlockPool,
+    blocks: &mut [u32],
+    group: Group,
+    groups: usize,
+    chunk: usize,
+) -> Option<u32> {
+    if let Group::Recurrent(_) = group
+        && chunk > 0
+        && !group.is_kept(chunk - 1)
+    {
+        let index = blocks.len() % groups;
+        let before = (0..chunk).rev().map(|chunk| chunk * groups + index);
+        for place in before {
+            if blocks[place] == NO_BLOCK {
+                continue;
+            }
+            // A checkpoint stays; the state that runs goes where it is completed.
+            if !group.is_kept(place / groups) {
+                return Some(std::mem::replace(&mut blocks[place], NO_BLOCK));
+            }
+            break;
+        }
+    }
+    pool.take().map(|block| block.0)
+}
+
+fn ensure_available(pool: &BlockPool, needed: usize) -> Result<()> {
+    let available = pool.num_available();
+    ensure!(needed <= available, OutOfBlocks, "need {needed} blocks, {available} are available");
+    Ok(())
+}
+
+fn check_len(name: &str, found: usize, expected: usize) -> Result<()> {
+    ensure!(found == expected, InvalidArgument, "num_{name} is {found}, must be {expected}");
+    Ok(())
+}

@@ -1,0 +1,112 @@
+//! Doubly linked lists threaded through flat arrays: the material that most evictors are made of.
+
+/// No neighbour, no list.
+const NONE: u32 = u32::MAX;
+const NO_LIST: u8 = u8::MAX;
+
+/// Up to 254 lists over the slots `0..capacity`; a slot is in one of them or in none.
+#[derive(Debug)]
+pub(super) struct Lists {
+    links: Vec<Link>,
+    list: Vec<u8>,
+    ends: Vec<Ends>,
+    len: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Link {
+    previous: u32,
+    next: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    head: u32,
+    tail: u32,
+    len: usize,
+}
+
+impl Lists {
+    /// `num_lists` empty lists.
+    pub(super) fn new(capacity: usize, num_lists: usize) -> Self {
+        Self {
+            links: vec![Link { previous: NONE, next: NONE }; capacity],
+            list: vec![NO_LIST; capacity],
+            ends: vec![Ends { head: NONE, tail: NONE, len: 0 }; num_lists],
+            len: 0,
+        }
+    }
+
+    /// Slots in all lists.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Slots in one list.
+    pub(super) fn len_of(&self, list: usize) -> usize {
+        self.ends[list].len
+    }
+
+    /// Bytes of the arrays.
+    pub(super) fn bytes(&self) -> usize {
+        self.links.len() * (size_of::<Link>() + 1) + self.ends.len() * size_of::<Ends>()
+    }
+
+    /// The list that `slot` is in.
+    pub(super) fn list_of(&self, slot: u32) -> Option<usize> {
+        let list = self.list[slot as usize];
+        (list != NO_LIST).then_some(usize::from(list))
+    }
+
+    /// Adds `slot`, which is in no list, at the end of `list`.
+    pub(super) fn push(&mut self, list: usize, slot: u32) {
+        let ends = &mut self.ends[list];
+        self.links[slot as usize] = Link { previous: ends.tail, next: NONE };
+        match ends.tail {
+            NONE => ends.head = slot,
+            tail => self.links[tail as usize].next = slot,
+        }
+        ends.tail = slot;
+        ends.len += 1;
+        self.list[slot as usize] = list as u8;
+        self.len += 1;
+    }
+
+    /// Takes `slot` out of its list. Answers which it was.
+    pub(super) fn remove(&mut self, slot: u32) -> Option<usize> {
+        let list = self.list_of(slot)?;
+        let Link { previous, next } = self.links[slot as usize];
+        let ends = &mut self.ends[list];
+        match previous {
+            NONE => ends.head = next,
+            previous => self.links[previous as usize].next = next,
+        }
+        match next {
+            NONE => ends.tail = previous,
+            next => self.links[next as usize].previous = previous,
+        }
+        ends.len -= 1;
+        self.list[slot as usize] = NO_LIST;
+        self.len -= 1;
+        Some(list)
+    }
+
+    /// Moves the slot between `live` and `doomed` if it is in the order but on the wrong side;
+    /// other lists than `doomed` count as live.
+    pub(super) fn redoom(&mut self, idle: super::Idle, live: usize, doomed: usize) {
+        let Some(list) = self.list_of(idle.slot) else { return };
+        if idle.doomed != (list == doomed) {
+            self.remove(idle.slot);
+            self.push(if idle.doomed { doomed } else { live }, idle.slot);
+        }
+    }
+
+    /// Takes out the first slot of `list`.
+    pub(super) fn pop(&mut self, list: usize) -> Option<u32> {
+        let head = self.ends[list].head;
+        (head != NONE).then(|| {
+            self.remove(head);
+            head
+        })
+    }
+}
