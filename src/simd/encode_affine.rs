@@ -4,21 +4,28 @@
 //! The caller rounds scales and minima to f16 between the two steps: first [`ranges`], then
 //! [`codes`].
 
+use super::encode::{larger, range, smaller};
 use super::rows::BLOCK;
 
 /// Adding it rounds half to even and leaves an integer of up to 22 bits in the low bits.
 const ROUND: f32 = 8_388_608.0;
 
-/// Smallest and largest value of each channel of `values [tokens, dim]`.
+/// Smallest and largest value of each channel of `values [tokens, dim]`; `dim` is a multiple of 32.
 #[inline(always)]
 pub(super) fn channel_ranges(values: &[f32], low: &mut [f32], high: &mut [f32]) {
-    low.fill(f32::INFINITY);
-    high.fill(f32::NEG_INFINITY);
-    for row in values.chunks_exact(low.len()) {
-        for ((x, low), high) in row.iter().zip(&mut *low).zip(&mut *high) {
-            *low = if *x < *low { *x } else { *low };
-            *high = if *x > *high { *x } else { *high };
+    let dim = low.len();
+    let blocks = low.as_chunks_mut::<BLOCK>().0.iter_mut().zip(high.as_chunks_mut::<BLOCK>().0);
+    for (i, (low, high)) in blocks.enumerate() {
+        // Copies, which stay in registers over all tokens.
+        let (mut lows, mut highs) = ([f32::INFINITY; BLOCK], [f32::NEG_INFINITY; BLOCK]);
+        for row in values.chunks_exact(dim) {
+            let block = &row.as_chunks::<BLOCK>().0[i];
+            for j in 0..BLOCK {
+                lows[j] = smaller(block[j], lows[j]);
+                highs[j] = larger(block[j], highs[j]);
+            }
         }
+        (*low, *high) = (lows, highs);
     }
 }
 
@@ -27,15 +34,7 @@ pub(super) fn channel_ranges(values: &[f32], low: &mut [f32], high: &mut [f32]) 
 #[inline(always)]
 pub(super) fn group_ranges(row: &[f32], group: usize, low: &mut [f32], high: &mut [f32]) {
     for ((values, low), high) in row.chunks(group).zip(low).zip(high) {
-        let (mut lows, mut highs) = ([f32::INFINITY; 8], [f32::NEG_INFINITY; 8]);
-        for part in values.as_chunks::<8>().0 {
-            for i in 0..8 {
-                lows[i] = if part[i] < lows[i] { part[i] } else { lows[i] };
-                highs[i] = if part[i] > highs[i] { part[i] } else { highs[i] };
-            }
-        }
-        *low = lows.into_iter().fold(lows[0], f32::min);
-        *high = highs.into_iter().fold(highs[0], f32::max);
+        (*low, *high) = range(values);
     }
 }
 
@@ -65,9 +64,7 @@ fn codes_of<const BITS: usize, const WIDTH: usize>(
             let mut codes = [0; BLOCK];
             for j in 0..BLOCK {
                 let x = (block[j] - m[j]) * inverse[j];
-                let x = if x > 0.0 { x } else { 0.0 };
-                let x = if x < top { x } else { top };
-                codes[j] = (x + ROUND).to_bits();
+                codes[j] = (smaller(larger(x, 0.0), top) + ROUND).to_bits();
             }
             for j in 0..WIDTH {
                 let mut byte = 0;

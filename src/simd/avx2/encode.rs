@@ -45,10 +45,14 @@ pub(super) fn bf16(values: &[f32], out: &mut [u8]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn q8_0(values: &[f32], out: &mut [u8]) {
     for (values, out) in values.as_chunks::<BLOCK>().0.iter().zip(out.as_chunks_mut::<34>().0) {
-        let (x, most) = load_block(values, Q8_0_LIMIT);
-        let d = most / 127.0;
+        let x = load_block(values, Q8_0_LIMIT);
+        let d = largest(x) / 127.0;
         let inverse = _mm256_set1_ps(reciprocal(d));
-        let [a, b, c, e] = x.map(|x| round_half_away(_mm256_mul_ps(x, inverse)));
+        let mut codes = [_mm256_setzero_si256(); 4];
+        for (codes, x) in codes.iter_mut().zip(x) {
+            *codes = round_half_away(_mm256_mul_ps(x, inverse));
+        }
+        let [a, b, c, e] = codes;
         let words = (_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, e));
         // The packs work within 128-bit lanes; the permutation puts their dwords in order.
         let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -63,13 +67,15 @@ pub(super) fn q8_0(values: &[f32], out: &mut [u8]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn q4_0(values: &[f32], out: &mut [u8]) {
     for (values, out) in values.as_chunks::<BLOCK>().0.iter().zip(out.as_chunks_mut::<18>().0) {
-        let (x, most) = load_block(values, Q4_0_LIMIT);
-        let d = signed(&x, most) / -8.0;
+        let x = load_block(values, Q4_0_LIMIT);
+        let d = signed(x) / -8.0;
         let inverse = _mm256_set1_ps(reciprocal(d));
-        let [a, b, c, e] = x.map(|x| {
+        let mut codes = [_mm256_setzero_si256(); 4];
+        for (codes, x) in codes.iter_mut().zip(x) {
             let code = _mm256_add_ps(_mm256_mul_ps(x, inverse), _mm256_set1_ps(8.5));
-            _mm256_min_epi32(_mm256_cvttps_epi32(code), _mm256_set1_epi32(15))
-        });
+            *codes = _mm256_min_epi32(_mm256_cvttps_epi32(code), _mm256_set1_epi32(15));
+        }
+        let [a, b, c, e] = codes;
         // Low nibbles are elements 0..16, high nibbles 16..32.
         let first = _mm256_or_si256(a, _mm256_slli_epi32::<4>(c));
         let second = _mm256_or_si256(b, _mm256_slli_epi32::<4>(e));
@@ -103,7 +109,18 @@ pub(super) fn channel_ranges(values: &[f32], low: &mut [f32], high: &mut [f32]) 
 /// As above.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn group_ranges(row: &[f32], group: usize, low: &mut [f32], high: &mut [f32]) {
-    encode_affine::group_ranges(row, group, low, high);
+    for ((values, low), high) in row.chunks(group).zip(low).zip(high) {
+        let mut lows = [_mm256_set1_ps(f32::INFINITY); 4];
+        let mut highs = [_mm256_set1_ps(f32::NEG_INFINITY); 4];
+        for block in values.as_chunks().0 {
+            let x = vectors(block);
+            for i in 0..4 {
+                lows[i] = _mm256_min_ps(x[i], lows[i]);
+                highs[i] = _mm256_max_ps(x[i], highs[i]);
+            }
+        }
+        (*low, *high) = reduce(lows, highs);
+    }
 }
 
 /// As above.
@@ -112,23 +129,26 @@ pub(super) fn codes(bits: usize, values: &[f32], inverse: &[f32], m: &[f32], out
     encode_affine::codes(bits, values, inverse, m, out);
 }
 
-/// The block as vectors, made finite and limited, and its largest magnitude.
+/// The block as vectors, made finite and limited.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_block(values: &[f32; BLOCK], limit: f32) -> ([__m256; 4], f32) {
+fn load_block(values: &[f32; BLOCK], limit: f32) -> [__m256; 4] {
     let x = vectors(values);
-    let magnitudes = x.map(|x| absolute(x));
-    // An ordered comparison is false for NaN, and max drops a NaN in its first operand only.
-    let fits = |x: __m256| _mm256_cmp_ps::<_CMP_LE_OQ>(x, _mm256_set1_ps(limit));
-    let [a, b, c, d] = magnitudes.map(fits);
-    let all = _mm256_and_ps(_mm256_and_ps(a, b), _mm256_and_ps(c, d));
-    if _mm256_movemask_ps(all) != 0xff {
-        let mut values = *values;
-        sanitize(&mut values, limit);
-        let x = vectors(&values);
-        return (x, largest(x.map(|x| absolute(x))));
+    let mut above = _mm256_setzero_ps();
+    for x in x {
+        // True for NaN as well.
+        let outside = _mm256_cmp_ps::<_CMP_NLE_UQ>(absolute(x), _mm256_set1_ps(limit));
+        above = _mm256_or_ps(above, outside);
     }
-    (x, largest(magnitudes))
+    if _mm256_movemask_ps(above) == 0 { x } else { limited(values, limit) }
+}
+
+#[cold]
+#[target_feature(enable = "avx2")]
+fn limited(values: &[f32; BLOCK], limit: f32) -> [__m256; 4] {
+    let mut values = *values;
+    sanitize(&mut values, limit);
+    vectors(&values)
 }
 
 #[inline]
@@ -138,25 +158,61 @@ fn vectors(values: &[f32; BLOCK]) -> [__m256; 4] {
     [load(&parts[0]), load(&parts[1]), load(&parts[2]), load(&parts[3])]
 }
 
+/// The smallest and the largest element.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn largest([a, b, c, d]: [__m256; 4]) -> f32 {
-    let most = _mm256_max_ps(_mm256_max_ps(a, b), _mm256_max_ps(c, d));
-    super::math::largest_lane(most)
+fn range(x: [__m256; 4]) -> (f32, f32) {
+    reduce(x, x)
+}
+
+/// The smallest element of the first and the largest of the second argument.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn reduce(lows: [__m256; 4], highs: [__m256; 4]) -> (f32, f32) {
+    let [a, b, c, d] = highs;
+    let high = _mm256_max_ps(_mm256_max_ps(a, b), _mm256_max_ps(c, d));
+    let [a, b, c, d] = lows;
+    let low = _mm256_min_ps(_mm256_min_ps(a, b), _mm256_min_ps(c, d));
+    // Both maxima at once: of the elements, and of the negated ones.
+    let low = _mm256_xor_ps(low, _mm256_set1_ps(-0.0));
+    let high = _mm_max_ps(_mm256_castps256_ps128(high), _mm256_extractf128_ps::<1>(high));
+    let low = _mm_max_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps::<1>(low));
+    let both = _mm_max_ps(_mm_unpacklo_ps(high, low), _mm_unpackhi_ps(high, low));
+    let both = _mm_max_ps(both, _mm_movehl_ps(both, both));
+    (-_mm_cvtss_f32(_mm_movehdup_ps(both)), _mm_cvtss_f32(both))
+}
+
+/// The largest magnitude.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn largest(x: [__m256; 4]) -> f32 {
+    let first = _mm256_max_ps(absolute(x[0]), absolute(x[1]));
+    let second = _mm256_max_ps(absolute(x[2]), absolute(x[3]));
+    super::math::largest_lane(_mm256_max_ps(first, second))
+}
+
+/// The first element of largest magnitude, with its sign.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn signed(x: [__m256; 4]) -> f32 {
+    let (low, high) = range(x);
+    if high == -low {
+        return first_of_equals(x, high);
+    }
+    if high > -low { high } else { low }
 }
 
 /// The first element of magnitude `most`, with its sign; 0 for a zero block.
-#[inline]
 #[target_feature(enable = "avx2")]
-fn signed(x: &[__m256; 4], most: f32) -> f32 {
+fn first_of_equals(x: [__m256; 4], most: f32) -> f32 {
     if most == 0.0 {
         return 0.0;
     }
     for x in x {
-        let equal = _mm256_cmp_ps::<_CMP_EQ_OQ>(absolute(*x), _mm256_set1_ps(most));
+        let equal = _mm256_cmp_ps::<_CMP_EQ_OQ>(absolute(x), _mm256_set1_ps(most));
         let lanes = _mm256_movemask_ps(equal);
         if lanes != 0 {
-            let is_negative = _mm256_movemask_ps(*x) >> lanes.trailing_zeros() & 1 == 1;
+            let is_negative = _mm256_movemask_ps(x) >> lanes.trailing_zeros() & 1 == 1;
             return if is_negative { -most } else { most };
         }
     }

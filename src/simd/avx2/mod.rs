@@ -4,6 +4,7 @@
 
 mod encode;
 mod format;
+mod hadamard;
 mod levels;
 mod math;
 mod rows;
@@ -76,7 +77,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     // SAFETY: as above.
     exp_sub: |scores, max| unsafe { math::exp_sub(scores, max) },
     // SAFETY: as above.
-    hadamard: |values, size| unsafe { math::hadamard(values, size) },
+    hadamard: |values, size| unsafe { hadamard::hadamard(values, size) },
 };
 
 const fn row_kernels<F: Format>() -> RowKernels {
