@@ -128,7 +128,8 @@ pub(super) fn larger(a: f32, b: f32) -> f32 {
 #[inline(always)]
 fn largest(values: &[f32]) -> f32 {
     let (low, high) = range(values);
-    larger(high, -low)
+    // Of zeros, -0 could win.
+    larger(high, -low).abs()
 }
 
 /// The first element of largest magnitude, with its sign.
