@@ -17,6 +17,7 @@ mod handle;
 pub mod policy;
 pub mod pool;
 pub mod quantizer;
+pub mod score;
 pub mod sequence;
 pub mod slots;
 pub mod store;
