@@ -16,6 +16,7 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
+use super::rows as decoded;
 use super::math::{fetch, load, sum_lanes};
 use super::whole::{Factor, Whole};
 use crate::simd::rows::{BLOCK, Rows};
@@ -43,7 +44,7 @@ pub(super) fn dot<W: Whole>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]
     for (queries, scores) in batches {
         let mut factors = [0.0; BATCH];
         if rows.dim > MAX_DIM || !find_factors(rows.dim, queries, &mut factors) {
-            super::rows::dot::<W>(rows, queries, scores);
+            decoded::dot::<W>(rows, queries, scores);
             continue;
         }
         match queries.len() / rows.dim {
@@ -217,7 +218,7 @@ pub(super) fn axpy<W: Whole>(rows: &Rows<'_>, weights: &[f32], outputs: &mut [f3
     let batches = weights.chunks(BATCH * rows.count).zip(outputs.chunks_mut(BATCH * rows.dim));
     for (weights, outputs) in batches {
         if rows.dim > MAX_DIM {
-            super::rows::axpy::<W>(rows, weights, outputs);
+            decoded::axpy::<W>(rows, weights, outputs);
             continue;
         }
         match outputs.len() / rows.dim {
