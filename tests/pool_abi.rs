@@ -749,7 +749,7 @@ fn a_log_replays_to_the_same_bytes() {
         let none = kvmgr_pool_replay(log.as_ptr().cast(), 3, &raw mut replayed);
         refused(none, KVMGR_CORRUPT, "name and version");
     }
-    leases.into_iter().for_each(kvmgr_lease_destroy);
+    leases.into_iter().for_each(|lease| kvmgr_lease_destroy(lease));
     kvmgr_pool_release(pool);
     let pool = create(&config(4, 0));
     // SAFETY: a place for the size.
