@@ -16,6 +16,7 @@ fn the_committed_header_is_fresh() {
         "policy",
         "pool",
         "pool_sequence",
+        "pool_tables",
         "pool_index",
         "schedule",
         "cache",

@@ -128,7 +128,7 @@ impl BlockPool {
             evictor,
             idle_blocks: AtomicUsize::new(0),
             evictions: 0,
-            evicted: vec![0; num_blocks / 4 + 1],
+            evicted: vec![0; num_blocks / 4 + 64],
             journal: None,
             partial: None,
         }

@@ -18,6 +18,7 @@ pub mod policy;
 pub mod pool;
 pub mod pool_index;
 pub mod pool_sequence;
+pub mod pool_tables;
 pub mod quantizer;
 pub mod schedule;
 pub mod sequence;
