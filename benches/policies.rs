@@ -3,13 +3,18 @@
 //! `score` is the score alone, `select` the whole way to keep sets. Every example of every score and
 //! budget runs, so a new stage has its row without being named here.
 
+#[path = "../tests/common/weights.rs"]
+#[expect(unreachable_pub, reason = "shared with the tests")]
+mod weights;
+
 use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use kvmgr::error::Result;
 use kvmgr::policy::{
-    Event, HeadInput, LayerInput, LayerSource, Pipeline, STAGES, StageClass, StageInfo,
+    Event, HeadInput, LayerInput, LayerSource, OutputProjection, Pipeline, STAGES, StageClass,
+    StageInfo,
 };
 use kvmgr::shape::{Rope, RopeStyle};
 
@@ -17,6 +22,7 @@ const HEADS: usize = 8;
 const GROUP: usize = 4;
 const DIM: usize = 128;
 const WINDOW: usize = 64;
+const HIDDEN: usize = 256;
 
 /// One layer of random observations, the same for each head.
 struct Layer {
@@ -59,6 +65,9 @@ impl Layer {
             column_sums: &self.column_sums[h * len..][..len],
             query_mean: &self.rows[..GROUP * DIM],
             query_covariance: &self.query_covariance,
+            gate_scores: &self.column_sums[h * len..][..len],
+            replay_maxima: &self.rows[..GROUP * len],
+            low_counts: &self.column_sums[h * len..][..len],
         };
         LayerInput {
             layer: 0,
@@ -68,6 +77,10 @@ impl Layer {
             sequence_len: len,
             heads: (0..HEADS).map(head).collect(),
             rope: Some(&self.rope),
+            output_projection: Some(OutputProjection {
+                weights: &self.rows[..HIDDEN * HEADS * GROUP * DIM],
+                width: HEADS * GROUP * DIM,
+            }),
         }
     }
 }
@@ -86,13 +99,25 @@ fn policies(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("policy");
     group.sample_size(10).warm_up_time(Duration::from_millis(300));
     group.measurement_time(Duration::from_secs(1));
-    let is_family =
-        |stage: &&StageInfo| matches!(stage.class, StageClass::Score | StageClass::Budget);
+    let is_family = |stage: &&StageInfo| {
+        matches!(
+            stage.class,
+            StageClass::Score | StageClass::Map | StageClass::Budget | StageClass::Act
+        )
+    };
+    let file = weights::write(weights::Shape {
+        layers: 1,
+        heads: HEADS,
+        group: GROUP,
+        dim: DIM,
+        hidden: HIDDEN,
+    });
     for len in [2048, 8192] {
         let layer = Layer::new(len);
         group.throughput(Throughput::Elements((HEADS * len) as u64));
         for spec in STAGES.iter().filter(is_family).flat_map(|stage| stage.examples) {
-            let pipeline = Pipeline::parse(spec).expect("examples parse");
+            let pipeline = Pipeline::parse(&weights::with_file(spec, file.path()));
+            let pipeline = pipeline.expect("examples parse");
             let events = [Event::PrefillEnd, Event::Step];
             let Some(event) = events.into_iter().find(|event| pipeline.acts_on(*event)) else {
                 continue;

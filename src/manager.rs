@@ -1,17 +1,22 @@
 //! The parts put together: a cache with a policy and a tier, and sequences that use them.
 
+mod layers;
+
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::cache::{Cache, CacheConfig, CacheStats, MemoryFormats};
+use crate::device::tensor::Tensor;
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, bail, ensure};
-use crate::policy::{Event, HeadInput, LayerInput, LayerSource, Pipeline, PositionMode};
-use crate::quantizer::Side;
-use crate::sequence::{Observation, Sequence, SequenceConfig};
-use crate::shape::{LaneWidth, ModelShape, Needs, Rope};
+use crate::policy::{Event, Pipeline, PositionMode};
+use crate::sequence::{Observation, Replay, Sequence, SequenceConfig};
+use crate::shape::{KeepSet, LaneWidth, ModelShape, Needs, Rope};
 use crate::store::{Key, Store};
 use crate::tier::{self, Tier};
+use layers::Layers;
+use parking_lot::RwLock;
 
 /// Everything a manager needs to know.
 #[derive(Debug, Clone)]
@@ -52,6 +57,8 @@ pub struct Manager {
     tier: Option<Arc<Tier>>,
     num_threads: usize,
     workers: OnceLock<rayon::ThreadPool>,
+    /// The output projection of each layer, in the engine's memory.
+    projections: RwLock<Vec<Option<Tensor<'static>>>>,
 }
 
 /// What a manager holds and has done.
@@ -89,19 +96,52 @@ impl Manager {
             prefix: config.prefix,
             rope: config.rope,
         })?;
-        check_policy(&cache, &policy)?;
+        // The engine hands over weights once the cache exists.
+        check_policy(&cache, &policy, Needs::OUTPUT_PROJECTION)?;
         let tier = config.store.map(|store| Arc::new(Tier::new(store)));
         if let Some(tier) = &tier {
             cache.set_offload(Some(tier.clone()));
         }
         let policy = Arc::new(policy);
         let num_threads = config.num_threads;
-        Ok(Arc::new(Self { cache, policy, tier, num_threads, workers: OnceLock::new() }))
+        let workers = OnceLock::new();
+        let projections = RwLock::new(vec![None; config.shape.num_layers]);
+        Ok(Arc::new(Self { cache, policy, tier, num_threads, workers, projections }))
     }
 
     /// The cache.
     pub fn cache(&self) -> &Arc<Cache> {
         &self.cache
+    }
+
+    /// Tells the output projection of a layer, `[hidden, 1, num_q_heads * head_dim]`, which policies
+    /// may read as long as the manager lives.
+    pub fn set_output_projection(&self, layer: usize, weights: Tensor<'static>) -> Result<()> {
+        let shape = &self.cache.config().shape;
+        ensure!(
+            layer < shape.num_layers,
+            InvalidArgument,
+            "layer is {layer}, the model has {}",
+            shape.num_layers
+        );
+        let (found, width) = (weights.shape(), shape.num_q_heads * shape.head_dim);
+        ensure!(
+            found[0] > 0 && found[2] == width,
+            InvalidArgument,
+            "weights has {} rows of {}, must have rows of num_q_heads * head_dim = {width}",
+            found[0],
+            found[2]
+        );
+        self.projections.write()[layer] = Some(weights);
+        Ok(())
+    }
+
+    /// What the engine has told besides the cache's configuration.
+    fn told(&self) -> Needs {
+        match self.projections.read().iter().all(Option::is_some) {
+            true => Needs::OUTPUT_PROJECTION,
+            false => Needs::NONE,
+        }
     }
 
     /// The policy of sequences that do not bring their own.
@@ -137,22 +177,31 @@ impl Manager {
 }
 
 /// Refuses a policy that the cache or the engine cannot serve, naming the stage and what is missing.
-fn check_policy(cache: &Cache, policy: &Pipeline) -> Result<()> {
-    // Attention of this library observes queries and probabilities; rotation must be told.
-    let mut caps =
-        Needs(Needs::KEYS.0 | Needs::VALUES.0).union(Needs::QUERY_WINDOW).union(Needs::COLUMN_SUM);
+/// The engine has `told` these things.
+fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Result<()> {
+    // Attention of this library observes queries and probabilities; hidden states are handed over
+    // with each step.
+    let mut caps = told.union(Needs::KEYS).union(Needs::VALUES).union(Needs::HIDDEN);
+    caps = caps.union(Needs::REPLAY).union(Needs::REPLAY_HIDDEN).union(Needs::LOW_COUNT);
+    caps = caps.union(Needs::QUERY_WINDOW).union(Needs::COLUMN_SUM);
     if cache.config().rope.is_some() {
         // Statistics are of queries that are turned back.
         caps = caps.union(Needs::ROPE).union(Needs::QUERY_STATISTICS);
     }
-    let missing = policy.needs().missing_from(caps);
-    ensure!(
-        missing.is_empty(),
-        Unsupported,
-        "{} needs {} from the engine: set rope_style in the cache configuration",
-        policy.needed_by(policy.needs().without(caps)).unwrap_or(policy.spec()),
-        missing.join(", ")
-    );
+    let needs = policy.needs();
+    let missing = needs.without(caps);
+    if missing != Needs::NONE {
+        let remedy = match missing.contains(Needs::OUTPUT_PROJECTION) {
+            true => "hand over the weights of every layer first",
+            false => "set rope_style in the cache configuration",
+        };
+        bail!(
+            Unsupported,
+            "{} needs {} from the engine: {remedy}",
+            policy.needed_by(missing).unwrap_or(policy.spec()),
+            needs.missing_from(caps).join(", ")
+        );
+    }
     let rank = |width: LaneWidth| width.num_lanes(&cache.config().shape);
     let (needed, stage) = policy.lane_width();
     let found = cache.config().lane_width;
@@ -186,7 +235,6 @@ impl Session {
     /// A sequence of a cache, under `policy` or the cache's own.
     pub fn new(manager: &Arc<Manager>, policy: Option<Arc<Pipeline>>) -> Result<Self> {
         if let Some(policy) = &policy {
-            check_policy(&manager.cache, policy)?;
             ensure!(
                 policy.quantizers() == (None, None),
                 Unsupported,
@@ -195,6 +243,7 @@ impl Session {
         }
         let policy = policy.unwrap_or_else(|| manager.policy.clone());
         let cache = &manager.cache;
+        check_policy(cache, &policy, manager.told())?;
         let observation = observation_for(cache, &policy);
         let sealed = &cache.formats()[cache.sealed_format()];
         let config = SequenceConfig {
@@ -258,9 +307,134 @@ impl Session {
         Ok(matched)
     }
 
+    /// Says that the tokens reserved from now on repeat `tokens` of the prompt: what they read of it is
+    /// noted, and a commit of none of them ends the replay.
+    pub fn replay(&mut self, tokens: Range<usize>) -> Result<()> {
+        self.sequence.ensure_present()?;
+        let (len, reserved) = (self.sequence.num_tokens(), self.sequence.num_reserved());
+        ensure!(
+            reserved == 0 && !self.decoding,
+            InvalidState,
+            "{reserved} tokens are reserved and the prompt has {}ended; replay before its end",
+            if self.decoding { "" } else { "not " }
+        );
+        ensure!(
+            tokens.start < tokens.end && tokens.end <= len,
+            InvalidArgument,
+            "tokens {}..{} of a sequence of {len}, must be at least one of them",
+            tokens.start,
+            tokens.end
+        );
+        let Some(observation) = self.sequence.observation().filter(|_| self.needs(Needs::REPLAY))
+        else {
+            bail!(InvalidState, "the policy {} needs no replay", self.policy.spec());
+        };
+        let sinks = self.policy.replay_sinks().min(tokens.start) as i32;
+        let tokens = tokens.start as i32..tokens.end as i32;
+        observation.set_replay(Some(Replay { tokens, sinks }));
+        Ok(())
+    }
+
+    fn needs(&self, need: Needs) -> bool {
+        self.policy.needs().contains(need)
+    }
+
+    /// Whether reserved tokens replay the prompt.
+    fn is_replaying(&self) -> bool {
+        self.sequence.observation().is_some_and(|seen| seen.replay().is_some())
+    }
+
+    /// Refuses to end a replay that is incomplete, or to commit its tokens.
+    fn end_replay(&mut self, n: usize) -> Result<()> {
+        ensure!(n == 0, InvalidState, "{n} tokens of a replay cannot be committed, only 0");
+        let reserved = self.sequence.num_reserved();
+        let Some(observation) = self.sequence.observation() else { return Ok(()) };
+        if self.needs(Needs::REPLAY_HIDDEN) {
+            for layer in 0..self.sequence.cache().config().shape.num_layers {
+                let seen = observation.replay_norms(layer).read().len();
+                ensure!(
+                    seen == reserved,
+                    InvalidState,
+                    "layer {layer} has hidden states of {seen} of {reserved} replaying tokens"
+                );
+            }
+        }
+        self.sequence.commit(0, None)?;
+        if let Some(observation) = self.sequence.observation() {
+            observation.set_replay(None);
+        }
+        Ok(())
+    }
+
+    /// Hands over the hidden states `[reserved tokens, 1, width]` of a layer: the input of its
+    /// attention after the norm. A policy without a gate does not look at them.
+    pub fn observe_hidden(&mut self, layer: usize, hidden: &Tensor<'_>) -> Result<()> {
+        self.sequence.ensure_present()?;
+        let shape = self.sequence.cache().config().shape;
+        let ([tokens, _, width], reserved) = (hidden.shape(), self.sequence.num_reserved());
+        let layers = shape.num_layers;
+        ensure!(layer < layers, InvalidArgument, "layer is {layer}, the model has {layers}");
+        ensure!(
+            tokens == reserved && tokens > 0 && width > 0,
+            InvalidArgument,
+            "hidden has the shape [{tokens}, {width}], must have a row for each of {reserved} \
+             reserved tokens"
+        );
+        let asked = Needs::HIDDEN.union(Needs::REPLAY_HIDDEN);
+        let is_asked = |seen: &&Arc<Observation>| seen.needs().0 & asked.0 != 0;
+        let Some(observation) = self.sequence.observation().filter(is_asked) else {
+            return Ok(());
+        };
+        let mut rows = vec![0.0; tokens * width];
+        for (token, row) in rows.chunks_exact_mut(width).enumerate() {
+            hidden.read(token, 0, row);
+        }
+        if self.is_replaying() {
+            let norm = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>().sqrt();
+            *observation.replay_norms(layer).write() = rows.chunks_exact(width).map(norm).collect();
+            return Ok(());
+        }
+        if !self.needs(Needs::HIDDEN) {
+            return Ok(());
+        }
+        let scores = self.policy.gate(layer, shape.num_kv_heads, &rows, width)?;
+        for (head, scores) in scores.chunks_exact(tokens).enumerate() {
+            let (lane, _) = self.sequence.locate(layer, head);
+            let first = self.sequence.lanes()[lane].len() - tokens;
+            observation.head(layer, head).lock().put_gate_scores(first, scores);
+        }
+        Ok(())
+    }
+
+    /// Refuses a commit of tokens whose hidden states the policy needs and has not seen.
+    fn check_observed(&self, n: usize) -> Result<()> {
+        let Some(observation) = self.sequence.observation().filter(|_| self.needs(Needs::HIDDEN))
+        else {
+            return Ok(());
+        };
+        let shape = self.sequence.cache().config().shape;
+        for layer in 0..shape.num_layers {
+            let (lane, _) = self.sequence.locate(layer, 0);
+            let first = self.sequence.lanes()[lane].len() - self.sequence.num_reserved();
+            let seen = observation.head(layer, 0).lock().gate_scores.len().saturating_sub(first);
+            ensure!(
+                seen >= n,
+                InvalidState,
+                "layer {layer} has hidden states of {seen} of {n} tokens; the policy needs them all"
+            );
+        }
+        Ok(())
+    }
+
     /// See [`Sequence::commit`]. After the prompt has ended this is a decode step: the decode
     /// phase of the policy runs when it is due.
     pub fn commit(&mut self, n: usize, tokens: Option<&[i32]>) -> Result<()> {
+        if self.is_replaying() {
+            return self.end_replay(n);
+        }
+        if n <= self.sequence.num_reserved() {
+            self.check_observed(n)?;
+        }
         self.sequence.commit(n, tokens)?;
         if self.decoding && n > 0 {
             self.steps += 1;
@@ -273,6 +447,7 @@ impl Session {
     /// policy runs, and commits are decode steps from now on.
     pub fn end_prefill(&mut self) -> Result<()> {
         self.sequence.ensure_present()?;
+        ensure!(!self.is_replaying(), InvalidState, "commit 0 tokens to end the replay first");
         self.run_policy(Event::PrefillEnd)?;
         self.sequence.seal_deferred();
         self.decoding = true;
@@ -321,7 +496,11 @@ impl Session {
         if !policy.is_due(event, self.steps, longest, self.sequence.num_tokens()) {
             return Ok(());
         }
-        let kept = policy.select(event, &mut Layers::new(&self.sequence, policy.needs()))?;
+        if policy.changes_values(event) {
+            return self.run_with_values(event, &policy);
+        }
+        let mut layers = Layers::new(&self.sequence, self.manager.as_deref(), policy.needs());
+        let kept = policy.select(event, &mut layers)?;
         let mut done = vec![false; self.sequence.lanes().len()];
         for (layer, heads) in kept.iter().enumerate() {
             for (head, keep) in heads.iter().enumerate() {
@@ -330,6 +509,31 @@ impl Session {
                 if !std::mem::replace(&mut done[lane], true) {
                     self.sequence.compact(lane, keep)?;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a policy that changes values of survivors: one layer at a time, so that only the values of
+    /// one are held. The lanes are no wider than a layer.
+    fn run_with_values(&mut self, event: Event, policy: &Pipeline) -> Result<()> {
+        let shape = self.sequence.cache().config().shape;
+        for layer in 0..shape.num_layers {
+            let kept = {
+                let manager = self.manager.as_deref();
+                let mut layers = Layers::new(&self.sequence, manager, policy.needs());
+                policy.select_layer(event, &mut layers, layer)?
+            };
+            let mut lanes: Vec<(usize, KeepSet, Vec<Vec<f32>>)> = Vec::new();
+            for (head, kept) in kept.into_iter().enumerate() {
+                let (lane, _) = self.sequence.locate(layer, head);
+                match lanes.last_mut() {
+                    Some((last, _, values)) if *last == lane => values.push(kept.values),
+                    _ => lanes.push((lane, kept.set, vec![kept.values])),
+                }
+            }
+            for (lane, keep, values) in lanes {
+                self.sequence.compact_with(lane, &keep, &values)?;
             }
         }
         Ok(())
@@ -371,98 +575,12 @@ fn fresh_key() -> Key {
 
 fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Observation>> {
     let attention = Needs::QUERY_WINDOW.union(Needs::COLUMN_SUM).union(Needs::QUERY_STATISTICS);
+    let attention = attention.union(Needs::HIDDEN).union(Needs::REPLAY);
+    let attention = attention.union(Needs::LOW_COUNT);
     let needs = policy.needs();
-    (needs.0 & attention.0 != 0)
-        .then(|| Arc::new(Observation::new(&cache.config().shape, needs, policy.query_window())))
-}
-
-/// The layers of a sequence as a policy sees them, decoded one at a time.
-struct Layers<'a> {
-    sequence: &'a Sequence,
-    needs: Needs,
-    heads: Vec<HeadBuffers>,
-}
-
-#[derive(Default)]
-struct HeadBuffers {
-    /// The lane that `positions` belongs to.
-    lane: Option<usize>,
-    positions: Vec<i32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    queries: Vec<f32>,
-    num_queries: usize,
-    column_sums: Vec<f32>,
-    query_mean: Vec<f32>,
-    query_covariance: Vec<f32>,
-}
-
-impl<'a> Layers<'a> {
-    fn new(sequence: &'a Sequence, needs: Needs) -> Self {
-        let num_heads = sequence.cache().config().shape.num_kv_heads;
-        let heads = (0..num_heads).map(|_| HeadBuffers::default()).collect();
-        Self { sequence, needs, heads }
-    }
-
-    fn load(&mut self, layer: usize) {
-        let shape = self.sequence.cache().config().shape;
-        for (head, buffers) in self.heads.iter_mut().enumerate() {
-            let (lane, _) = self.sequence.locate(layer, head);
-            if buffers.lane.replace(lane) != Some(lane) {
-                self.sequence.positions(lane, &mut buffers.positions);
-            }
-            if self.needs.contains(Needs::KEYS) {
-                self.sequence.decode(layer, head, Side::Key, &mut buffers.keys);
-            }
-            if self.needs.contains(Needs::VALUES) {
-                self.sequence.decode(layer, head, Side::Value, &mut buffers.values);
-            }
-            if let Some(observation) = self.sequence.observation() {
-                let seen = observation.head(layer, head).lock();
-                seen.queries_by_head(shape.group(), shape.head_dim, &mut buffers.queries);
-                buffers.num_queries = seen.num_queries();
-                buffers.column_sums.clone_from(&seen.column_sums);
-                buffers.query_mean.clear();
-                buffers.query_covariance.clear();
-                for statistics in &seen.statistics {
-                    buffers.query_mean.extend_from_slice(statistics.mean());
-                    buffers.query_covariance.extend(statistics.covariance());
-                }
-            }
-        }
-    }
-}
-
-impl LayerSource for Layers<'_> {
-    fn num_layers(&self) -> usize {
-        self.sequence.cache().config().shape.num_layers
-    }
-
-    fn visit(
-        &mut self,
-        layer: usize,
-        f: &mut dyn FnMut(&LayerInput<'_>) -> Result<()>,
-    ) -> Result<()> {
-        self.load(layer);
-        let config = self.sequence.cache().config();
-        let heads = self.heads.iter().map(|head| HeadInput {
-            positions: &head.positions,
-            keys: &head.keys,
-            values: &head.values,
-            queries: &head.queries,
-            num_queries: head.num_queries,
-            column_sums: &head.column_sums,
-            query_mean: &head.query_mean,
-            query_covariance: &head.query_covariance,
-        });
-        f(&LayerInput {
-            layer,
-            num_layers: config.shape.num_layers,
-            group: config.shape.group(),
-            head_dim: config.shape.head_dim,
-            sequence_len: self.sequence.num_tokens(),
-            heads: heads.collect(),
-            rope: config.rope.as_ref(),
-        })
-    }
+    (needs.0 & attention.0 != 0).then(|| {
+        let shape = &cache.config().shape;
+        let observation = Observation::new(shape, needs, policy.query_window());
+        Arc::new(observation.with_history(policy.history()))
+    })
 }

@@ -46,6 +46,8 @@ pub enum Domain {
         /// Value when absent.
         default: &'static str,
     },
+    /// The path of a file, relative to the working directory; none if absent.
+    File,
 }
 
 /// What every member of every family states about itself.
@@ -170,6 +172,7 @@ impl Domain {
             Self::Real { default, .. } => Value::Number(default),
             Self::Choice(words) => Value::Text(words[0].into()),
             Self::Text { default } => Value::Text(default.into()),
+            Self::File => Value::Text(String::new()),
         }
     }
 }
@@ -200,6 +203,13 @@ impl Param {
                 );
             }
             (Domain::Text { .. }, Value::Text(_)) => {}
+            (Domain::File, Value::Text(path)) => {
+                ensure!(
+                    path.is_empty() || std::path::Path::new(path).is_file(),
+                    InvalidArgument,
+                    "column {column}: {name} is {path:?}, which is not a file"
+                );
+            }
             (Domain::Int { .. } | Domain::Real { .. }, _) => {
                 bail!(InvalidArgument, "column {column}: {name} must be a number")
             }

@@ -51,7 +51,7 @@ pub fn check_range(name: &str, value: usize, max: usize) -> Result<()> {
 }
 
 /// What one block table of a sequence covers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LaneWidth {
     /// One table for all layers and heads: the plain paged layout.
     Sequence,
@@ -150,14 +150,31 @@ impl Needs {
 
     /// Mean and covariance of the queries of each head before RoPE.
     pub const QUERY_STATISTICS: Self = Self(1 << 5);
+    /// The input of attention in each layer, after its norm, for each token.
+    pub const HIDDEN: Self = Self(1 << 6);
+    /// The output projection of each layer.
+    pub const OUTPUT_PROJECTION: Self = Self(1 << 7);
 
-    const NAMES: [(Self, &'static str); 6] = [
+    /// The prompt read a second time, its probabilities noted.
+    pub const REPLAY: Self = Self(1 << 8);
+    /// The hidden states of the tokens that do so.
+    pub const REPLAY_HIDDEN: Self = Self(1 << 9);
+
+    /// How many queries gave each cached token less than an even share.
+    pub const LOW_COUNT: Self = Self(1 << 10);
+
+    const NAMES: [(Self, &'static str); 11] = [
         (Self::KEYS, "KEYS"),
         (Self::VALUES, "VALUES"),
         (Self::QUERY_WINDOW, "QUERY_WINDOW"),
         (Self::COLUMN_SUM, "COLUMN_SUM"),
         (Self::ROPE, "ROPE"),
         (Self::QUERY_STATISTICS, "QUERY_STATISTICS"),
+        (Self::HIDDEN, "HIDDEN"),
+        (Self::OUTPUT_PROJECTION, "OUTPUT_PROJECTION"),
+        (Self::REPLAY, "REPLAY"),
+        (Self::REPLAY_HIDDEN, "REPLAY_HIDDEN"),
+        (Self::LOW_COUNT, "LOW_COUNT"),
     ];
 
     /// Both sets together.

@@ -26,7 +26,8 @@ fn run(command: &mut Command) -> String {
     text
 }
 
-const SMALL: [&str; 4] = ["01-hello", "02-decode-loop", "03-prefix-sharing", "04-custom-store"];
+const SMALL: [&str; 5] =
+    ["01-hello", "02-decode-loop", "03-prefix-sharing", "04-custom-store", "05-custom-policy"];
 
 #[test]
 fn small_examples_succeed() {
@@ -111,6 +112,11 @@ fn the_pareto_plot_shows_every_policy() {
     let program = folder.join("kvmgr-pareto");
     let listed = run(Command::new(&program).arg("--list"));
     for score in kvmgr::policy::score::SCORES.iter() {
+        // Some need weights of this very model, or an engine that reads its prompt twice.
+        let needs_weights = score.examples.iter().all(|example| example.contains("file="));
+        if needs_weights || score.needs.contains(kvmgr::shape::Needs::REPLAY) {
+            continue;
+        }
         let stage = |part: &str| part.trim().split('(').next() == Some(score.name);
         let shown = listed.lines().any(|spec| spec.split('|').any(stage));
         assert!(shown, "{} is missing in cpp-examples/engine/pareto.cpp", score.name);

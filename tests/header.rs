@@ -14,6 +14,7 @@ fn the_committed_header_is_fresh() {
         "store",
         "quantizer",
         "policy",
+        "score",
         "pool",
         "pool_sequence",
         "pool_tables",

@@ -1,9 +1,18 @@
 //! Parsing of policies: every stage, every bound, every mistake.
 
+mod common;
+
+use std::sync::LazyLock;
+
+use common::weights::{self, Shape, with_file};
 use kvmgr::error::Kind;
 use kvmgr::policy::{Event, Pipeline, PositionMode, STAGES, StageClass};
 use kvmgr::registry::Domain;
 use kvmgr::shape::{LaneWidth, Needs};
+
+/// Weights for every stage that reads a file.
+static WEIGHTS: LazyLock<tempfile::NamedTempFile> =
+    LazyLock::new(|| weights::write(Shape { layers: 1, heads: 2, group: 2, dim: 8, hidden: 6 }));
 
 const BOTH: [Event; 2] = [Event::PrefillEnd, Event::Step];
 
@@ -18,8 +27,9 @@ fn with_stage(class: StageClass, stage: &str) -> (String, usize) {
     let (before, after) = match class {
         StageClass::Trigger => ("", " | h2o | keep(0.5)"),
         StageClass::Score => ("", " | keep(0.5)"),
-        StageClass::Budget => ("h2o | ", " | keep(0.5)"),
+        StageClass::Map | StageClass::Budget => ("h2o | ", " | keep(0.5)"),
         StageClass::Keep => ("h2o | ", ""),
+        StageClass::Act => ("h2o | keep(0.5) | ", ""),
         StageClass::Position | StageClass::Quant => ("", ""),
     };
     (format!("{before}{stage}{after}"), before.len() + 1)
@@ -38,8 +48,9 @@ fn every_stage_is_documented_and_its_examples_parse() {
         let mut needs = Needs::NONE;
         for example in stage.examples {
             assert!(example.contains(stage.name), "{example}");
-            let pipeline = Pipeline::parse(example).unwrap_or_else(|e| panic!("{example}: {e}"));
-            assert_eq!(pipeline.spec(), *example);
+            let example = with_file(example, WEIGHTS.path());
+            let pipeline = Pipeline::parse(&example).unwrap_or_else(|e| panic!("{example}: {e}"));
+            assert_eq!(pipeline.spec(), example);
             needs = needs.union(pipeline.needs());
         }
         assert!(needs.contains(stage.needs), "{}: examples need {needs:?}", stage.name);
@@ -50,8 +61,15 @@ fn every_stage_is_documented_and_its_examples_parse() {
 fn every_default_parses_and_every_bound_refuses() {
     for stage in STAGES.iter() {
         if !matches!(stage.name, "full" | "quant") {
-            let (spec, _) = with_stage(stage.class, stage.name);
-            Pipeline::parse(&spec).unwrap_or_else(|error| panic!("{spec}: {error}"));
+            let (spec, start) = with_stage(stage.class, stage.name);
+            let reads_file = stage.examples.iter().any(|example| example.contains("(file="));
+            match Pipeline::parse(&spec) {
+                Err(error) if reads_file => {
+                    let expected = format!("column {start}: file must name a safetensors file");
+                    assert_eq!(error.message(), expected, "{spec}");
+                }
+                result => _ = result.unwrap_or_else(|error| panic!("{spec}: {error}")),
+            }
         }
         for param in stage.params {
             let bad: Vec<String> = match param.domain {
@@ -62,7 +80,7 @@ fn every_default_parses_and_every_bound_refuses() {
                     vec![format!("{}", min - 0.01), format!("{}", max + 0.01), "x".into()]
                 }
                 Domain::Choice(_) => vec!["nonsense".into(), "1".into()],
-                Domain::Text { .. } => vec!["1".into(), "nonsense".into()],
+                Domain::Text { .. } | Domain::File => vec!["1".into(), "nonsense".into()],
             };
             for value in bad {
                 let (spec, start) =
@@ -97,6 +115,28 @@ fn mistakes_name_the_column_and_the_reason() {
         ("every(2) | full", "column 1: full keeps everything, every has no effect"),
         ("stream(4, 60) | keep(0.5)", "column 17: stream(4, 60) keeps 64 tokens already"),
         ("h2o(8, 8) | keep_tokens(9)", "column 13: h2o(8, 8) keeps 16 tokens already"),
+        ("protect(1) | keep(0.5)", "column 1: protect needs a score"),
+        (
+            "snapkv | quota(64) | keep(0.5)",
+            "column 10: quota scores parts by themselves, but snapkv",
+        ),
+        ("knorm | chunk | adakv | keep(0.5)", "column 17: chunk decides what stays, adakv has no"),
+        ("knorm | chunk | rank | keep(0.5)", "column 17: chunk decides what stays, rank has no"),
+        (
+            "h2o | critical | global | keep(0.5)",
+            "column 18: critical needs the budget of its layer",
+        ),
+        ("h2o | chunk | tau(1)", "column 7: chunk spends an allowance of tokens, h2o has none"),
+        ("h2o | adakv | tau(1)", "column 7: a threshold leaves adakv nothing to spread"),
+        ("h2o | global | keep(0.5) | cam", "column 28: cam needs the values of a layer when"),
+        ("h2o | keep(0.5) | cam | merge", "column 25: merge (Act) cannot follow cam (Act)"),
+        ("h2o | adakv | protect | keep(0.5)", "column 15: protect (Map) cannot follow adakv"),
+        ("h2o | entropy_chunk(4, 4) | keep(0.5)", "column 7: entropy_chunk: low is 4, must be"),
+        ("h2o | pool(4) | keep(0.5)", "column 7: pool: kernel is 4, must be odd"),
+        ("simlayer(recent=4, last=4)", "column 1: simlayer: last is 4, must be below recent 4"),
+        ("qfilter | keep(0.5)", "column 1: file must name a safetensors file"),
+        ("qfilter(file=\"/none\") | keep(0.5)", "column 9: file is \"/none\", which is not a file"),
+        ("qfilter(file=\"Cargo.toml\") | keep(1)", "column 1: file Cargo.toml: "),
         ("snapkv(kernel=4) | keep(0.5)", "column 1: snapkv: kernel is 4, must be odd"),
         ("prefill: every(4) | h2o | keep(0.5)", "column 10: every cannot happen in a phase"),
         ("decode: prefill_end | h2o | keep(0.5)", "column 9: prefill_end cannot happen in"),

@@ -1,9 +1,15 @@
 //! What policies choose: budgets, laws of composition, random pipelines.
 
+mod common;
+
 use std::sync::LazyLock;
 
+use common::weights::{self, Shape};
+
 use kvmgr::error::{Kind, Result};
-use kvmgr::policy::{Event, HeadInput, LayerInput, LayerSource, Pipeline, STAGES, StageClass};
+use kvmgr::policy::{
+    Event, HeadInput, LayerInput, LayerSource, OutputProjection, Pipeline, STAGES, StageClass,
+};
 use kvmgr::registry::Domain;
 use kvmgr::shape::{KeepSet, Rope, RopeStyle};
 use proptest::prelude::*;
@@ -15,7 +21,12 @@ struct Layer {
     dim: usize,
     num_queries: usize,
     heads: Vec<Head>,
+    /// `[HIDDEN, heads * group * dim]`.
+    projection: Vec<f32>,
 }
+
+/// Elements of a hidden state.
+const HIDDEN: usize = 6;
 
 #[derive(Debug, Clone)]
 struct Head {
@@ -25,6 +36,8 @@ struct Head {
     column_sums: Vec<f32>,
     query_mean: Vec<f32>,
     query_covariance: Vec<f32>,
+    gate_scores: Vec<f32>,
+    replay_maxima: Vec<f32>,
 }
 
 impl Layer {
@@ -48,9 +61,14 @@ impl Layer {
                 column_sums: noise(3, *len).iter().map(|x| x.abs()).collect(),
                 query_mean: noise(4, group * dim),
                 query_covariance: covariance(&noise(5, group * dim), dim),
+                gate_scores: noise(6, *len),
+                replay_maxima: noise(8, group * len),
             }
         };
-        Self { group, dim, num_queries, heads: lens.iter().enumerate().map(head).collect() }
+        let width = lens.len() * group * dim;
+        let projection = (0..HIDDEN * width).map(|i| noise(seed ^ (7 << 40) ^ i as u64)).collect();
+        let heads = lens.iter().enumerate().map(head).collect();
+        Self { group, dim, num_queries, heads, projection }
     }
 
     /// `heads` equal heads of `len` tokens, with as many queries as possible up to 64.
@@ -67,6 +85,10 @@ impl Layer {
             sequence_len: self.sequence_len(),
             heads: self.heads.iter().map(|head| head.input(self.num_queries)).collect(),
             rope: Some(&ROPE),
+            output_projection: Some(OutputProjection {
+                weights: &self.projection,
+                width: self.heads.len() * self.group * self.dim,
+            }),
         }
     }
 
@@ -87,6 +109,9 @@ impl Head {
             column_sums: &self.column_sums,
             query_mean: &self.query_mean,
             query_covariance: &self.query_covariance,
+            gate_scores: &self.gate_scores,
+            replay_maxima: &self.replay_maxima,
+            low_counts: &self.column_sums,
         }
     }
 }
@@ -108,6 +133,12 @@ fn covariance(directions: &[f32], dim: usize) -> Vec<f32> {
     };
     directions.chunks_exact(dim).flat_map(product).collect()
 }
+
+/// Weights for layers of 0 to 3 KV heads.
+static FILES: LazyLock<Vec<tempfile::NamedTempFile>> = LazyLock::new(|| {
+    let shape = |heads| Shape { layers: 1, heads, group: 2, dim: 8, hidden: HIDDEN };
+    (0..4).map(|heads| weights::write(shape(heads))).collect()
+});
 
 /// The rotation of all layers.
 static ROPE: LazyLock<Rope> = LazyLock::new(|| Rope::new(RopeStyle::Half, 8, 1e4));
@@ -140,6 +171,11 @@ fn budgets_are_kept_to_the_token() {
             ("stream(sink=4)", 4),
             ("tova", 1),
             ("finch(w=9)", 9),
+            ("nacl(w=9)", 9),
+            ("scissorhands(recent=10)", 10),
+            ("capkv", 4),
+            ("leverage(sketch=4)", 0),
+            ("compactor(chunk=16, sketch=4)", 12),
             ("keydiff", 0),
             ("lagkv(lag=8)", 0),
             ("random", 0),
@@ -182,6 +218,10 @@ fn laws_of_composition() {
             "cur",
             "observed",
             "finch(w=16)",
+            "capkv",
+            "leverage(sketch=4)",
+            "noncausal(chunk=32)",
+            "compactor(chunk=32, sketch=4, blend=0.4)",
             "random(seed=3)",
         ] {
             let run = |rest: &str| select(&format!("{score} | {rest}"), Event::PrefillEnd, &layer);
@@ -200,6 +240,55 @@ fn laws_of_composition() {
             }
         }
     }
+}
+
+#[test]
+fn laws_of_maps() {
+    for (heads, len, seed) in [(1, 40, 1), (4, 100, 2), (3, 201, 3)] {
+        let layer = Layer::even(heads, len, seed);
+        for score in ["knorm", "keydiff", "observed", "random", "cur"] {
+            for keep in ["keep(0.1)", "keep(0.5)", "keep_tokens(7)"] {
+                let run = |maps: &str| {
+                    select(&format!("{score} | {maps}{keep}"), Event::PrefillEnd, &layer)
+                };
+                let plain = run("");
+                for same in [
+                    "protect(0, 0) | ",
+                    "critical(first=1) | ",
+                    "quota(999) | ",
+                    "blockwise(999) | ",
+                ] {
+                    assert_eq!(run(same), plain, "{score} {same} {keep}");
+                }
+                let total = |sets: &[KeepSet]| sets.iter().map(KeepSet::len).sum::<usize>();
+                for budgeted in
+                    ["critical | ", "quota(16) | ", "blockwise(16) | ", "entropy_chunk | "]
+                {
+                    assert_eq!(total(&run(budgeted)), total(&plain), "{score} {budgeted} {keep}");
+                }
+                assert!(total(&run("chunk(9) | ")) <= total(&plain), "{score} {keep}");
+                assert_eq!(run("global | "), run("adakv(floor=0) | "), "{score} {keep}");
+                let chunked = run("chunk(1) | ");
+                assert!(chunked.windows(2).all(|pair| pair[0] == pair[1]));
+                if heads == 1 {
+                    assert_eq!(chunked, plain, "{score} {keep}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_threshold_keeps_what_reaches_it_and_what_is_protected() {
+    let layer = Layer::even(2, 60, 4);
+    let kept = select("all: h2o(recent=0) | protect(2, 3) | tau(1.5)", Event::Step, &layer);
+    for (set, head) in kept.iter().zip(&layer.heads) {
+        let stays = |i: &usize| *i < 2 || *i >= 57 || head.column_sums[*i] >= 1.5;
+        assert_eq!(*set, KeepSet::from_indices((0..60).filter(stays)));
+    }
+    // Something always stays.
+    let kept = select("all: h2o(recent=0) | tau(1000)", Event::Step, &layer);
+    assert!(kept.iter().all(|set| set.len() == 1));
 }
 
 #[test]
@@ -334,20 +423,25 @@ fn value(domain: Domain, pick: u64) -> String {
             (min + (max - min) * (pick % 101) as f64 / 100.0).to_string()
         }
         Domain::Choice(words) => words[pick as usize % words.len()].to_string(),
+        Domain::File => String::new(),
         Domain::Text { .. } => ["q8_0", "had+q4_0", "f16", "kivi2"][pick as usize % 4].to_string(),
     }
 }
 
 /// A random pipe: of each class a random stage or none, with random arguments.
-fn pipe(picks: &[u64]) -> String {
+/// `file` has weights for every stage.
+fn pipe(picks: &[u64], file: &str) -> String {
     let mut picks = picks.iter().copied().cycle();
     let mut pick = move || picks.next().unwrap_or(0);
     let mut stages = Vec::new();
     for class in [
         StageClass::Trigger,
         StageClass::Score,
+        StageClass::Map,
+        StageClass::Map,
         StageClass::Budget,
         StageClass::Keep,
+        StageClass::Act,
         StageClass::Position,
         StageClass::Quant,
     ] {
@@ -359,8 +453,13 @@ fn pipe(picks: &[u64]) -> String {
         }
         let stage = members[pick() as usize % members.len()];
         let mut args = Vec::new();
+        let draws = matches!(stage.name, "leverage" | "compactor");
         for param in stage.params {
-            if pick() % 3 > 0 {
+            if matches!(param.domain, Domain::File) {
+                if !draws {
+                    args.push(format!("{}=\"{file}\"", param.name));
+                }
+            } else if pick() % 3 > 0 {
                 args.push(format!("{}={}", param.name, value(param.domain, pick())));
             }
         }
@@ -381,7 +480,7 @@ proptest! {
         poison in 0..8usize,
         seed in any::<u64>(),
     ) {
-        let spec = format!("{}{}", ["", "prefill: ", "decode: ", "all: "][when], pipe(&picks));
+        let spec = format!("{}{}", ["", "prefill: ", "decode: ", "all: "][when], pipe(&picks, FILES[lens.len()].path().to_str().unwrap()));
         let pipeline = match Pipeline::parse(&spec) {
             Ok(pipeline) => pipeline,
             Err(error) => {

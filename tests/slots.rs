@@ -26,7 +26,7 @@ fn message() -> String {
 }
 
 fn tensor(data: &[f32], shape: [usize; 3]) -> kvmgr_tensor {
-    assert_eq!(data.len(), shape.iter().product());
+    assert_eq!(data.len(), shape.iter().product::<usize>());
     // SAFETY: all zeros is a valid tensor.
     let mut tensor: kvmgr_tensor = unsafe { std::mem::zeroed() };
     tensor.data = data.as_ptr().cast_mut().cast();

@@ -36,6 +36,7 @@ const char *kPolicies[] = {
     "snapkv(w=32) | pyramid(w=32) | keep(%)",
     "finch(w=32) | keep(%)",
     "prefill_end | tova | keep(%)",
+    "prefill_end | scissorhands(recent=16) | keep(%)",
     "observed | keep(%)",
     "keydiff | keep(%)",
     "knorm | keep(%)",
@@ -43,6 +44,14 @@ const char *kPolicies[] = {
     "expected | adakv(0.2) | keep(%)",
     "lagkv | keep(%)",
     "cur | keep(%)",
+    "snapkv(w=32) | chunk(10) | keep(%)",
+    "capkv | keep(%)",
+    "nacl(w=32) | keep(%)",
+    "simlayer(threshold=%, recent=64)",
+    "fastgen(mass=%)",
+    "leverage | keep(%)",
+    "noncausal | keep(%)",
+    "compactor | keep(%)",
     "random(seed=1) | keep(%)",
 };
 

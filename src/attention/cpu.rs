@@ -40,7 +40,7 @@ struct Scratch {
 
 /// What it takes to read rows.
 #[derive(Debug, Default)]
-struct RowScratch {
+pub(super) struct RowScratch {
     /// Queries in the space of the format at hand.
     prepared: Vec<f32>,
     /// Logits and then probabilities of one piece, `[queries * group, rows]`.
@@ -132,7 +132,7 @@ impl Call<'_> {
 
     /// Hands the logits of each visible piece, `[queries * group, rows]`, to `each`, and a buffer
     /// for decoded rows; invisible ones are negative infinity. Only spans of `format`, if given.
-    fn visit(
+    pub(super) fn visit(
         &self,
         job: &Job<'_>,
         format: Option<usize>,
@@ -228,6 +228,10 @@ impl Call<'_> {
     /// Hands what the policy wants to know to the sequence.
     fn observe(&self, job: &Job<'_>, query: &Tensor<'_>, scratch: &mut Scratch) {
         let Some(observation) = &job.sequence.observation else { return };
+        if let Some(replay) = &job.sequence.replay {
+            let Scratch { queries, rows, lse, .. } = scratch;
+            return self.note_replay(job, observation, replay, queries, rows, lse);
+        }
         let needs = observation.needs();
         if needs.contains(Needs::QUERY_WINDOW) {
             let mut head = observation.head(self.layer, job.task.kv_head).lock();
@@ -243,6 +247,10 @@ impl Call<'_> {
         }
         if needs.contains(Needs::QUERY_STATISTICS) {
             self.add_statistics(job, query, &mut scratch.observed);
+        }
+        if needs.contains(Needs::LOW_COUNT) {
+            let Scratch { queries, rows, lse, .. } = &mut *scratch;
+            self.add_low_counts(job, observation, queries, rows, lse);
         }
         if needs.contains(Needs::COLUMN_SUM) {
             self.add_column_sums(job, scratch);

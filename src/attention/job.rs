@@ -41,7 +41,7 @@ pub(super) struct Piece<'a> {
 
 impl Piece<'_> {
     /// The position of the `i`-th row.
-    fn position(&self, i: usize) -> i32 {
+    pub(super) fn position(&self, i: usize) -> i32 {
         self.span.positions.at(self.rows.start + i)
     }
 }
@@ -136,7 +136,7 @@ impl<'a> Job<'a> {
     }
 
     /// The index in the lane of the token of a query of the task: the last it may see.
-    fn last_index(&self, query: usize) -> usize {
+    pub(super) fn last_index(&self, query: usize) -> usize {
         self.lane.len - self.sequence.num_queries + self.task.first_query + query
     }
 

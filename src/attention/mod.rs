@@ -16,11 +16,13 @@
 //! window, if their distance is below it. Distances are differences of original positions, or of
 //! indices inside the cache for sequences that are cache relative.
 
+mod counts;
 mod cpu;
 pub(crate) mod decoded;
 mod job;
 mod plan;
 pub mod reference;
+mod replay;
 mod split;
 mod state;
 mod walk;

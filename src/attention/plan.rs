@@ -7,7 +7,7 @@ use super::split::{self, Split};
 use super::walk::{Selection, Walk};
 use crate::cache::Cache;
 use crate::error::{Result, ensure};
-use crate::sequence::{Observation, Sequence, Shared, Span};
+use crate::sequence::{Observation, Replay, Sequence, Shared, Span};
 use crate::shape::Needs;
 
 /// Queries of one task. Enough to reuse a dequantized row many times, few enough to keep the
@@ -48,6 +48,8 @@ pub(super) struct Planned {
     pub(super) num_tokens: usize,
     pub(super) cache_relative: bool,
     pub(super) observation: Option<Arc<Observation>>,
+    /// What the reserved tokens replay, if they do.
+    pub(super) replay: Option<Replay>,
 }
 
 /// One block table.
@@ -154,6 +156,7 @@ impl Plan {
             num_tokens: sequence.num_tokens() + sequence.num_reserved(),
             cache_relative: sequence.config().cache_relative,
             observation: sequence.observation().cloned(),
+            replay: sequence.observation().and_then(|seen| seen.replay()),
         });
         self.num_tokens += num_queries;
     }
@@ -242,8 +245,10 @@ impl Plan {
     /// the same tasks.
     fn num_parts(&self, sequence: &Planned, num_lanes: usize) -> usize {
         let observation = sequence.observation.as_ref();
-        if observation.is_some_and(|seen| seen.needs().contains(Needs::COLUMN_SUM)) {
-            // Column sums need the merged log-sum-exp; one worker goes over all rows again.
+        let sums = observation
+            .is_some_and(|seen| seen.needs().0 & Needs::COLUMN_SUM.union(Needs::LOW_COUNT).0 != 0);
+        if sums || sequence.replay.is_some() {
+            // Probabilities need the merged log-sum-exp; one worker goes over all rows again.
             return 1;
         }
         let lanes = &self.lanes[sequence.first_lane..][..num_lanes];

@@ -7,13 +7,13 @@ use std::sync::atomic::Ordering;
 use super::convert::{self, RopeFields};
 use super::guard::{guard, guard_or};
 use super::handle::{self, Exclusive, Opaque};
-use super::policy::kvmgr_policy;
+use super::policy::{KVMGR_NEEDS_OUTPUT_PROJECTION, kvmgr_policy};
 use super::pool::to_usize;
 use super::sequence::{SequenceHandle, kvmgr_sequence};
 use super::store::kvmgr_store;
 use super::types::{
     KVMGR_LANE_AUTO, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER, KVMGR_LANE_SEQUENCE, kvmgr_dtype,
-    kvmgr_lane_width, kvmgr_rope_style, kvmgr_status,
+    kvmgr_lane_width, kvmgr_rope_style, kvmgr_status, kvmgr_tensor,
 };
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
@@ -197,6 +197,34 @@ pub extern "C" fn kvmgr_cache_reset_peak(cache: *mut kvmgr_cache) -> kvmgr_statu
         handle::with(cache.cast_const(), |cache| {
             cache.0.cache().reset_peak();
             Ok(())
+        })
+    })
+}
+
+/// Hands over what a policy needs to know of a layer once (kvmgr_policy_needs). The memory is not
+/// copied: it must stay as it is until the cache is destroyed. A sequence whose policy needs it can
+/// be made when every layer has it.
+///
+/// @param what KVMGR_NEEDS_OUTPUT_PROJECTION: weights is [hidden_size, num_q_heads * head_dim], row
+///        i makes element i of the output
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_cache_set_weights(
+    cache: *mut kvmgr_cache,
+    layer: u32,
+    what: u32,
+    weights: *const kvmgr_tensor,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle and a tensor that stays readable.
+    guard(|| unsafe {
+        handle::with(cache.cast_const(), |cache| {
+            ensure!(
+                what == KVMGR_NEEDS_OUTPUT_PROJECTION,
+                InvalidArgument,
+                "what is {what}, must be KVMGR_NEEDS_OUTPUT_PROJECTION"
+            );
+            let weights = convert::matrix(weights, "weights")?;
+            cache.0.set_output_projection(layer as usize, weights)
         })
     })
 }

@@ -270,6 +270,23 @@ pub(super) unsafe fn tensor<'a>(tensor: *const kvmgr_tensor, name: &str) -> Resu
     Ok(unsafe { Tensor::from_raw(data, dtype, shape, strides) })
 }
 
+/// A matrix to read, as `[rows, 1, columns]`.
+///
+/// # Safety
+/// As for [`tensor`].
+pub(super) unsafe fn matrix<'a>(tensor: *const kvmgr_tensor, name: &str) -> Result<Tensor<'a>> {
+    // SAFETY: the caller promises it.
+    let (data, dtype, [rows, columns, _], strides) = unsafe { tensor_parts(tensor, name, 2) }?;
+    ensure!(
+        strides[1] == 1,
+        InvalidArgument,
+        "{name}.strides[1] is {}, must be 1: rows are contiguous",
+        strides[1]
+    );
+    // SAFETY: the caller promises it.
+    Ok(unsafe { Tensor::from_raw(data, dtype, [rows, 1, columns], [strides[0], 1]) })
+}
+
 /// A tensor to write; `ndim` is 3, or 2 for one number in each row.
 ///
 /// # Safety

@@ -21,6 +21,7 @@ pub mod pool_sequence;
 pub mod pool_tables;
 pub mod quantizer;
 pub mod schedule;
+pub mod score;
 pub mod sequence;
 pub mod slots;
 pub mod store;

@@ -9,7 +9,9 @@ use super::handle::{self, Opaque};
 use super::types::{kvmgr_rope_style, kvmgr_status};
 use super::version::{Listing, describe};
 use crate::error::{Result, bail, ensure};
-use crate::policy::{Event, HeadInput, LayerInput, LayerSource, Pipeline, STAGES};
+use crate::policy::{
+    Event, HeadInput, LayerInput, LayerSource, OutputProjection, Pipeline, STAGES,
+};
 use crate::shape::{ModelShape, Needs, Rope};
 
 /// A token policy parsed from a spec. Immutable. Shared: retain and release, any thread.
@@ -39,12 +41,26 @@ pub const KVMGR_NEEDS_COLUMN_SUM: u32 = 8;
 pub const KVMGR_NEEDS_ROPE: u32 = 16;
 /// The policy reads mean and covariance of the queries before rotation.
 pub const KVMGR_NEEDS_QUERY_STATISTICS: u32 = 32;
+/// The policy reads the input of attention in each layer: kvmgr_sequence_observe.
+pub const KVMGR_NEEDS_HIDDEN: u32 = 64;
+/// The policy reads the output projections: kvmgr_cache_set_weights.
+pub const KVMGR_NEEDS_OUTPUT_PROJECTION: u32 = 128;
+/// The prompt has to be read a second time: kvmgr_sequence_replay.
+pub const KVMGR_NEEDS_REPLAY: u32 = 256;
+/// The policy reads hidden states of the tokens that do so: kvmgr_sequence_observe.
+pub const KVMGR_NEEDS_REPLAY_HIDDEN: u32 = 512;
+/// The policy reads how many queries gave a token less than an even share.
+pub const KVMGR_NEEDS_LOW_COUNT: u32 = 1024;
 
 const _: () = {
     assert!(KVMGR_NEEDS_KEYS == Needs::KEYS.0 && KVMGR_NEEDS_VALUES == Needs::VALUES.0);
     assert!(KVMGR_NEEDS_QUERY_WINDOW == Needs::QUERY_WINDOW.0);
     assert!(KVMGR_NEEDS_COLUMN_SUM == Needs::COLUMN_SUM.0 && KVMGR_NEEDS_ROPE == Needs::ROPE.0);
     assert!(KVMGR_NEEDS_QUERY_STATISTICS == Needs::QUERY_STATISTICS.0);
+    assert!(KVMGR_NEEDS_HIDDEN == Needs::HIDDEN.0 && KVMGR_NEEDS_REPLAY == Needs::REPLAY.0);
+    assert!(KVMGR_NEEDS_REPLAY_HIDDEN == Needs::REPLAY_HIDDEN.0);
+    assert!(KVMGR_NEEDS_LOW_COUNT == Needs::LOW_COUNT.0);
+    assert!(KVMGR_NEEDS_OUTPUT_PROJECTION == Needs::OUTPUT_PROJECTION.0);
 };
 
 /// When a policy acts.
@@ -95,15 +111,63 @@ pub struct kvmgr_policy_input {
     pub query_covariance: *const f32,
     /// rope_dims / 2 frequencies in radians for each position, or NULL for powers of rope_base.
     pub rope_inv_freq: *const f32,
-    /// How the model rotates queries and keys; needed with
-    /// KVMGR_NEEDS_QUERY_STATISTICS.
+    /// How the model rotates queries and keys; needed with KVMGR_NEEDS_ROPE, unless only pos(...)
+    /// needs it.
     pub rope_style: kvmgr_rope_style,
     /// Rotated elements of a head, even, at most head_dim; 0 means head_dim.
     pub rope_dims: u32,
     /// Base of the frequencies; 0 means 10000.
     pub rope_base: f32,
+    /// Elements of a hidden state, at most 65536; needed with KVMGR_NEEDS_HIDDEN and
+    /// KVMGR_NEEDS_OUTPUT_PROJECTION, else 0 is fine.
+    pub hidden_size: u32,
+    /// [T, hidden_size]: the input of attention, after its norm.
+    pub hidden: *const f32,
+    /// [hidden_size, num_q_heads * head_dim]: row i makes element i of the layer's output.
+    pub output_projection: *const f32,
+    /// [num_q_heads, T]: the largest probability that each token received from tokens that replay it,
+    /// with KVMGR_NEEDS_REPLAY_HIDDEN over the length of their hidden states.
+    pub replay_maxima: *const f32,
+    /// The KV head that a score of the engine's own is asked about; else 0.
+    pub kv_head: u32,
     /// Must be 0.
     pub reserved: u32,
+    /// [num_kv_heads, T]: queries since the policy last ran that gave a token less than 1 / T, on the
+    /// mean over the group's heads.
+    pub low_counts: *const f32,
+}
+
+impl kvmgr_policy_input {
+    /// Nothing told.
+    pub(super) const EMPTY: Self = Self {
+        struct_size: size_of::<Self>(),
+        layer: 0,
+        num_layers: 0,
+        num_q_heads: 0,
+        num_kv_heads: 0,
+        head_dim: 0,
+        num_tokens: 0,
+        num_queries: 0,
+        event: KVMGR_EVENT_PREFILL_END,
+        keys: std::ptr::null(),
+        values: std::ptr::null(),
+        queries: std::ptr::null(),
+        column_sums: std::ptr::null(),
+        positions: std::ptr::null(),
+        query_mean: std::ptr::null(),
+        query_covariance: std::ptr::null(),
+        rope_inv_freq: std::ptr::null(),
+        rope_style: kvmgr_rope_style(0),
+        rope_dims: 0,
+        rope_base: 0.0,
+        hidden_size: 0,
+        hidden: std::ptr::null(),
+        output_projection: std::ptr::null(),
+        replay_maxima: std::ptr::null(),
+        kv_head: 0,
+        reserved: 0,
+        low_counts: std::ptr::null(),
+    };
 }
 
 static LISTING: LazyLock<Listing> = LazyLock::new(|| {
@@ -165,7 +229,9 @@ pub extern "C" fn kvmgr_policy_release(policy: *mut kvmgr_policy) {
 }
 
 /// What the engine has to hand over: KVMGR_NEEDS_ bits, and how many queries of each head.
-/// kvmgr_attention_run observes all of it by itself except the rotation.
+/// kvmgr_attention_run observes queries and probabilities by itself; the rotation is told in
+/// kvmgr_cache_config, hidden states by kvmgr_sequence_observe, projections by
+/// kvmgr_cache_set_weights.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_policy_needs(
@@ -198,7 +264,7 @@ pub unsafe extern "C" fn kvmgr_policy_score(
     // SAFETY: the caller passes a handle, an input and room for the scores.
     guard(|| unsafe {
         handle::with(policy, |policy| {
-            let input = Input::new(input, policy.0.needs())?;
+            let input = Input::new(input, &policy.0)?;
             let out = convert::slice_mut(out_scores, input.heads * input.tokens, "out_scores")?;
             let scores = policy.0.score(input.event, &input.layer())?;
             for (out, head) in out.chunks_exact_mut(input.tokens).zip(&scores) {
@@ -224,7 +290,7 @@ pub unsafe extern "C" fn kvmgr_policy_select(
     // SAFETY: the caller passes a handle, an input and room for the results.
     guard(|| unsafe {
         handle::with(policy, |policy| {
-            let input = Input::new(input, policy.0.needs())?;
+            let input = Input::new(input, &policy.0)?;
             let kept = convert::slice_mut(out_kept, input.heads * input.tokens, "out_kept")?;
             let counts = convert::slice_mut(out_counts, input.heads, "out_counts")?;
             let sets = policy.0.select(input.event, &mut OneLayer(input.layer()))?;
@@ -239,6 +305,9 @@ pub unsafe extern "C" fn kvmgr_policy_select(
     })
 }
 
+/// Most elements of a hidden state.
+const MAX_HIDDEN: usize = 1 << 16;
+
 /// A checked input.
 struct Input<'a> {
     raw: kvmgr_policy_input,
@@ -251,6 +320,11 @@ struct Input<'a> {
     column_sums: &'a [f32],
     query_mean: &'a [f32],
     query_covariance: &'a [f32],
+    /// `[num_kv_heads, T]`.
+    gate_scores: Vec<f32>,
+    output_projection: &'a [f32],
+    replay_maxima: &'a [f32],
+    low_counts: &'a [f32],
     rope: Option<Rope>,
     positions: Vec<i32>,
 }
@@ -258,7 +332,8 @@ struct Input<'a> {
 impl<'a> Input<'a> {
     /// # Safety
     /// `input` is NULL or starts with its size; its lists are NULL or as long as it says.
-    unsafe fn new(input: *const kvmgr_policy_input, needs: Needs) -> Result<Self> {
+    unsafe fn new(input: *const kvmgr_policy_input, policy: &Pipeline) -> Result<Self> {
+        let needs = policy.needs();
         // SAFETY: the caller promises it.
         let raw = unsafe { convert::config(input, "kvmgr_policy_input") }?;
         let shape = ModelShape {
@@ -289,6 +364,15 @@ impl<'a> Input<'a> {
             unsafe { convert::slice(data, len, name) }
         };
         let rows = heads * tokens;
+        let hidden_size = raw.hidden_size as usize;
+        let reads_hidden = needs.0 & Needs::HIDDEN.union(Needs::OUTPUT_PROJECTION).0 != 0;
+        ensure!(
+            !reads_hidden || (1..=MAX_HIDDEN).contains(&hidden_size),
+            InvalidArgument,
+            "hidden_size is {hidden_size}, must be in 1..={MAX_HIDDEN}"
+        );
+        let hidden = list(raw.hidden, tokens * hidden_size, Needs::HIDDEN, "hidden")?;
+        let width = shape.num_q_heads * dim;
         // SAFETY: the caller promises it.
         let positions = unsafe { convert::optional_slice(raw.positions, tokens, "positions") }?;
         let positions = positions.map_or_else(|| (0..tokens as i32).collect(), <[i32]>::to_vec);
@@ -319,8 +403,25 @@ impl<'a> Input<'a> {
                 Needs::QUERY_STATISTICS,
                 "query_covariance",
             )?,
+            gate_scores: match hidden.is_empty() {
+                true => Vec::new(),
+                false => policy.gate(raw.layer as usize, heads, hidden, hidden_size)?,
+            },
+            low_counts: list(raw.low_counts, rows, Needs::LOW_COUNT, "low_counts")?,
+            replay_maxima: list(
+                raw.replay_maxima,
+                shape.num_q_heads * tokens,
+                Needs::REPLAY,
+                "replay_maxima",
+            )?,
+            output_projection: list(
+                raw.output_projection,
+                hidden_size * width,
+                Needs::OUTPUT_PROJECTION,
+                "output_projection",
+            )?,
             // SAFETY: the caller promises the frequencies.
-            rope: unsafe { rope(&raw, needs) }?,
+            rope: unsafe { rope(&raw, policy.rotation_is_read()) }?,
             positions,
             raw,
         })
@@ -328,9 +429,10 @@ impl<'a> Input<'a> {
 
     fn layer(&self) -> LayerInput<'_> {
         let group = self.raw.num_q_heads as usize / self.heads;
-        let part = |list: &'a [f32], h: usize| {
-            &list[list.len() / self.heads * h..][..list.len() / self.heads]
-        };
+        fn part_of(list: &[f32], heads: usize, h: usize) -> &[f32] {
+            &list[list.len() / heads * h..][..list.len() / heads]
+        }
+        let part = |list, h| part_of(list, self.heads, h);
         LayerInput {
             layer: self.raw.layer as usize,
             num_layers: self.raw.num_layers.max(self.raw.layer + 1) as usize,
@@ -351,9 +453,16 @@ impl<'a> Input<'a> {
                     column_sums: part(self.column_sums, h),
                     query_mean: part(self.query_mean, h),
                     query_covariance: part(self.query_covariance, h),
+                    gate_scores: part(&self.gate_scores, h),
+                    replay_maxima: part(self.replay_maxima, h),
+                    low_counts: part(self.low_counts, h),
                 })
                 .collect(),
             rope: self.rope.as_ref(),
+            output_projection: (!self.output_projection.is_empty()).then_some(OutputProjection {
+                weights: self.output_projection,
+                width: self.raw.num_q_heads as usize * self.raw.head_dim as usize,
+            }),
         }
     }
 }
@@ -362,9 +471,9 @@ impl<'a> Input<'a> {
 ///
 /// # Safety
 /// `rope_inv_freq` is NULL or has half as many elements as are rotated.
-unsafe fn rope(raw: &kvmgr_policy_input, needs: Needs) -> Result<Option<Rope>> {
+unsafe fn rope(raw: &kvmgr_policy_input, is_read: bool) -> Result<Option<Rope>> {
     ensure!(raw.reserved == 0, InvalidArgument, "reserved is {}, must be 0", raw.reserved);
-    if !needs.contains(Needs::QUERY_STATISTICS) {
+    if !is_read {
         return Ok(None); // Closing gaps of positions is the engine's part.
     }
     let fields = RopeFields {

@@ -3,6 +3,7 @@
 use super::convert;
 use super::guard::guard;
 use super::handle::{self, Exclusive, Opaque};
+use super::policy::KVMGR_NEEDS_HIDDEN;
 use super::store::kvmgr_store;
 use super::types::{kvmgr_status, kvmgr_tensor};
 use crate::attention;
@@ -147,6 +148,51 @@ pub unsafe extern "C" fn kvmgr_sequence_append(
             attention::write_sequence(session.sequence(), layer as usize, &key, &value)
         })
     })
+}
+
+/// Hands over what the policy needs to know of the reserved tokens in a layer
+/// (kvmgr_policy_needs), once for each layer before they are committed. A policy that does not need it
+/// does not look at it.
+///
+/// @param layer below num_layers
+/// @param what KVMGR_NEEDS_HIDDEN, also for KVMGR_NEEDS_REPLAY_HIDDEN while tokens replay
+/// @param rows [reserved tokens, hidden_size]: the input of attention, after its norm
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_sequence_observe(
+    sequence: *mut kvmgr_sequence,
+    layer: u32,
+    what: u32,
+    rows: *const kvmgr_tensor,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle and a tensor it may read.
+    guard(|| unsafe {
+        write(sequence, |session| {
+            ensure!(
+                what == KVMGR_NEEDS_HIDDEN,
+                InvalidArgument,
+                "what is {what}, must be KVMGR_NEEDS_HIDDEN"
+            );
+            session.observe_hidden(layer as usize, &convert::matrix(rows, "rows")?)
+        })
+    })
+}
+
+/// Starts a replay (KVMGR_NEEDS_REPLAY): the engine feeds a request to repeat the prompt and then
+/// tokens first to first + num of it once more, behind the prompt: reserve, append, attend. What that
+/// reads of the prompt is noted, and kvmgr_sequence_commit of 0 tokens ends the replay, of which nothing
+/// is left. Long prompts are replayed in pieces. Before kvmgr_sequence_end_prefill.
+///
+/// @param first the first token that is replayed
+/// @param num_tokens at least 1
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_sequence_replay(
+    sequence: *mut kvmgr_sequence,
+    first: usize,
+    num_tokens: usize,
+) -> kvmgr_status {
+    guard(|| write(sequence, |session| session.replay(first..first.saturating_add(num_tokens))))
 }
 
 /// Makes the first num_tokens reserved tokens real and drops the others, which is how rejected

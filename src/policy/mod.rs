@@ -3,13 +3,15 @@
 //! A policy is a pipeline of small stages, written in one line of text:
 //!
 //! ```text
-//! trigger? score budget? keep? position? quant?
+//! trigger? score map* budget? keep? act? position? quant?
 //! every(16) | snapkv(w=64) | adakv(0.2) | keep(0.25) | pos(keep) | quant(k=had+q4_0, v=q4_0)
 //! ```
 //!
 //! * a *score* says how important each token is (higher stays) and which tokens are protected;
+//! * *maps* change scores, in written order;
 //! * a *budget* spreads the allowance of a layer over its KV heads;
 //! * *keep* says how large the allowance is;
+//! * an *act* lets survivors take over values of the evicted;
 //! * what is absent takes its default. A spec without a score keeps everything.
 //!
 //! Phases (`prefill: ... ; decode: ...`) give the two moments different pipelines. Without a phase a
@@ -19,13 +21,18 @@
 //!
 //! To add a stage: one file with an `ENTRY` and one word in the list of its family.
 
+pub mod act;
 pub mod budget;
+pub mod custom;
+pub mod map;
 mod parse;
 pub mod score;
 mod select;
 mod stages;
+pub mod weights;
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use crate::error::Result;
 use crate::shape::{KeepSet, LaneWidth, Needs, Rope};
@@ -64,6 +71,30 @@ pub struct HeadInput<'a> {
     pub query_mean: &'a [f32],
     /// Their population covariance, `[group, head_dim, head_dim]`; empty unless needed and seen.
     pub query_covariance: &'a [f32],
+    /// What the policy's gate made of the hidden state of each token, `[T]`; empty unless needed.
+    pub gate_scores: &'a [f32],
+    /// Queries that gave each token less than an even share since the policy last ran, `[T]`. Missing
+    /// ones at the end count as 0.
+    pub low_counts: &'a [f32],
+    /// The largest probability that each token received when the prompt was replayed, for each query
+    /// head, `[group, T]`; NaN for tokens that were not replayed. Empty unless needed and seen.
+    pub replay_maxima: &'a [f32],
+}
+
+/// The output projection of a layer: what attention heads write into the residual stream.
+#[derive(Debug, Clone, Copy)]
+pub struct OutputProjection<'a> {
+    /// `[hidden, num_q_heads * head_dim]`: one row for each element of the output.
+    pub weights: &'a [f32],
+    /// Elements of a row.
+    pub width: usize,
+}
+
+impl<'a> OutputProjection<'a> {
+    /// For each element of the output, the weights of a query head, `[head_dim]`.
+    pub fn columns(&self, q_head: usize, head_dim: usize) -> impl Iterator<Item = &'a [f32]> {
+        self.weights.chunks_exact(self.width).map(move |row| &row[q_head * head_dim..][..head_dim])
+    }
 }
 
 /// What a score sees of one layer.
@@ -83,6 +114,8 @@ pub struct LayerInput<'a> {
     pub heads: Vec<HeadInput<'a>>,
     /// How the model rotates keys, if known.
     pub rope: Option<&'a Rope>,
+    /// The output projection, if known.
+    pub output_projection: Option<OutputProjection<'a>>,
 }
 
 /// Hands out the layers of a sequence one at a time, so that only one is decoded at any moment.
@@ -126,6 +159,8 @@ pub enum Allowance {
     Ratio(f64),
     /// At most so many tokens stay.
     Tokens(usize),
+    /// Tokens of at least this score stay, and protected ones.
+    Threshold(f32),
 }
 
 impl Allowance {
@@ -133,7 +168,7 @@ impl Allowance {
     /// are present. At least 1.
     pub fn share(self, len: usize, seen: usize) -> usize {
         let tokens = match self {
-            Self::All => len,
+            Self::All | Self::Threshold(_) => len,
             // A ratio such as 0.29 times 100 must not come out as 28.999...
             Self::Ratio(ratio) => (seen as f64 * ratio + 1e-9) as usize,
             Self::Tokens(tokens) => tokens,
@@ -146,8 +181,8 @@ impl Allowance {
 #[derive(Debug)]
 pub struct Pipeline {
     spec: String,
-    prefill: Option<Phase>,
-    decode: Option<Phase>,
+    prefill: Option<Arc<Phase>>,
+    decode: Option<Arc<Phase>>,
     position: PositionMode,
     quantizers: (Option<String>, Option<String>),
     width: (LaneWidth, Option<String>),
@@ -160,9 +195,22 @@ struct Phase {
     name: String,
     /// Steps between two runs; no matter when the prompt ends.
     every: usize,
-    score: Box<dyn score::Score>,
+    score: Arc<dyn score::Score>,
+    /// The maps with their names, in written order.
+    maps: Vec<(String, Box<dyn map::Map>)>,
     budget: Box<dyn budget::Budget>,
     allowance: Allowance,
+    /// The act with its name.
+    act: Option<(String, Box<dyn act::Act>)>,
+}
+
+/// What one head keeps.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Kept {
+    /// Which tokens.
+    pub set: KeepSet,
+    /// Their values, `[set, head_dim]`, if an act changed them; else empty.
+    pub values: Vec<f32>,
 }
 
 impl Pipeline {
@@ -182,15 +230,20 @@ impl Pipeline {
             PositionMode::Keep => Needs::NONE,
             PositionMode::CacheRelative => Needs::ROPE,
         };
-        self.phases().fold(position, |needs, phase| needs.union(phase.score.needs()))
+        self.phases().fold(position, |needs, phase| needs.union(phase.needs()))
     }
 
     /// The first stage that needs any of `bits`, to name it when an engine lacks them.
     pub fn needed_by(&self, bits: Needs) -> Option<&str> {
         let wants = |needs: Needs| needs.0 & bits.0 != 0;
-        let score = self.phases().find(|phase| wants(phase.score.needs()));
         let position = self.position == PositionMode::CacheRelative && wants(Needs::ROPE);
-        score.map(|phase| phase.name.as_str()).or(position.then_some("pos"))
+        let stage = self.phases().find_map(|phase| phase.needed_by(wants));
+        stage.or(position.then_some("pos"))
+    }
+
+    /// Whether scores or maps read the rotation; closing gaps of positions does not count.
+    pub fn rotation_is_read(&self) -> bool {
+        self.phases().any(|phase| phase.needs().contains(Needs::ROPE))
     }
 
     /// Queries of each head that have to be remembered.
@@ -201,6 +254,16 @@ impl Pipeline {
     /// The coarsest lanes that can express the keep sets, and the stage that demands it.
     pub fn lane_width(&self) -> (LaneWidth, Option<&str>) {
         (self.width.0, self.width.1.as_deref())
+    }
+
+    /// The latest queries of a prompt that count.
+    pub fn history(&self) -> usize {
+        self.phases().map(|phase| phase.score.history()).max().unwrap_or(0)
+    }
+
+    /// Leading tokens that take part in every replay.
+    pub fn replay_sinks(&self) -> usize {
+        self.phases().map(|phase| phase.score.replay_sinks()).max().unwrap_or(0)
     }
 
     /// Quantizer specs of keys and values, where the spec names them.
@@ -223,44 +286,86 @@ impl Pipeline {
     pub fn is_due(&self, event: Event, steps: usize, len: usize, seen: usize) -> bool {
         self.phase(event).is_some_and(|phase| {
             let due = event == Event::PrefillEnd || steps.is_multiple_of(phase.every);
-            due && len > phase.score.keeps_whole() && phase.allowance.share(len, seen) < len
+            let has_excess = match phase.allowance {
+                Allowance::Threshold(_) => true,
+                allowance => allowance.share(len, seen) < len,
+            };
+            due && len > phase.score.keeps_whole() && has_excess
         })
     }
 
     /// The scores of a layer, for the phase of `event`.
     pub fn score(&self, event: Event, layer: &LayerInput<'_>) -> Result<Vec<HeadScores>> {
         match self.phase(event) {
-            Some(phase) => phase.score(layer),
+            Some(phase) => Ok(phase.score(layer)?.heads),
             None => Ok(layer.heads.iter().map(HeadScores::equal).collect()),
         }
     }
 
     /// What stays: a set for each layer and KV head.
     pub fn select(&self, event: Event, source: &mut dyn LayerSource) -> Result<Vec<Vec<KeepSet>>> {
+        if let Some(phase) = self.phase(event) {
+            return phase.select(source);
+        }
         let mut kept = Vec::with_capacity(source.num_layers());
         for layer in 0..source.num_layers() {
             source.visit(layer, &mut |input| {
-                kept.push(match self.phase(event) {
-                    Some(phase) => phase.select(input)?,
-                    None => {
-                        input.heads.iter().map(|head| KeepSet::all(head.positions.len())).collect()
-                    }
-                });
+                let all = |head: &HeadInput<'_>| KeepSet::all(head.positions.len());
+                kept.push(input.heads.iter().map(all).collect());
                 Ok(())
             })?;
         }
         Ok(kept)
     }
 
+    /// Whether `event` changes values of survivors; then [`Self::select_layer`] tells them.
+    pub fn changes_values(&self, event: Event) -> bool {
+        self.phase(event).is_some_and(|phase| phase.act.is_some())
+    }
+
+    /// What stays of one layer, with the values that an act changed. Not for budgets over all layers.
+    pub fn select_layer(
+        &self,
+        event: Event,
+        source: &mut dyn LayerSource,
+        layer: usize,
+    ) -> Result<Vec<Kept>> {
+        let mut kept = Vec::new();
+        source.visit(layer, &mut |input| {
+            kept = match self.phase(event) {
+                Some(phase) => phase.select_values(input)?,
+                None => Vec::new(),
+            };
+            Ok(())
+        })?;
+        Ok(kept)
+    }
+
+    /// What the gate of the policy makes of hidden states `[n, width]` of a layer: a score for each
+    /// KV head and token, `[num_heads, n]`.
+    pub fn gate(
+        &self,
+        layer: usize,
+        num_heads: usize,
+        hidden: &[f32],
+        width: usize,
+    ) -> Result<Vec<f32>> {
+        let gate = self.phases().find(|phase| phase.score.needs().contains(Needs::HIDDEN));
+        match gate {
+            Some(phase) => phase.score.gate(layer, num_heads, hidden, width),
+            None => Ok(vec![0.0; num_heads * hidden.len() / width.max(1)]),
+        }
+    }
+
     fn phase(&self, event: Event) -> Option<&Phase> {
         match event {
-            Event::PrefillEnd => self.prefill.as_ref(),
-            Event::Step => self.decode.as_ref(),
+            Event::PrefillEnd => self.prefill.as_deref(),
+            Event::Step => self.decode.as_deref(),
         }
     }
 
     fn phases(&self) -> impl Iterator<Item = &Phase> {
-        [&self.prefill, &self.decode].into_iter().flatten()
+        [&self.prefill, &self.decode].into_iter().flatten().map(Arc::as_ref)
     }
 }
 

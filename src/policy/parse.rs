@@ -1,13 +1,18 @@
 //! From text to a checked pipeline.
 
+use std::sync::Arc;
+
+use super::act::{self, ACTS, Act};
 use super::budget::{self, BUDGETS, Budget};
+use super::custom;
+use super::map::{self, MAPS, Map};
 use super::score::{self, SCORES, Score};
 use super::stages::{STAGES, StageClass, StageInfo};
 use super::{Allowance, Event, Phase, Pipeline, PositionMode};
 use crate::error::{Error, Kind, Result, ensure};
 use crate::quantizer::{self, Granularity, Side};
 use crate::registry::{self, Args};
-use crate::shape::LaneWidth;
+use crate::shape::{LaneWidth, Needs};
 use crate::spec::{self, Stage, Value, When};
 
 /// See [`Pipeline::parse`].
@@ -22,8 +27,8 @@ pub(super) fn parse(text: &str) -> Result<Pipeline> {
 /// What the stages of all phases have said so far.
 #[derive(Default)]
 struct Builder {
-    prefill: Option<Phase>,
-    decode: Option<Phase>,
+    prefill: Option<Arc<Phase>>,
+    decode: Option<Arc<Phase>>,
     position: Option<PositionMode>,
     /// Quantizer specs of keys and values, with the column of each.
     quant: Option<[Option<(String, usize)>; 2]>,
@@ -32,13 +37,32 @@ struct Builder {
     step_evictor: Option<String>,
 }
 
+/// A score of the engine's own.
+const CUSTOM: StageInfo = StageInfo {
+    class: StageClass::Score,
+    name: "a score of the engine",
+    summary: "",
+    paper: "",
+    params: &[],
+    needs: Needs::NONE,
+    examples: &[],
+};
+
 /// What the stages of one phase have said so far.
 #[derive(Default)]
 struct Draft<'a> {
     trigger: Option<(Trigger, &'a Stage)>,
-    score: Option<(&'a Stage, &'static score::Entry, Args)>,
+    score: Option<(&'a Stage, Scorer)>,
+    maps: Vec<(&'a Stage, &'static map::Entry, Args)>,
     budget: Option<(&'a Stage, &'static budget::Entry, Args)>,
     allowance: Option<(Allowance, &'a Stage)>,
+    act: Option<(&'a Stage, &'static act::Entry, Args)>,
+}
+
+/// Where the score of a phase comes from.
+enum Scorer {
+    Library(&'static score::Entry, Args),
+    Engine(Arc<dyn Score>),
 }
 
 #[derive(Clone, Copy)]
@@ -53,13 +77,17 @@ impl Builder {
         let all: Vec<&StageInfo> = STAGES.iter().collect();
         let mut last: Option<(StageClass, &str)> = None;
         for stage in &phase.stages {
-            let info = registry::find("stage", &all, stage)?;
+            let custom = custom::find(&stage.name);
+            let info = match custom {
+                Some(_) => &CUSTOM,
+                None => registry::find("stage", &all, stage)?,
+            };
             if let Some((class, name)) = last {
                 ensure!(
-                    class < info.class,
+                    class < info.class || (class == info.class && class == StageClass::Map),
                     InvalidArgument,
                     "column {}: {} ({:?}) cannot follow {name} ({class:?}); the order is trigger, \
-                     score, budget, keep, position, quant, one of each",
+                     score, maps, budget, keep, act, position, quant, one of each but maps",
                     stage.column,
                     stage.name,
                     info.class
@@ -67,6 +95,9 @@ impl Builder {
             }
             last = Some((info.class, info.name));
             self.stage(stage, info, &mut draft)?;
+            if let Some(score) = custom {
+                draft.score = Some((stage, Scorer::Engine(score)));
+            }
         }
         self.close(phase.when, &draft)
     }
@@ -86,8 +117,13 @@ impl Builder {
                 };
                 draft.trigger = Some((trigger, stage));
             }
+            StageClass::Score if info.name == CUSTOM.name => {}
             StageClass::Score => {
-                draft.score = Some((stage, registry::find("score", SCORES, stage)?, args));
+                let entry = registry::find("score", SCORES, stage)?;
+                draft.score = Some((stage, Scorer::Library(entry, args)));
+            }
+            StageClass::Map => {
+                draft.maps.push((stage, registry::find("map", MAPS, stage)?, args));
             }
             StageClass::Budget => {
                 draft.budget = Some((stage, registry::find("budget", BUDGETS, stage)?, args));
@@ -95,9 +131,13 @@ impl Builder {
             StageClass::Keep => {
                 let allowance = match info.name {
                     "keep" => Allowance::Ratio(args.real("ratio")),
+                    "tau" => Allowance::Threshold(args.real("score") as f32),
                     _ => Allowance::Tokens(args.count("n")),
                 };
                 draft.allowance = Some((allowance, stage));
+            }
+            StageClass::Act => {
+                draft.act = Some((stage, registry::find("act", ACTS, stage)?, args));
             }
             StageClass::Position => {
                 ensure_first(self.position.is_none(), stage)?;
@@ -116,7 +156,7 @@ impl Builder {
 
     /// Turns a complete draft into phases.
     fn close(&mut self, when: Option<When>, draft: &Draft<'_>) -> Result<()> {
-        let Some((stage, entry, args)) = &draft.score else {
+        let Some((stage, scorer)) = &draft.score else {
             return match draft.names().first() {
                 Some(other) => {
                     Err(at(other.column, &format!("{} needs a score such as snapkv", other.name)))
@@ -124,7 +164,13 @@ impl Builder {
                 None => Ok(()),
             };
         };
-        let score = (entry.create)(args).map_err(|error| in_column(stage.column, &error))?;
+        let score: Arc<dyn Score> = match scorer {
+            Scorer::Library(entry, args) => {
+                let score = (entry.create)(args);
+                score.map_err(|error| in_column(stage.column, &error))?.into()
+            }
+            Scorer::Engine(score) => score.clone(),
+        };
         let allowance = draft.resolve_allowance(stage, score.own_allowance())?;
         if allowance == Allowance::All {
             return match draft.names().first() {
@@ -135,13 +181,15 @@ impl Builder {
                 None => Ok(()),
             };
         }
-        self.widen(score.lane_width(), &stage.name);
-        let budget = draft.make_budget()?;
-        self.widen(budget.lane_width(), draft.budget.as_ref().map_or("uniform", |b| &b.0.name));
+        let phase = draft.make_phase(score, allowance)?;
+        draft.check(&phase)?;
+        self.widen_for(&phase, draft);
+        let score = &phase.score;
         let events = draft.events(when, score.events(allowance))?;
         if events.contains(&Event::Step) && !score.keeps_runs() {
             self.step_evictor = Some(stage.name.clone());
         }
+        let phase = Arc::new(phase);
         for event in events {
             let slot = match event {
                 Event::PrefillEnd => &mut self.prefill,
@@ -154,20 +202,35 @@ impl Builder {
                 );
                 return Err(at(stage.column, &text));
             }
-            *slot = Some(draft.make_phase(allowance)?);
+            *slot = Some(phase.clone());
         }
         Ok(())
     }
 
+    /// Remembers the lanes that the stages of a phase demand.
+    fn widen_for(&mut self, phase: &Phase, draft: &Draft<'_>) {
+        let mut needed = (phase.score.lane_width(), &phase.name);
+        for (name, map) in &phase.maps {
+            let width = map.lane_width(needed.0);
+            if width != needed.0 {
+                needed = (width, name);
+            }
+        }
+        self.widen(needed.0, needed.1);
+        if !phase.maps.iter().any(|(_, map)| map.decides()) {
+            let name = draft.budget.as_ref().map_or("uniform", |budget| &budget.0.name);
+            self.widen(phase.budget.lane_width(), name);
+        }
+        if let Some((name, _)) = &phase.act {
+            // One layer is decoded at a time.
+            self.widen(LaneWidth::Layer, name);
+        }
+    }
+
     /// Remembers the first stage that demands the finest lanes so far.
     fn widen(&mut self, width: LaneWidth, name: &str) {
-        let rank = |width: LaneWidth| match width {
-            LaneWidth::Sequence => 0,
-            LaneWidth::Layer => 1,
-            LaneWidth::Head => 2,
-        };
-        let current = self.width.as_ref().map_or(0, |(width, _)| rank(*width));
-        if rank(width) > current {
+        let current = self.width.as_ref().map_or(LaneWidth::Sequence, |(width, _)| *width);
+        if width > current {
             self.width = Some((width, name.to_string()));
         }
     }
@@ -196,9 +259,11 @@ impl<'a> Draft<'a> {
     /// The stages that mean nothing without a score, in written order.
     fn names(&self) -> Vec<&'a Stage> {
         let trigger = self.trigger.as_ref().map(|(_, stage)| *stage);
+        let maps = self.maps.iter().map(|(stage, ..)| *stage);
         let budget = self.budget.as_ref().map(|(stage, ..)| *stage);
         let keep = self.allowance.as_ref().map(|(_, stage)| *stage);
-        [trigger, budget, keep].into_iter().flatten().collect()
+        let act = self.act.as_ref().map(|(stage, ..)| *stage);
+        trigger.into_iter().chain(maps).chain(budget).chain(keep).chain(act).collect()
     }
 
     /// How much stays: what the score says or what the spec says, but not both.
@@ -242,16 +307,72 @@ impl<'a> Draft<'a> {
         Ok(events)
     }
 
-    fn make_phase(&self, allowance: Allowance) -> Result<Phase> {
-        let Some((stage, entry, args)) = &self.score else {
-            return Err(Error::new(Kind::Internal, "a phase without a score"));
-        };
+    fn make_phase(&self, score: Arc<dyn Score>, allowance: Allowance) -> Result<Phase> {
+        let name = self.score.as_ref().map_or_else(String::new, |(stage, ..)| stage.name.clone());
         let every = match self.trigger {
             Some((Trigger::Every(n), _)) => n,
             _ => 1,
         };
-        let score: Box<dyn Score> = (entry.create)(args)?;
-        Ok(Phase { name: stage.name.clone(), every, score, budget: self.make_budget()?, allowance })
+        let mut maps: Vec<(String, Box<dyn Map>)> = Vec::new();
+        for (stage, entry, args) in &self.maps {
+            let map = (entry.create)(args).map_err(|error| in_column(stage.column, &error))?;
+            maps.push((stage.name.clone(), map));
+        }
+        let act: Option<(String, Box<dyn Act>)> = match &self.act {
+            Some((stage, entry, args)) => {
+                let act = (entry.create)(args).map_err(|error| in_column(stage.column, &error))?;
+                Some((stage.name.clone(), act))
+            }
+            None => None,
+        };
+        Ok(Phase { name, every, score, maps, budget: self.make_budget()?, allowance, act })
+    }
+
+    /// Refuses maps that do not go with the stages around them.
+    fn check(&self, phase: &Phase) -> Result<()> {
+        for (i, (stage, (name, map))) in
+            self.maps.iter().map(|map| map.0).zip(&phase.maps).enumerate()
+        {
+            let budget = self.budget.as_ref().map(|(stage, ..)| *stage);
+            if map.splits() && phase.score.query_window() > 0 {
+                let text = format!(
+                    "{name} scores parts by themselves, but {} reads the last queries, which see all",
+                    phase.name
+                );
+                return Err(at(stage.column, &text));
+            }
+            let after = self.maps.get(i + 1).map(|(stage, ..)| *stage).or(budget);
+            if let (Some(after), true) = (after, map.decides()) {
+                let text =
+                    format!("{name} decides what stays, {} has no effect after it", after.name);
+                return Err(at(after.column, &text));
+            }
+            if let (Some(budget), true) = (budget, map.reads_budget() && phase.budget.is_global()) {
+                let text =
+                    format!("{name} needs the budget of its layer, which {} is not", budget.name);
+                return Err(at(budget.column, &text));
+            }
+            if map.decides() && phase.has_threshold() {
+                let text = format!("{name} spends an allowance of tokens, {} has none", phase.name);
+                return Err(at(stage.column, &text));
+            }
+        }
+        if let (Some((act, ..)), Some((budget, ..)), true) =
+            (&self.act, &self.budget, phase.budget.is_global())
+        {
+            let text = format!(
+                "{} needs the values of a layer when it is scored, {} decides after the last",
+                act.name, budget.name
+            );
+            return Err(at(act.column, &text));
+        }
+        match (&self.budget, phase.has_threshold()) {
+            (Some((stage, ..)), true) => {
+                let text = format!("a threshold leaves {} nothing to spread", stage.name);
+                Err(at(stage.column, &text))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn make_budget(&self) -> Result<Box<dyn Budget>> {

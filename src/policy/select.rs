@@ -1,27 +1,122 @@
 //! From scores to keep sets: shared by every pipeline.
 
+use super::act::Evicted;
 use super::budget::LayerShare;
-use super::{HeadInput, HeadScores, LayerInput, Phase};
+use super::map::{Context, Decision, Scores};
+use super::{Allowance, HeadInput, HeadScores, Kept, LayerInput, LayerSource, Phase};
 use crate::error::{Result, ensure};
 use crate::shape::{KeepSet, LaneWidth, Needs};
 
 impl Phase {
+    /// What the engine has to hand over.
+    pub(super) fn needs(&self) -> Needs {
+        let maps = self.maps.iter().map(|(_, map)| map.needs());
+        let acts = self.act.iter().map(|(_, act)| act.needs());
+        maps.chain(acts).fold(self.score.needs(), Needs::union)
+    }
+
+    /// Whether scores decide one by one.
+    pub(super) fn has_threshold(&self) -> bool {
+        matches!(self.allowance, Allowance::Threshold(_))
+    }
+
+    /// The first stage whose needs are `wanted`.
+    pub(super) fn needed_by(&self, wanted: impl Fn(Needs) -> bool) -> Option<&str> {
+        if wanted(self.score.needs()) {
+            return Some(&self.name);
+        }
+        let map = self.maps.iter().find(|(_, map)| wanted(map.needs()));
+        let act = self.act.iter().find(|(_, act)| wanted(act.needs()));
+        map.map(|(name, _)| name).or(act.map(|(name, _)| name)).map(String::as_str)
+    }
+
+    /// What each head of each layer keeps.
+    pub(super) fn select(&self, source: &mut dyn LayerSource) -> Result<Vec<Vec<KeepSet>>> {
+        if self.budget.is_global() {
+            return self.select_all(source);
+        }
+        let mut kept = Vec::with_capacity(source.num_layers());
+        for layer in 0..source.num_layers() {
+            source.visit(layer, &mut |input| {
+                kept.push(self.select_layer(input)?);
+                Ok(())
+            })?;
+        }
+        Ok(kept)
+    }
+
+    /// Heads of all layers compete, so that all scores come first.
+    fn select_all(&self, source: &mut dyn LayerSource) -> Result<Vec<Vec<KeepSet>>> {
+        let (mut heads, mut shares, mut counts) = (Vec::new(), Vec::new(), Vec::new());
+        for layer in 0..source.num_layers() {
+            source.visit(layer, &mut |input| {
+                let scores = self.score(input)?.heads;
+                counts.push(scores.len());
+                heads.extend(scores);
+                shares.extend(self.shares(input));
+                Ok(())
+            })?;
+        }
+        let budgets = self.budget.spread(0, &heads, &shares)?;
+        let mut sets = heads.iter().zip(budgets).map(|(head, budget)| top(head, budget));
+        Ok(counts.into_iter().map(|count| sets.by_ref().take(count).collect()).collect())
+    }
+
     /// What each head of a layer keeps.
-    pub(super) fn select(&self, layer: &LayerInput<'_>) -> Result<Vec<KeepSet>> {
-        if self.budget.lane_width() == LaneWidth::Sequence {
+    fn select_layer(&self, layer: &LayerInput<'_>) -> Result<Vec<KeepSet>> {
+        if self.maps.is_empty() && self.budget.lane_width() == LaneWidth::Sequence {
             let shares = self.shares(layer).into_iter().zip(&layer.heads);
             let top = |(n, head): (usize, &HeadInput<'_>)| self.score.top(head.positions.len(), n);
             if let Some(kept) = shares.map(top).collect() {
                 return Ok(kept);
             }
         }
+        if self.maps.is_empty() {
+            let fixed = |(h, head): (usize, &HeadInput<'_>)| {
+                self.score.fixed(layer.layer, layer.num_layers, h, head.positions.len())
+            };
+            if let Some(kept) = layer.heads.iter().enumerate().map(fixed).collect() {
+                return Ok(kept);
+            }
+        }
         let scores = self.score(layer)?;
-        let budgets = self.budget.spread(&scores, &self.shares(layer));
-        Ok(scores.iter().zip(budgets).map(|(head, budget)| top(head, budget)).collect())
+        self.choose(layer, &scores)
     }
 
-    /// The scores of a layer.
-    pub(super) fn score(&self, layer: &LayerInput<'_>) -> Result<Vec<HeadScores>> {
+    /// What each head of a layer keeps, with values that the act changed.
+    pub(super) fn select_values(&self, layer: &LayerInput<'_>) -> Result<Vec<Kept>> {
+        let scores = self.score(layer)?;
+        let sets = self.choose(layer, &scores)?;
+        let kept = |(head, set): (usize, KeepSet)| {
+            let scores = &scores.heads[head];
+            let values = match &self.act {
+                Some((_, act)) if set.len() < scores.scores.len() => {
+                    act.values(&Evicted { layer, head, scores, kept: &set })
+                }
+                _ => Vec::new(),
+            };
+            Kept { set, values }
+        };
+        Ok(sets.into_iter().enumerate().map(kept).collect())
+    }
+
+    /// What each head of a layer keeps by these scores.
+    fn choose(&self, layer: &LayerInput<'_>, scores: &Scores) -> Result<Vec<KeepSet>> {
+        let heads = &scores.heads;
+        if let Allowance::Threshold(threshold) = self.allowance {
+            let whole = self.score.keeps_whole();
+            return Ok(heads.iter().map(|head| above(head, threshold, whole)).collect());
+        }
+        let budgets = match &scores.decision {
+            Decision::Kept(kept) => return Ok(kept.clone()),
+            Decision::Budgets(budgets) => budgets.clone(),
+            Decision::Open => self.budget.spread(layer.layer, heads, &self.shares(layer))?,
+        };
+        Ok(heads.iter().zip(budgets).map(|(head, budget)| top(head, budget)).collect())
+    }
+
+    /// The scores of a layer after all maps.
+    pub(super) fn score(&self, layer: &LayerInput<'_>) -> Result<Scores> {
         let LayerInput { group, head_dim, .. } = *layer;
         ensure!(
             group > 0 && head_dim > 0,
@@ -30,11 +125,25 @@ impl Phase {
         );
         for (h, head) in layer.heads.iter().enumerate() {
             let place = || format!("layer {}, KV head {h}", layer.layer);
-            check(self.score.needs(), layer, head).map_err(|error| error.within(place()))?;
+            check(self.needs(), layer, head).map_err(|error| error.within(place()))?;
         }
-        let shares = self.shares(layer).into_iter().zip(&layer.heads);
-        let budgets: Vec<_> = shares.map(|(share, head)| share.min(head.positions.len())).collect();
-        self.score.score(layer, &budgets)
+        check_projection(self.needs(), layer)?;
+        self.score_until(self.maps.len(), layer, &self.shares(layer))
+    }
+
+    /// The scores of a layer after the first `maps` maps, with these allowances.
+    fn score_until(&self, maps: usize, layer: &LayerInput<'_>, shares: &[usize]) -> Result<Scores> {
+        let lens = layer.heads.iter().map(|head| head.positions.len());
+        let budgets: Vec<usize> = lens.zip(shares).map(|(len, share)| len.min(*share)).collect();
+        let mut scores =
+            Scores { heads: self.score.score(layer, &budgets)?, decision: Decision::default() };
+        for (i, (_, map)) in self.maps[..maps].iter().enumerate() {
+            let earlier =
+                |layer: &LayerInput<'_>, shares: &[usize]| self.score_until(i, layer, shares);
+            let budget = &*self.budget;
+            map.map(&Context { layer, shares, budget, earlier: &earlier }, &mut scores)?;
+        }
+        Ok(scores)
     }
 
     /// The allowance of each head, which may be more than the head has.
@@ -77,6 +186,10 @@ fn check(needs: Needs, layer: &LayerInput<'_>, head: &HeadInput<'_>) -> Result<(
         exact(need, "query_mean", head.query_mean.len(), layer.group * dim)?;
         exact(need, "query_covariance", head.query_covariance.len(), covariance)?;
     }
+    exact(Needs::HIDDEN, "gate_scores", head.gate_scores.len(), len)?;
+    if !head.replay_maxima.is_empty() {
+        exact(Needs::REPLAY, "replay_maxima", head.replay_maxima.len(), layer.group * len)?;
+    }
     ensure!(
         head.column_sums.len() <= len,
         InvalidArgument,
@@ -86,8 +199,35 @@ fn check(needs: Needs, layer: &LayerInput<'_>, head: &HeadInput<'_>) -> Result<(
     Ok(())
 }
 
+/// Refuses an output projection that does not fit the heads.
+fn check_projection(needs: Needs, layer: &LayerInput<'_>) -> Result<()> {
+    let Some(projection) = layer.output_projection else { return Ok(()) };
+    if !needs.contains(Needs::OUTPUT_PROJECTION) {
+        return Ok(());
+    }
+    let (found, expected) = (projection.width, layer.heads.len() * layer.group * layer.head_dim);
+    ensure!(
+        found == expected && projection.weights.len().is_multiple_of(found.max(1)),
+        InvalidArgument,
+        "layer {}: rows of the output projection have {found} elements, must have {expected}",
+        layer.layer
+    );
+    Ok(())
+}
+
+/// The tokens of a head with at least this score, and protected ones; the best if there is none. A
+/// head of at most `whole` tokens stays whole.
+fn above(head: &HeadScores, threshold: f32, whole: usize) -> KeepSet {
+    if head.scores.len() <= whole {
+        return KeepSet::all(head.scores.len());
+    }
+    let stays = |i: &usize| head.protected[*i] || head.scores[*i] >= threshold;
+    let kept = KeepSet::from_indices((0..head.scores.len()).filter(stays));
+    if kept.is_empty() { top(head, 1) } else { kept }
+}
+
 /// The `n` best tokens of a head.
-fn top(head: &HeadScores, n: usize) -> KeepSet {
+pub(super) fn top(head: &HeadScores, n: usize) -> KeepSet {
     let len = head.scores.len();
     if n >= len {
         return KeepSet::all(len);

@@ -2,7 +2,9 @@
 
 use std::sync::LazyLock;
 
+use super::act::ACTS;
 use super::budget::BUDGETS;
+use super::map::MAPS;
 use super::score::SCORES;
 use crate::registry::{Domain, Member, Param};
 use crate::shape::Needs;
@@ -14,10 +16,14 @@ pub enum StageClass {
     Trigger,
     /// How important tokens are.
     Score,
+    /// What happens to scores before the budget.
+    Map,
     /// How heads share an allowance.
     Budget,
     /// How large the allowance is.
     Keep,
+    /// What becomes of the evicted.
+    Act,
     /// What an evicted gap does to positions.
     Position,
     /// How survivors are stored.
@@ -64,6 +70,15 @@ pub static STAGES: LazyLock<Vec<StageInfo>> = LazyLock::new(|| {
         needs: entry.needs,
         examples: entry.examples,
     });
+    let maps = MAPS.iter().map(|entry| StageInfo {
+        class: StageClass::Map,
+        name: entry.name,
+        summary: entry.summary,
+        paper: entry.paper,
+        params: entry.params,
+        needs: entry.needs,
+        examples: entry.examples,
+    });
     let budgets = BUDGETS.iter().map(|entry| StageInfo {
         class: StageClass::Budget,
         name: entry.name,
@@ -73,9 +88,22 @@ pub static STAGES: LazyLock<Vec<StageInfo>> = LazyLock::new(|| {
         needs: Needs::NONE,
         examples: entry.examples,
     });
-    let before = PLUMBING.iter().filter(|stage| stage.class < StageClass::Score).copied();
-    let after = PLUMBING.iter().filter(|stage| stage.class > StageClass::Budget).copied();
-    before.chain(scores).chain(budgets).chain(after).collect()
+    let acts = ACTS.iter().map(|entry| StageInfo {
+        class: StageClass::Act,
+        name: entry.name,
+        summary: entry.summary,
+        paper: entry.paper,
+        params: entry.params,
+        needs: entry.needs,
+        examples: entry.examples,
+    });
+    let of = |classes: std::ops::RangeInclusive<StageClass>| {
+        PLUMBING.iter().filter(move |stage| classes.contains(&stage.class)).copied()
+    };
+    let before = of(StageClass::Trigger..=StageClass::Trigger);
+    let keep = of(StageClass::Keep..=StageClass::Keep);
+    let after = of(StageClass::Position..=StageClass::Quant);
+    before.chain(scores).chain(maps).chain(budgets).chain(keep).chain(acts).chain(after).collect()
 });
 
 /// Stages with a meaning of their own.
@@ -128,6 +156,19 @@ const PLUMBING: &[StageInfo] = &[
         }],
         needs: Needs::NONE,
         examples: &["snapkv | keep_tokens(1k)"],
+    },
+    StageInfo {
+        class: StageClass::Keep,
+        name: "tau",
+        summary: "tokens of at least this score stay, and protected ones",
+        paper: "DMS, arXiv 2506.05345",
+        params: &[Param {
+            name: "score",
+            help: "the threshold, in the unit of the score",
+            domain: Domain::Real { default: 0.0, min: -1e6, max: 1e6 },
+        }],
+        needs: Needs::NONE,
+        examples: &["h2o | protect(sink=4, recent=64) | tau(0.5)"],
     },
     StageInfo {
         class: StageClass::Position,

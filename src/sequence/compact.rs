@@ -29,6 +29,17 @@ impl Sequence {
     /// Keeps the rows of lane `index` that `keep` names, given as indices into the lane. Fails
     /// without a change if new blocks are needed and none is free.
     pub fn compact(&mut self, index: usize, keep: &KeepSet) -> Result<()> {
+        self.compact_with(index, keep, &[])
+    }
+
+    /// As [`Self::compact`]; `values[cell]`, if not empty, are the values of the surviving rows of that
+    /// cell of the lane from now on, `[keep, head_dim]`.
+    pub fn compact_with(
+        &mut self,
+        index: usize,
+        keep: &KeepSet,
+        values: &[Vec<f32>],
+    ) -> Result<()> {
         self.ensure_present()?;
         ensure!(
             self.reserved == 0,
@@ -47,9 +58,10 @@ impl Sequence {
         if keep.len() == len {
             return Ok(());
         }
-        let lane = match self.trim(index, keep) {
+        let trimmed = if values.is_empty() { self.trim(index, keep) } else { None };
+        let lane = match trimmed {
             Some(lane) => lane,
-            None => self.gather(index, keep)?,
+            None => self.gather(index, keep, values)?,
         };
         self.install(index, lane, keep, len);
         Ok(())
@@ -125,7 +137,7 @@ impl Sequence {
     }
 
     /// The lane with its survivors copied into new blocks: full ones sealed, the rest open.
-    fn gather(&self, index: usize, keep: &KeepSet) -> Result<Lane> {
+    fn gather(&self, index: usize, keep: &KeepSet, values: &[Vec<f32>]) -> Result<Lane> {
         let cache = &self.cache;
         let block_size = cache.config().block_size;
         let old = &self.lanes[index];
@@ -142,7 +154,7 @@ impl Sequence {
         let evicted = old.evicted + (old.len() - sources.len()) as i32;
         let mut lane = Lane { spans: Vec::with_capacity(blocks.len()), evicted };
         for (i, (rows, block)) in sources.chunks(block_size).zip(blocks).enumerate() {
-            self.fill(index, rows, block, i * block_size, evicted);
+            self.fill(index, rows, block, i * block_size, evicted, values);
             lane.spans.push(Span {
                 block,
                 first: 0,
@@ -156,7 +168,15 @@ impl Sequence {
     }
 
     /// Copies `sources` into `block`; the first of them gets index `start` in the lane.
-    fn fill(&self, lane: usize, sources: &[Source], block: Block, start: usize, evicted: i32) {
+    fn fill(
+        &self,
+        lane: usize,
+        sources: &[Source],
+        block: Block,
+        start: usize,
+        evicted: i32,
+        values: &[Vec<f32>],
+    ) {
         let cache = &self.cache;
         let spans = &self.lanes[lane].spans;
         let dim = cache.config().shape.head_dim;
@@ -166,7 +186,9 @@ impl Sequence {
         let mut rows = vec![0.0; sources.len() * dim];
         for cell in 0..cells {
             for side in SIDES {
-                let as_bytes = (side == Side::Value || !self.config.cache_relative)
+                let new = values.get(cell).filter(|new| side == Side::Value && !new.is_empty());
+                let as_bytes = new.is_none()
+                    && (side == Side::Value || !self.config.cache_relative)
                     && sources.iter().all(|source| {
                         let format = spans[source.span as usize].block.view.format();
                         cache.moves_as_bytes(format, target, side)
@@ -178,7 +200,10 @@ impl Sequence {
                     }
                     continue;
                 }
-                self.decode_sources(lane, sources, cell, side, &mut rows);
+                match new {
+                    Some(new) => rows.copy_from_slice(&new[start * dim..][..sources.len() * dim]),
+                    None => self.decode_sources(lane, sources, cell, side, &mut rows),
+                }
                 if side == Side::Key && self.config.cache_relative {
                     self.rotate_sources(lane, sources, start, evicted, &mut rows);
                 }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub use lane::{Lane, Positions, Span};
-pub use observation::{FIRST_STATISTIC, HeadObservation, Observation};
+pub use observation::{FIRST_STATISTIC, HeadObservation, Observation, Replay};
 pub use statistics::QueryStatistics;
 
 use crate::block::prefix::Digest;
@@ -399,18 +399,18 @@ impl Sequence {
             self.cache.release(released.into_iter(), std::iter::empty());
         }
         if dropped {
-            self.truncate_sums();
+            self.truncate_observed();
         }
     }
 
-    /// Column sums never outlive their rows.
-    fn truncate_sums(&self) {
+    /// What is known of rows never outlives them.
+    fn truncate_observed(&self) {
         let Some(observation) = &self.observation else { return };
         let shape = &self.cache.config().shape;
         for layer in 0..shape.num_layers {
             for head in 0..shape.num_kv_heads {
                 let len = self.lanes[self.locate(layer, head).0].len();
-                observation.head(layer, head).lock().column_sums.truncate(len);
+                observation.head(layer, head).lock().truncate_rows(len);
             }
         }
     }

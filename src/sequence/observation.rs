@@ -1,7 +1,9 @@
 //! What attention saw and a policy may ask for. Written by attention, read by policies; follows
 //! its tokens through eviction, truncation and fork.
 
-use parking_lot::Mutex;
+use std::ops::Range;
+
+use parking_lot::{Mutex, RwLock};
 
 use super::statistics::QueryStatistics;
 use crate::shape::{KeepSet, ModelShape, Needs};
@@ -17,6 +19,27 @@ pub struct Observation {
     window: usize,
     heads: Vec<Mutex<HeadObservation>>,
     num_kv_heads: usize,
+    history: usize,
+    /// What reserved tokens replay, if they do.
+    replay: RwLock<Option<Replay>>,
+    /// For each layer, the lengths of the hidden states of the reserved tokens.
+    replay_norms: Vec<RwLock<Vec<f32>>>,
+}
+
+/// Tokens that reserved tokens read once more: the prompt, or a piece of it, repeated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replay {
+    /// Positions of the tokens.
+    pub tokens: Range<i32>,
+    /// Leading tokens of the sequence that take part besides them.
+    pub sinks: i32,
+}
+
+impl Replay {
+    /// Whether a token takes part in the softmax; those from `reserved` on replay.
+    pub fn includes(&self, position: i32, reserved: i32) -> bool {
+        position < self.sinks || self.tokens.contains(&position) || position >= reserved
+    }
 }
 
 /// Observations of one (layer, KV head).
@@ -27,16 +50,42 @@ pub struct HeadObservation {
     /// Attention probability that each cached row received so far, summed over queries and over
     /// the query heads of the group.
     pub column_sums: Vec<f32>,
+    /// Queries that gave each row less than an even share since the last eviction.
+    pub low_counts: Vec<f32>,
     /// Statistics of each query head of the group, from position [`FIRST_STATISTIC`] on. Tokens that
     /// are truncated or not committed stay in them.
     pub statistics: Vec<QueryStatistics>,
+    /// What the policy's gate made of the hidden state of each row, NaN where none was handed over.
+    pub gate_scores: Vec<f32>,
+    /// For each query head of the group, the largest probability that each row received from a token
+    /// that replays it; NaN for rows that none has.
+    pub replay_maxima: Vec<Vec<f32>>,
 }
 
 impl Observation {
     /// Nothing observed yet; `window` is the number of queries to remember.
     pub fn new(shape: &ModelShape, needs: Needs, window: usize) -> Self {
         let heads = (0..shape.num_layers * shape.num_kv_heads).map(|_| Mutex::default()).collect();
-        Self { needs, window, heads, num_kv_heads: shape.num_kv_heads }
+        Self {
+            needs,
+            window,
+            heads,
+            num_kv_heads: shape.num_kv_heads,
+            history: 0,
+            replay: RwLock::default(),
+            replay_norms: (0..shape.num_layers).map(|_| RwLock::default()).collect(),
+        }
+    }
+
+    /// The same for a policy that counts the last `history` queries of each call.
+    #[must_use]
+    pub fn with_history(self, history: usize) -> Self {
+        Self { history, ..self }
+    }
+
+    /// Queries of each call that count.
+    pub fn history(&self) -> usize {
+        self.history
     }
 
     /// What the policy asked for.
@@ -58,7 +107,31 @@ impl Observation {
     #[must_use]
     pub fn fork(&self) -> Self {
         let copy = |head: &Mutex<HeadObservation>| Mutex::new(head.lock().clone());
-        Self { heads: self.heads.iter().map(copy).collect(), ..*self }
+        Self {
+            needs: self.needs,
+            window: self.window,
+            heads: self.heads.iter().map(copy).collect(),
+            num_kv_heads: self.num_kv_heads,
+            history: self.history,
+            replay: RwLock::default(),
+            replay_norms: self.replay_norms.iter().map(|_| RwLock::default()).collect(),
+        }
+    }
+
+    /// What the reserved tokens replay, if they do.
+    pub fn replay(&self) -> Option<Replay> {
+        self.replay.read().clone()
+    }
+
+    /// Says what the tokens that are reserved next replay; `None` for tokens that go on.
+    pub fn set_replay(&self, replay: Option<Replay>) {
+        *self.replay.write() = replay;
+        self.replay_norms.iter().for_each(|norms| norms.write().clear());
+    }
+
+    /// The lengths of the hidden states of the tokens that replay, by layer.
+    pub fn replay_norms(&self, layer: usize) -> &RwLock<Vec<f32>> {
+        &self.replay_norms[layer]
     }
 
     /// Forgets queries at positions of `limit` and above.
@@ -99,12 +172,32 @@ impl HeadObservation {
         }
     }
 
-    /// Keeps the sums of the surviving rows of a lane.
+    /// Puts the gate's scores of the rows from `first` on; rows before it that have none get NaN.
+    pub fn put_gate_scores(&mut self, first: usize, scores: &[f32]) {
+        self.gate_scores.resize(first, f32::NAN);
+        self.gate_scores.extend_from_slice(scores);
+    }
+
+    /// Keeps what is known of the surviving rows of a lane. Counts start anew.
     pub fn keep(&mut self, keep: &KeepSet, len: usize) {
-        if self.column_sums.is_empty() {
-            return;
+        self.low_counts.clear();
+        for (plane, missing) in [(&mut self.column_sums, 0.0), (&mut self.gate_scores, f32::NAN)] {
+            if !plane.is_empty() {
+                plane.resize(len, missing);
+                *plane = keep.iter().map(|row| plane[row]).collect();
+            }
         }
-        self.column_sums.resize(len, 0.0);
-        self.column_sums = keep.iter().map(|row| self.column_sums[row]).collect();
+        for plane in &mut self.replay_maxima {
+            plane.resize(len, f32::NAN);
+            *plane = keep.iter().map(|row| plane[row]).collect();
+        }
+    }
+
+    /// Forgets what is known of rows from `len` on.
+    pub fn truncate_rows(&mut self, len: usize) {
+        self.column_sums.truncate(len);
+        self.low_counts.truncate(len);
+        self.gate_scores.truncate(len);
+        self.replay_maxima.iter_mut().for_each(|plane| plane.truncate(len));
     }
 }

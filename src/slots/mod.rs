@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use crate::device::tensor::Tensor;
 use crate::error::{Result, ensure};
-use crate::policy::{Pipeline, PositionMode};
+use crate::policy::{Event, Pipeline, PositionMode};
 use crate::quantizer::Side;
 use crate::shape::{MAX_HEAD_DIM, ModelShape, Needs, check_range};
 
@@ -125,6 +125,11 @@ const OBSERVED: Needs = Needs(Needs::KEYS.0 | Needs::VALUES.0 | Needs::QUERY_WIN
 /// Parses a spec and checks that it can be served by slot, for shapes not yet known.
 pub fn parse_spec(spec: &str) -> Result<Pipeline> {
     let policy = Pipeline::parse(spec).map_err(|error| error.within("spec"))?;
+    ensure!(
+        ![Event::PrefillEnd, Event::Step].iter().any(|event| policy.changes_values(*event)),
+        Unsupported,
+        "slots cannot change values of tokens that stay, as merging does"
+    );
     let missing = policy.needs().without(OBSERVED);
     ensure!(
         missing == Needs::NONE && policy.position_mode() == PositionMode::Keep,

@@ -277,6 +277,7 @@ impl LayerSource for Decoded<'_> {
             sequence_len: self.sequence_len,
             heads: heads.collect(),
             rope: None,
+            output_projection: None,
         })
     }
 }

@@ -3,6 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part")]
 
+pub mod golden;
+pub mod weights;
+
 use std::sync::Arc;
 
 use kvmgr::attention::Attention;

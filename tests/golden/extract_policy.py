@@ -25,6 +25,13 @@ ONE_SCORE += EXPECTED
 PRESSES += [f"{press}@{ratio}" for press in EXPECTED for ratio in ("0.25", "0.5", "0.75")]
 PRESSES += ["expected_attention_nocov@0.5", "expected_attention_eps1e-2@0.5"]
 PRESSES += ["lagkv_cross@0.5", "finch@0.5", "keyrerotation_snapkv@0.5", "simlayerkv"]
+# Inputs of megabytes for these are left out; see tests/policy_golden.rs.
+MAPPED = ("cap", "noncausal_attn", "leverage", "compactor", "chunkkv_snapkv", "entropy_chunkkv_snapkv",
+          "chunk_knorm", "block_keydiff", "qfilter", "lukv")
+PRESSES += [f"{press}@{ratio}" for press in MAPPED for ratio in ("0.25", "0.5", "0.75")]
+ONE_SCORE += ("cap", "noncausal_attn", "leverage", "qfilter", "chunkkv_snapkv", "entropy_chunkkv_snapkv", "lukv")
+PRESSES += ["duo_attention", "merging_snapkv@0.5", "cam_knorm"]
+ONE_SCORE += ("merging_snapkv",)
 # The reference attends to these with keys at new positions and the query at its old one.
 NO_ATTENTION = ("finch", "keyrerotation_snapkv")
 
@@ -38,7 +45,7 @@ def wanted(press, name):
     )
 
 
-TRACES = ("h2o_hh96_r32", "h2o_hh32_r96", "streaming_s4_r124_orig_pos", "streaming_s4_r124_cache_pos")
+TRACES = ("h2o_hh96_r32", "h2o_hh32_r96", "tova_c128", "scissorhands", "streaming_s4_r124_orig_pos", "streaming_s4_r124_cache_pos")
 
 
 def main():
@@ -67,6 +74,10 @@ def main():
         subset |= {name: tensor for name, tensor in own.items() if wanted(press, name)}
         if margins[press] is not None:
             subset[f"{press}/min_margin"] = np.array([margins[press]], np.float32)
+    for layer in LAYERS:
+        for field in ("leverage@0.5/{}.sketch", "qfilter@0.5/{}.filter"):
+            subset[field.format(layer)] = presses[field.format(layer)]
+        subset[f"cam_knorm/{layer}.merge_prob"] = presses[f"cam_knorm/{layer}.merge_prob"]
     subset |= {name: tensor for name, tensor in traces.items() if name.split("/")[0] in TRACES}
     subset = {name: np.ascontiguousarray(tensor) for name, tensor in subset.items()}
     save_file(subset, Path(__file__).with_name("policy_subset.safetensors"))

@@ -1,4 +1,4 @@
-//! Budgets: how the allowance of a layer is spread over its KV heads.
+//! Budgets: how the allowance of a layer, or of all layers, is spread over KV heads.
 
 use std::fmt::Debug;
 
@@ -9,7 +9,7 @@ use crate::shape::LaneWidth;
 
 registry! {
     /// Every budget, in the order of the documentation.
-    pub static BUDGETS: Entry = { uniform, adakv, pyramid, }
+    pub static BUDGETS: Entry = { uniform, adakv, global, pyramid, lukv, headkv, }
 }
 
 /// What a budget over layers knows of one head.
@@ -33,9 +33,21 @@ pub trait Budget: Debug + Send + Sync {
         at.share
     }
 
-    /// Tokens that each head keeps, at most as many as it has. `shares[h]` is the allowance of head
-    /// `h`, which may be more than it has; heads of different lengths may use what others leave.
-    fn spread(&self, scores: &[HeadScores], shares: &[usize]) -> Vec<usize>;
+    /// Tokens that each head of a layer keeps, at most as many as it has. `shares[h]` is the
+    /// allowance of head `h`, which may be more than it has; heads of different lengths may use what
+    /// others leave.
+    fn spread(&self, layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>>;
+
+    /// Whether the heads of all layers compete: then `spread` is called once, with the heads of
+    /// layer 0, of layer 1 and so on one after the other.
+    fn is_global(&self) -> bool {
+        false
+    }
+
+    /// Tokens that a head keeps whatever the others have.
+    fn safeguard(&self, _head: &HeadScores, _share: usize) -> usize {
+        0
+    }
 
     /// The coarsest lanes that can express what this budget chooses; `Sequence` if it leaves every
     /// head its share.

@@ -10,6 +10,7 @@
 //! budget. The authors add the window on top. The mean over the layers is `n`.
 
 use super::{Budget, Entry, LayerShare};
+use crate::error::Result;
 use crate::policy::HeadScores;
 use crate::registry::{Domain, Param};
 use crate::shape::LaneWidth;
@@ -58,8 +59,8 @@ impl Budget for Pyramid {
         (max - at.layer as f64 * step).round().max(1.0) as usize
     }
 
-    fn spread(&self, scores: &[HeadScores], shares: &[usize]) -> Vec<usize> {
-        scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect()
+    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>> {
+        Ok(scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect())
     }
 
     fn lane_width(&self) -> LaneWidth {

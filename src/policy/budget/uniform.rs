@@ -1,6 +1,7 @@
 //! Every head keeps the same number of tokens.
 
 use super::{Budget, Entry};
+use crate::error::Result;
 use crate::policy::HeadScores;
 use crate::shape::LaneWidth;
 
@@ -17,8 +18,8 @@ pub(super) static ENTRY: Entry = Entry {
 struct Uniform;
 
 impl Budget for Uniform {
-    fn spread(&self, scores: &[HeadScores], shares: &[usize]) -> Vec<usize> {
-        scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect()
+    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>> {
+        Ok(scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect())
     }
 
     fn lane_width(&self) -> LaneWidth {

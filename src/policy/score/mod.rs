@@ -1,11 +1,14 @@
 //! Scores: how important each cached token is.
 
+mod linalg;
+mod noise;
 mod probability;
+mod rotation;
 
 use std::fmt::Debug;
 
 use super::{Allowance, Event, HeadInput, HeadScores, LayerInput};
-use crate::error::Result;
+use crate::error::{Result, bail};
 use crate::registry::{Args, Param, registry};
 use crate::shape::{KeepSet, LaneWidth, Needs};
 
@@ -15,7 +18,9 @@ pub use probability::WindowProbabilities;
 registry! {
     /// Every score, in the order of the documentation.
     pub static SCORES: Entry = {
-        full, stream, snapkv, h2o, tova, keydiff, expected, knorm, lagkv, cur, observed, finch, random,
+        full, stream, snapkv, h2o, scissorhands, tova, keydiff, expected, knorm, lagkv, cur,
+        observed, finch, capkv, leverage, noncausal, compactor, qfilter, kvzip, kvzap, fastkvzip,
+        duo, simlayer, fastgen, nacl, random,
     }
 }
 
@@ -26,6 +31,16 @@ pub trait Score: Debug + Send + Sync {
 
     /// Queries of each head to remember.
     fn query_window(&self) -> usize {
+        0
+    }
+
+    /// The latest queries of each call of attention that count for low counts.
+    fn history(&self) -> usize {
+        0
+    }
+
+    /// Leading tokens that take part in every replay.
+    fn replay_sinks(&self) -> usize {
         0
     }
 
@@ -61,6 +76,30 @@ pub trait Score: Debug + Send + Sync {
     /// at each step and must not cost a look at each token.
     fn top(&self, _len: usize, _n: usize) -> Option<KeepSet> {
         None
+    }
+
+    /// What a head of `len` tokens keeps, at once, if its place in the model says it all.
+    fn fixed(
+        &self,
+        _layer: usize,
+        _num_layers: usize,
+        _head: usize,
+        _len: usize,
+    ) -> Option<KeepSet> {
+        None
+    }
+
+    /// The scores that hidden states `[n, width]` of a layer give the keys and values made of them,
+    /// `[num_heads, n]`. Only asked of scores that need hidden states; they find the result in
+    /// `gate_scores`, which follows its tokens.
+    fn gate(
+        &self,
+        _layer: usize,
+        _num_heads: usize,
+        _hidden: &[f32],
+        _width: usize,
+    ) -> Result<Vec<f32>> {
+        bail!(Internal, "the score has no gate")
     }
 
     /// Scores for every head of a layer. Lengths have been checked. `budgets[h]` is what head `h`

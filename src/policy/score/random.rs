@@ -7,6 +7,7 @@
 //! The hash is a counter-based generator, so that neither batching nor earlier evictions change what
 //! a token draws.
 
+use super::noise::mix;
 use super::{Entry, Score};
 use crate::error::Result;
 use crate::policy::{HeadInput, HeadScores, LayerInput};
@@ -47,12 +48,4 @@ impl Score for Random {
         };
         Ok(layer.heads.iter().enumerate().map(score).collect())
     }
-}
-
-/// One step of SplitMix64.
-fn mix(x: u64) -> u64 {
-    let mut z = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }

@@ -1,0 +1,138 @@
+//! The layers of a sequence as a policy sees them.
+
+use super::Manager;
+use crate::error::Result;
+use crate::policy::{HeadInput, LayerInput, LayerSource, OutputProjection};
+use crate::quantizer::Side;
+use crate::sequence::Sequence;
+use crate::shape::Needs;
+
+/// Decodes one layer at a time.
+#[derive(Debug)]
+pub(super) struct Layers<'a> {
+    sequence: &'a Sequence,
+    manager: Option<&'a Manager>,
+    needs: Needs,
+    heads: Vec<HeadBuffers>,
+    projection: Vec<f32>,
+}
+
+#[derive(Debug, Default)]
+struct HeadBuffers {
+    /// The lane that `positions` belongs to.
+    lane: Option<usize>,
+    positions: Vec<i32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    queries: Vec<f32>,
+    num_queries: usize,
+    column_sums: Vec<f32>,
+    low_counts: Vec<f32>,
+    query_mean: Vec<f32>,
+    query_covariance: Vec<f32>,
+    gate_scores: Vec<f32>,
+    replay_maxima: Vec<f32>,
+}
+
+impl<'a> Layers<'a> {
+    pub(super) fn new(sequence: &'a Sequence, manager: Option<&'a Manager>, needs: Needs) -> Self {
+        let num_heads = sequence.cache().config().shape.num_kv_heads;
+        let heads = (0..num_heads).map(|_| HeadBuffers::default()).collect();
+        Self { sequence, manager, needs, heads, projection: Vec::new() }
+    }
+
+    /// Copies the output projection of a layer, if it is needed and known.
+    fn load_projection(&mut self, layer: usize) -> usize {
+        let Some(manager) = self.manager.filter(|_| self.needs.contains(Needs::OUTPUT_PROJECTION))
+        else {
+            return 0;
+        };
+        let Some(weights) = manager.projections.read()[layer] else { return 0 };
+        let [rows, _, width] = weights.shape();
+        self.projection.resize(rows * width, 0.0);
+        for (i, row) in self.projection.chunks_exact_mut(width).enumerate() {
+            weights.read(i, 0, row);
+        }
+        width
+    }
+
+    fn load(&mut self, layer: usize) {
+        let shape = self.sequence.cache().config().shape;
+        for (head, buffers) in self.heads.iter_mut().enumerate() {
+            let (lane, _) = self.sequence.locate(layer, head);
+            if buffers.lane.replace(lane) != Some(lane) {
+                self.sequence.positions(lane, &mut buffers.positions);
+            }
+            if self.needs.contains(Needs::KEYS) {
+                self.sequence.decode(layer, head, Side::Key, &mut buffers.keys);
+            }
+            if self.needs.contains(Needs::VALUES) {
+                self.sequence.decode(layer, head, Side::Value, &mut buffers.values);
+            }
+            if let Some(observation) = self.sequence.observation() {
+                let seen = observation.head(layer, head).lock();
+                seen.queries_by_head(shape.group(), shape.head_dim, &mut buffers.queries);
+                buffers.num_queries = seen.num_queries();
+                buffers.column_sums.clone_from(&seen.column_sums);
+                buffers.low_counts.clone_from(&seen.low_counts);
+                if self.needs.contains(Needs::HIDDEN) {
+                    buffers.gate_scores.clone_from(&seen.gate_scores);
+                    buffers.gate_scores.resize(buffers.positions.len(), f32::NAN);
+                }
+                buffers.replay_maxima.clear();
+                for plane in &seen.replay_maxima {
+                    let rows = buffers.positions.len();
+                    buffers.replay_maxima.extend_from_slice(&plane[..plane.len().min(rows)]);
+                    let known = plane.len().min(rows);
+                    buffers.replay_maxima.extend(std::iter::repeat_n(f32::NAN, rows - known));
+                }
+                buffers.query_mean.clear();
+                buffers.query_covariance.clear();
+                for statistics in &seen.statistics {
+                    buffers.query_mean.extend_from_slice(statistics.mean());
+                    buffers.query_covariance.extend(statistics.covariance());
+                }
+            }
+        }
+    }
+}
+
+impl LayerSource for Layers<'_> {
+    fn num_layers(&self) -> usize {
+        self.sequence.cache().config().shape.num_layers
+    }
+
+    fn visit(
+        &mut self,
+        layer: usize,
+        f: &mut dyn FnMut(&LayerInput<'_>) -> Result<()>,
+    ) -> Result<()> {
+        self.load(layer);
+        let width = self.load_projection(layer);
+        let config = self.sequence.cache().config();
+        let heads = self.heads.iter().map(|head| HeadInput {
+            positions: &head.positions,
+            keys: &head.keys,
+            values: &head.values,
+            queries: &head.queries,
+            num_queries: head.num_queries,
+            column_sums: &head.column_sums,
+            low_counts: &head.low_counts,
+            query_mean: &head.query_mean,
+            query_covariance: &head.query_covariance,
+            gate_scores: &head.gate_scores,
+            replay_maxima: &head.replay_maxima,
+        });
+        f(&LayerInput {
+            layer,
+            num_layers: config.shape.num_layers,
+            group: config.shape.group(),
+            head_dim: config.shape.head_dim,
+            sequence_len: self.sequence.num_tokens(),
+            heads: heads.collect(),
+            rope: config.rope.as_ref(),
+            output_projection: (width > 0)
+                .then_some(OutputProjection { weights: &self.projection, width }),
+        })
+    }
+}

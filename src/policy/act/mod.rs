@@ -1,0 +1,70 @@
+//! Acts: what becomes of the values of evicted tokens besides being freed.
+//!
+//! Keys stay as they are: mixing keys of different positions mixes their phases.
+
+use std::fmt::Debug;
+
+use super::{HeadScores, LayerInput};
+use crate::error::Result;
+use crate::registry::{Args, Param, registry};
+use crate::shape::{KeepSet, Needs};
+
+registry! {
+    /// Every act, in the order of the documentation.
+    pub static ACTS: Entry = { merge, cam, d2o, }
+}
+
+/// What an act sees of one head.
+#[derive(Debug, Clone, Copy)]
+pub struct Evicted<'a> {
+    /// The layer, with keys and values.
+    pub layer: &'a LayerInput<'a>,
+    /// Index of the KV head.
+    pub head: usize,
+    /// The final scores of its tokens.
+    pub scores: &'a HeadScores,
+    /// What stays.
+    pub kept: &'a KeepSet,
+}
+
+/// Lets survivors take over from the evicted.
+pub trait Act: Debug + Send + Sync {
+    /// What the engine has to hand over.
+    fn needs(&self) -> Needs;
+
+    /// The values of the survivors from now on, `[kept, head_dim]`. Something was evicted.
+    fn values(&self, evicted: &Evicted<'_>) -> Vec<f32>;
+}
+
+/// How the registry describes an act.
+#[derive(Debug)]
+pub struct Entry {
+    /// Name in specs.
+    pub name: &'static str,
+    /// One line for the documentation.
+    pub summary: &'static str,
+    /// Where it is from.
+    pub paper: &'static str,
+    /// Parameters in positional order.
+    pub params: &'static [Param],
+    /// What the engine has to hand over.
+    pub needs: Needs,
+    /// Pipelines that tests and benches visit.
+    pub examples: &'static [&'static str],
+    /// Makes the act.
+    pub create: fn(&Args) -> Result<Box<dyn Act>>,
+}
+
+impl Evicted<'_> {
+    /// Indices of the survivors and of the evicted, ascending.
+    fn split(&self) -> (Vec<usize>, Vec<usize>) {
+        let mut stays = vec![false; self.scores.scores.len()];
+        self.kept.iter().for_each(|i| stays[i] = true);
+        (0..stays.len()).partition(|i| stays[*i])
+    }
+
+    /// Row `i` of `rows`, keys or values.
+    fn row<'b>(&self, rows: &'b [f32], i: usize) -> &'b [f32] {
+        &rows[i * self.layer.head_dim..][..self.layer.head_dim]
+    }
+}
