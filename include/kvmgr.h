@@ -104,6 +104,36 @@
 #define KVMGR_NEEDS_QUERY_STATISTICS 32
 
 /**
+ * The policy reads the input of attention in each layer: kvmgr_sequence_observe.
+ */
+#define KVMGR_NEEDS_HIDDEN 64
+
+/**
+ * The policy reads the output projections: kvmgr_cache_set_weights.
+ */
+#define KVMGR_NEEDS_OUTPUT_PROJECTION 128
+
+/**
+ * The prompt has to be read a second time: kvmgr_sequence_replay.
+ */
+#define KVMGR_NEEDS_REPLAY 256
+
+/**
+ * The policy reads hidden states of the tokens that do so: kvmgr_sequence_observe.
+ */
+#define KVMGR_NEEDS_REPLAY_HIDDEN 512
+
+/**
+ * The policy reads how many queries gave a token less than an even share.
+ */
+#define KVMGR_NEEDS_LOW_COUNT 1024
+
+/**
+ * Flag: the score acts after each decode step too, not only when the prompt ends.
+ */
+#define KVMGR_SCORE_EACH_STEP 1
+
+/**
  * Flag: full blocks are kept after their sequence ends and shared by prefix.
  */
 #define KVMGR_POOL_PREFIX 1
@@ -415,8 +445,8 @@ typedef struct {
    */
   const float *rope_inv_freq;
   /**
-   * How the model rotates queries and keys; needed with
-   * KVMGR_NEEDS_QUERY_STATISTICS.
+   * How the model rotates queries and keys; needed with KVMGR_NEEDS_ROPE, unless only pos(...)
+   * needs it.
    */
   kvmgr_rope_style rope_style;
   /**
@@ -428,10 +458,79 @@ typedef struct {
    */
   float rope_base;
   /**
+   * Elements of a hidden state, at most 65536; needed with KVMGR_NEEDS_HIDDEN and
+   * KVMGR_NEEDS_OUTPUT_PROJECTION, else 0 is fine.
+   */
+  uint32_t hidden_size;
+  /**
+   * [T, hidden_size]: the input of attention, after its norm.
+   */
+  const float *hidden;
+  /**
+   * [hidden_size, num_q_heads * head_dim]: row i makes element i of the layer's output.
+   */
+  const float *output_projection;
+  /**
+   * [num_q_heads, T]: the largest probability that each token received from tokens that replay it,
+   * with KVMGR_NEEDS_REPLAY_HIDDEN over the length of their hidden states.
+   */
+  const float *replay_maxima;
+  /**
+   * The KV head that a score of the engine's own is asked about; else 0.
+   */
+  uint32_t kv_head;
+  /**
    * Must be 0.
    */
   uint32_t reserved;
+  /**
+   * [num_kv_heads, T]: queries since the policy last ran that gave a token less than 1 / T, on the
+   * mean over the group's heads.
+   */
+  const float *low_counts;
 } kvmgr_policy_input;
+
+/**
+ * A score of the engine's own. Set struct_size to sizeof(kvmgr_score_ops).
+ *
+ * The functions may be called from several threads at once, for different sequences. They must not
+ * call the library back, throw or longjmp; pointers are valid during the call.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_score_ops).
+   */
+  size_t struct_size;
+  /**
+   * KVMGR_NEEDS_ bits of what it reads: KEYS, VALUES, QUERY_WINDOW, COLUMN_SUM.
+   */
+  uint32_t needs;
+  /**
+   * Queries of each head that it reads, at most 4096; not 0 with KVMGR_NEEDS_QUERY_WINDOW.
+   */
+  uint32_t query_window;
+  /**
+   * KVMGR_SCORE_EACH_STEP or 0.
+   */
+  uint32_t flags;
+  /**
+   * Must be 0.
+   */
+  uint32_t reserved;
+  /**
+   * Scores the T tokens of one KV head: input->num_kv_heads is 1, input->kv_head says which it is,
+   * and input->event is 0 always. Higher stays; NaN goes first. out_protected is all 0; what is
+   * set to 1 stays whatever its score. Anything but KVMGR_OK fails the call that ran the policy.
+   */
+  kvmgr_status (*score)(void *user_data,
+                        const kvmgr_policy_input *input,
+                        float *out_scores,
+                        uint8_t *out_protected);
+  /**
+   * Called once when the name is taken back and no policy uses the score any more. May be NULL.
+   */
+  void (*destroy)(void *user_data);
+} kvmgr_score_ops;
 
 /**
  * What the layers of a group keep.
@@ -1735,7 +1834,9 @@ void kvmgr_policy_release(kvmgr_policy *policy);
 
 /**
  * What the engine has to hand over: KVMGR_NEEDS_ bits, and how many queries of each head.
- * kvmgr_attention_run observes all of it by itself except the rotation.
+ * kvmgr_attention_run observes queries and probabilities by itself; the rotation is told in
+ * kvmgr_cache_config, hidden states by kvmgr_sequence_observe, projections by
+ * kvmgr_cache_set_weights.
  */
 KVMGR_NODISCARD
 kvmgr_status kvmgr_policy_needs(const kvmgr_policy *policy,
@@ -1763,6 +1864,24 @@ kvmgr_status kvmgr_policy_select(const kvmgr_policy *policy,
                                  const kvmgr_policy_input *input,
                                  uint32_t *out_kept,
                                  uint32_t *out_counts);
+
+/**
+ * Lets specs name a score of the engine, such as "mine | adakv | keep(0.5)", in the whole process. On
+ * failure destroy is not called.
+ *
+ * @param name a word that is no stage of the library
+ * @param user_data passed to every function
+ * @param ops copied; need not outlive the call
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_policy_register_score(const char *name,
+                                         void *user_data,
+                                         const kvmgr_score_ops *ops);
+
+/**
+ * Takes the name of a score back. Policies made with it go on. KVMGR_NOT_FOUND if there is none.
+ */
+KVMGR_NODISCARD kvmgr_status kvmgr_policy_unregister_score(const char *name);
 
 /**
  * Makes a pool.
@@ -2256,6 +2375,20 @@ kvmgr_status kvmgr_cache_get_stats(const kvmgr_cache *cache,
 KVMGR_NODISCARD kvmgr_status kvmgr_cache_reset_peak(kvmgr_cache *cache);
 
 /**
+ * Hands over what a policy needs to know of a layer once (kvmgr_policy_needs). The memory is not
+ * copied: it must stay as it is until the cache is destroyed. A sequence whose policy needs it can
+ * be made when every layer has it.
+ *
+ * @param what KVMGR_NEEDS_OUTPUT_PROJECTION: weights is [hidden_size, num_q_heads * head_dim], row
+ *        i makes element i of the output
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_cache_set_weights(kvmgr_cache *cache,
+                                     uint32_t layer,
+                                     uint32_t what,
+                                     const kvmgr_tensor *weights);
+
+/**
  * Makes an empty sequence.
  *
  * @param policy the policy of this sequence, without quant(...), or NULL for the cache's spec
@@ -2316,6 +2449,35 @@ kvmgr_status kvmgr_sequence_append(kvmgr_sequence *sequence,
                                    uint32_t layer,
                                    const kvmgr_tensor *key,
                                    const kvmgr_tensor *value);
+
+/**
+ * Hands over what the policy needs to know of the reserved tokens in a layer
+ * (kvmgr_policy_needs), once for each layer before they are committed. A policy that does not need it
+ * does not look at it.
+ *
+ * @param layer below num_layers
+ * @param what KVMGR_NEEDS_HIDDEN, also for KVMGR_NEEDS_REPLAY_HIDDEN while tokens replay
+ * @param rows [reserved tokens, hidden_size]: the input of attention, after its norm
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_observe(kvmgr_sequence *sequence,
+                                    uint32_t layer,
+                                    uint32_t what,
+                                    const kvmgr_tensor *rows);
+
+/**
+ * Starts a replay (KVMGR_NEEDS_REPLAY): the engine feeds a request to repeat the prompt and then
+ * tokens first to first + num of it once more, behind the prompt: reserve, append, attend. What that
+ * reads of the prompt is noted, and kvmgr_sequence_commit of 0 tokens ends the replay, of which nothing
+ * is left. Long prompts are replayed in pieces. Before kvmgr_sequence_end_prefill.
+ *
+ * @param first the first token that is replayed
+ * @param num_tokens at least 1
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_replay(kvmgr_sequence *sequence,
+                                   size_t first,
+                                   size_t num_tokens);
 
 /**
  * Makes the first num_tokens reserved tokens real and drops the others, which is how rejected

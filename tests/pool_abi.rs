@@ -581,7 +581,7 @@ fn forks_preemption_and_parts_of_blocks_tell_what_to_copy() {
         refused(status, KVMGR_INVALID_STATE, "is not parked");
 
         // Seven tokens are the same: one block and three rows of the next.
-        let mut near = prompt.clone();
+        let mut near = prompt;
         near[7] = -1;
         let admission = start(pool, &request(&near));
         assert_eq!((admission.num_cached, admission.num_copied), (7, 3));

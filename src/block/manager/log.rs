@@ -306,7 +306,7 @@ impl Words {
         }
     }
 
-    pub(super) fn places(&mut self, places: &Vec<Placement>) {
+    pub(super) fn places(&mut self, places: &[Placement]) {
         places.iter().for_each(|it| self.pair(it.place, it.block.0));
     }
 

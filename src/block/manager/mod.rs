@@ -274,14 +274,20 @@ impl BlockManager {
     pub fn park(&mut self, id: SequenceId) -> Result<Vec<Placement>> {
         let result = self.tables.park(&mut self.pool, id);
         self.stats.preemptions += u64::from(result.is_ok());
-        self.record(|out| log::park(out, id), |_, out| out.result(&result, log::Words::places));
+        self.record(
+            |out| log::park(out, id),
+            |_, out| out.result(&result, |out, it| out.places(it)),
+        );
         result
     }
 
     /// See [`Tables::resume`].
     pub fn resume(&mut self, id: SequenceId) -> Result<Vec<Placement>> {
         let result = self.tables.resume(&mut self.pool, id);
-        self.record(|out| log::resume(out, id), |_, out| out.result(&result, log::Words::places));
+        self.record(
+            |out| log::resume(out, id),
+            |_, out| out.result(&result, |out, it| out.places(it)),
+        );
         result
     }
 

@@ -94,7 +94,7 @@ impl Tables {
         (sequence.live, sequence.parked, sequence.tail_shared) = (true, false, false);
         sequence.priority = request.priority;
         sequence.extra.clear();
-        sequence.extra.extend(request.extra.iter().map(Extra::to_owned));
+        sequence.extra.extend(request.extra.iter().map(Extra::owned));
         let part = self.find_part(pool, slot, request.tokens, chunks * size);
         self.grow(pool, slot, request.tokens.len())?;
         let num_copied = part.map_or(0, |(source, rows)| self.use_part(slot, source, rows));

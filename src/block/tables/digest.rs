@@ -15,7 +15,8 @@ impl Tables {
         } else {
             let mut parent = request.root;
             for (chunk, tokens) in request.tokens.chunks_exact(size).enumerate() {
-                let keys = request.extra.iter().filter_map(|it| it.key_of(hash, chunk * size, size));
+                let keys =
+                    request.extra.iter().filter_map(|it| it.key_of(hash, chunk * size, size));
                 parent = extend(hash, &parent, tokens, &keys.collect::<Vec<_>>());
                 self.digests.push(parent);
             }
@@ -41,7 +42,7 @@ impl Sequence {
 }
 
 impl Extra<'_> {
-    pub(super) fn to_owned(&self) -> OwnedExtra {
+    pub(super) fn owned(&self) -> OwnedExtra {
         OwnedExtra { start: self.start, end: self.end, key: self.key.to_vec() }
     }
 
