@@ -1,5 +1,6 @@
 # make demo     builds everything and compares cache specs with the tiny model
 # make pareto   quality against KV bytes of every policy and combinations (half an hour)
+# make quality  the same for every quantizer (docs/QUANTIZERS.md)
 # make test     every check of the project
 # make test-plugin  the ggml plugin inside llama.cpp, where that is built
 # make install  PREFIX=/usr/local DESTDIR=
@@ -15,7 +16,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 SONAME  := libkvmgr.so.$(basename $(VERSION))
 OUT     ?= $(TARGET)/cpp-examples
 
-.PHONY: demo pareto lib examples test test-install test-plugin test-loom install bench \
+.PHONY: demo pareto quality lib examples test test-install test-plugin test-loom install bench \
   bench-peers clean
 
 demo: examples
@@ -25,6 +26,10 @@ demo: examples
 pareto: examples
 	$(OUT)/kvmgr-pareto tests/data/tiny.gguf --text tests/data/heldout.txt \
 	  --recall tests/data/recall.txt --out $(OUT)/pareto
+
+quality: examples
+	$(OUT)/kvmgr-compare tests/data/tiny.gguf --text tests/data/heldout.txt \
+	  --recall tests/data/recall.txt --quantizers --out $(OUT)/quantizers
 
 # The crate types are named alone: with `lib` among them cargo switches LTO off.
 lib:

@@ -439,6 +439,13 @@ impl Session {
         if self.decoding && n > 0 {
             self.steps += 1;
             self.run_policy(Event::Step)?;
+            // All queries of a prompt were for its end; a piece of several tokens may be one more.
+            let keep = self.policy.step_query_window();
+            if let Some(observation) =
+                self.sequence.observation().filter(|seen| n == 1 && seen.window() > keep)
+            {
+                observation.forget_queries(keep);
+            }
         }
         Ok(())
     }

@@ -112,9 +112,9 @@ fn the_pareto_plot_shows_every_policy() {
     let program = folder.join("kvmgr-pareto");
     let listed = run(Command::new(&program).arg("--list"));
     for score in kvmgr::policy::score::SCORES.iter() {
-        // Some need weights of this very model, or an engine that reads its prompt twice.
+        // Some need weights of this very model.
         let needs_weights = score.examples.iter().all(|example| example.contains("file="));
-        if needs_weights || score.needs.contains(kvmgr::shape::Needs::REPLAY) {
+        if needs_weights {
             continue;
         }
         let stage = |part: &str| part.trim().split('(').next() == Some(score.name);

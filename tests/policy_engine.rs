@@ -74,6 +74,11 @@ fn run(spec: &str, steps: usize) -> (usize, usize) {
         session.commit(1, None).unwrap_or_else(|error| panic!("{spec}: {error}"));
         check_bytes(&engine, &session, spec);
     }
+    if let Some(seen) = session.sequence().observation().filter(|_| steps > 0) {
+        // Of all the queries of a prompt none is left.
+        let most = pipeline.step_query_window();
+        assert!(most <= 4096 && seen.head(0, 0).lock().num_queries() <= most, "{spec}");
+    }
     let end = rows(&session);
     assert_eq!(session.sequence().num_tokens(), PROMPT + steps);
     drop(session);

@@ -176,7 +176,7 @@ const CLAIMS: &[(&str, Claim)] = {
         ("kvzip_plus", Replayed),
         ("merging_snapkv", SameTokens("snapkv | keep(KEEP) | merge")),
         ("cam_knorm", SameTokens("knorm | agree | keep_tokens(256) | cam(m=32, candidates=64)")),
-        ("think", Open("pruning of key channels")),
+        ("think", Open("channels of keys are not stored one by one: zeros would free nothing")),
     ]
 };
 

@@ -246,7 +246,7 @@ fn laws_of_composition() {
 fn laws_of_maps() {
     for (heads, len, seed) in [(1, 40, 1), (4, 100, 2), (3, 201, 3)] {
         let layer = Layer::even(heads, len, seed);
-        for score in ["knorm", "keydiff", "observed", "random", "cur"] {
+        for score in ["knorm", "keydiff", "observed", "random", "cur", "kvzip(sink=0, plus=yes)"] {
             for keep in ["keep(0.1)", "keep(0.5)", "keep_tokens(7)"] {
                 let run = |maps: &str| {
                     select(&format!("{score} | {maps}{keep}"), Event::PrefillEnd, &layer)

@@ -338,6 +338,30 @@ fn extreme_but_finite_rows_stay_finite_and_close() {
     });
 }
 
+/// Channels that are constant over the tokens of a cell: formats with a scale for each channel keep
+/// them, to the rounding of f16.
+#[test]
+fn constant_channels() {
+    let (tokens, dim) = (33, 64);
+    let channels = Random(7).gaussian(dim);
+    let rows: Vec<f32> = channels.iter().cycle().take(tokens * dim).copied().collect();
+    for_each(|spec, side, levels| {
+        let by_channel = ["kivi", "nuq", "gear"].iter().any(|name| spec.starts_with(name));
+        let bound = match side {
+            Side::Key if by_channel => 4e-4,
+            // One row of each format, not the average of many.
+            _ => error_bound(spec) * 1.5,
+        };
+        for quantizer in levels {
+            let bytes = encode(&**quantizer, &rows, dim);
+            let values = decode(&**quantizer, &bytes, tokens, dim);
+            let error: Vec<f32> = rows.iter().zip(&values).map(|(a, b)| a - b).collect();
+            let relative = length(&error) / length(&rows);
+            assert!(relative <= bound, "{spec} {side:?}: {relative}");
+        }
+    });
+}
+
 /// What cannot be held is replaced, and never spreads to neighbours outside of its group.
 #[test]
 fn values_that_are_not_finite() {

@@ -47,6 +47,9 @@ class Run {
         cache_(kvmgr::make_cache(cache_config(weights_->shape, spec.c_str(), 1 << 18))),
         model_(weights_, cache_, workers_) {
     row_.spec = spec;
+    uint32_t needs = 0, window = 0;
+    check(kvmgr_policy_needs(kvmgr::make_policy(spec.c_str()).get(), &needs, &window));
+    replays_ = (needs & KVMGR_NEEDS_REPLAY) != 0;
   }
 
   Row run(const std::vector<float> &full, std::vector<float> &log_probs) {
@@ -101,7 +104,8 @@ class Run {
         sequences.push_back(kvmgr::make_sequence(cache_));
       }
       prefill(sequences, prompts, 0);
-      for (const kvmgr::sequence &sequence : sequences) end_prefill(sequence);
+      for (size_t i = 0; i < sequences.size(); ++i)
+        end_prefill(sequences[i], prompts[i].data(), prompts[i].size());
       for (size_t t = prompt; t + 1 < window; ++t) {
         std::vector<Part> parts;
         for (size_t i = 0; i < windows.size(); ++i)
@@ -133,8 +137,20 @@ class Run {
     return 2.0 * double(shape.layers * shape.kv_heads * shape.head_dim);
   }
 
-  /// Lets the policy act and counts what it leaves of a lossless 16-bit cache.
-  void end_prefill(const kvmgr::sequence &sequence) {
+  /// Repeats the prompt for a policy that wants to see that: computed, noted and forgotten.
+  void replay(const kvmgr::sequence &sequence, const int32_t *prompt, size_t count) {
+    std::vector<int32_t> again = tokenize(weights_->shape, "\n");
+    again.insert(again.end(), prompt + 1, prompt + count);  // without the start of text
+    check(kvmgr_sequence_replay(sequence.get(), 0, count));
+    const Part part{sequence.get(), again.data(), again.size()};
+    if (!model_.reserve({part})) throw kvmgr::error(KVMGR_OUT_OF_BLOCKS);
+    model_.forward({part});
+    check(kvmgr_sequence_commit(sequence.get(), nullptr, 0));
+  }
+
+  /// Lets the policy act on the prompt and counts what it leaves of a lossless 16-bit cache.
+  void end_prefill(const kvmgr::sequence &sequence, const int32_t *prompt, size_t count) {
+    if (replays_) replay(sequence, prompt, count);
     check(kvmgr_sequence_end_prefill(sequence.get()));
     kvmgr_sequence_stats stats{};
     stats.struct_size = sizeof stats;
@@ -182,10 +198,10 @@ class Run {
   /// Asks the question and generates; 1 if the answer is exact.
   size_t answer(const kvmgr::sequence &sequence, const std::vector<int32_t> &prompt,
                 const std::string &expected, bool compress_first) {
-    if (compress_first) end_prefill(sequence);
+    if (compress_first) end_prefill(sequence, prompt.data(), prompt.size() - kQuestion);
     const int32_t *question = prompt.data() + prompt.size() - kQuestion;
     int32_t token = argmax(model_.step({{sequence.get(), question, kQuestion}}).data(), vocab());
-    if (!compress_first) end_prefill(sequence);
+    if (!compress_first) end_prefill(sequence, prompt.data(), prompt.size());
     for (char c : expected) {
       if (token != int32_t(static_cast<unsigned char>(c))) return 0;
       token = argmax(model_.step({{sequence.get(), &token, 1}}).data(), vocab());
@@ -199,6 +215,7 @@ class Run {
   kvmgr::cache cache_;
   Model model_;
   Row row_;
+  bool replays_ = false;
   double kept_bytes_ = 0, lossless_bytes_ = 0;
 };
 

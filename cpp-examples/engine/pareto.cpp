@@ -46,6 +46,7 @@ const char *kPolicies[] = {
     "cur | keep(%)",
     "snapkv(w=32) | chunk(10) | keep(%)",
     "capkv | keep(%)",
+    "kvzip | global | keep(%)",
     "nacl(w=32) | keep(%)",
     "simlayer(threshold=%, recent=64)",
     "fastgen(mass=%)",

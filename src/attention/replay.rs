@@ -9,6 +9,8 @@
 //! The outputs of attention are those over everything; only the probabilities are of `S`. Lengths of
 //! hidden states count as 1 unless they were handed over.
 
+use std::ops::Range;
+
 use super::cpu::{Call, RowScratch};
 use super::job::{Job, Piece};
 use crate::sequence::{Observation, Replay};
@@ -29,13 +31,15 @@ impl Call<'_> {
         let reserved = (job.sequence.num_tokens - job.sequence.reserved) as i32;
         let norms = observation.replay_norms(self.layer).read();
         let mut sums = vec![0.0f32; job.rows()];
-        let is_in = |piece: &Piece<'_>, i: usize| replay.includes(piece.position(i), reserved);
         self.visit(job, None, queries, scratch, |piece, scores, _| {
             let first = piece.queries.start * job.group;
+            let members = [0..replay.sinks, replay.tokens.clone(), reserved..i32::MAX]
+                .map(|p| within(piece, p));
             for (row, scores) in scores.chunks_exact_mut(piece.rows.len()).enumerate() {
-                kernels.exp_sub(scores, lse[first + row]);
-                let members = scores.iter().enumerate().filter(|(i, _)| is_in(piece, *i));
-                sums[first + row] += members.map(|(_, p)| p).sum::<f32>();
+                for members in &members {
+                    let scores = &mut scores[members.clone()];
+                    sums[first + row] += kernels.exp_sub(scores, lse[first + row]);
+                }
             }
         });
         let mut head = observation.head(self.layer, job.task.kv_head).lock();
@@ -45,18 +49,31 @@ impl Call<'_> {
         }
         self.visit(job, None, queries, scratch, |piece, scores, _| {
             let first = piece.queries.start * job.group;
+            let replayed = within(piece, replay.tokens.clone());
             for (row, scores) in scores.chunks_exact_mut(piece.rows.len()).enumerate() {
                 let row = first + row;
+                let scores = &mut scores[replayed.clone()];
                 kernels.exp_sub(scores, lse[row]);
                 let index = (job.position(row / job.group) - reserved) as usize;
                 let scale = 1.0 / (sums[row] * norms.get(index).copied().unwrap_or(1.0));
-                let plane = &mut head.replay_maxima[row % job.group][piece.index..];
-                for (i, (most, p)) in plane.iter_mut().zip(&*scores).enumerate() {
-                    if replay.tokens.contains(&piece.position(i)) {
-                        *most = most.max(p * scale);
-                    }
-                }
+                let first = piece.index + replayed.start;
+                let plane = &mut head.replay_maxima[row % job.group][first..];
+                plane.iter_mut().zip(&*scores).for_each(|(most, p)| *most = most.max(p * scale));
             }
         });
     }
+}
+
+/// The rows of a piece at these positions, counted from its first.
+fn within(piece: &Piece<'_>, positions: Range<i32>) -> Range<usize> {
+    let below = |limit: i32| {
+        let (mut low, mut high) = (0, piece.rows.len());
+        while low < high {
+            let i = low.midpoint(high);
+            if piece.position(i) < limit { low = i + 1 } else { high = i }
+        }
+        low
+    };
+    let start = below(positions.start);
+    start..below(positions.end).max(start)
 }

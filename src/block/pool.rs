@@ -18,7 +18,7 @@
 //! place in the index (12), in the free list (4), in the memory of evicted prefixes (1), and what
 //! the evictor keeps (9 to 14).
 //!
-//! Lookups need shared access only: they add to atomic counts ([`super::counts`]) and leave the
+//! Lookups need shared access only: they add to atomic counts (`counts`) and leave the
 //! evictor alone, which therefore may name held blocks; those are passed over when they come up.
 
 use super::counts::{Counts, Snapshot};

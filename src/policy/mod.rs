@@ -256,6 +256,15 @@ impl Pipeline {
         (self.width.0, self.width.1.as_deref())
     }
 
+    /// Queries that stay remembered from step to step once the prompt has ended. As many as in the
+    /// prompt, unless that is all of them.
+    pub fn step_query_window(&self) -> usize {
+        match self.query_window() {
+            window if window < score::ALL_QUERIES => window,
+            _ => self.decode.as_ref().map_or(0, |phase| phase.score.query_window()),
+        }
+    }
+
     /// The latest queries of a prompt that count.
     pub fn history(&self) -> usize {
         self.phases().map(|phase| phase.score.history()).max().unwrap_or(0)

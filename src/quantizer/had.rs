@@ -78,6 +78,12 @@ struct Hadamard {
 /// Rows are limited to this before the rotation, whose sums then stay finite.
 const LIMIT: f32 = f32::MAX / 4096.0;
 
+fn sanitize_row(row: &mut [f32]) {
+    if !row.iter().all(|x| x.abs() <= LIMIT) {
+        sanitize(row, LIMIT);
+    }
+}
+
 impl Hadamard {
     fn rotate(&self, dim: usize, rows: &mut [f32]) {
         self.kernels.hadamard(rows, 1 << dim.trailing_zeros());
@@ -108,15 +114,23 @@ impl Quantizer for Hadamard {
     }
 
     fn encode(&self, rows: &[f32], dim: usize, out: &mut [u8]) {
-        scratch::with(rows.len(), |rotated| {
-            rotated.copy_from_slice(rows);
-            for row in rotated.chunks_mut(dim) {
-                if !row.iter().all(|x| x.abs() <= LIMIT) {
-                    sanitize(row, LIMIT);
+        assert_eq!(out.len(), self.bytes(rows.len() / dim, dim), "{}: out", self.spec);
+        // Few rows at a time stay in the first level cache.
+        let some = match self.granularity() {
+            Granularity::Token => 16,
+            Granularity::Block => (rows.len() / dim).max(1),
+        };
+        scratch::with(rows.len().min(some * dim), |rotated| {
+            let outs = out.chunks_mut(self.inner.bytes(some, dim));
+            for (rows, out) in rows.chunks(some * dim).zip(outs) {
+                let rotated = &mut rotated[..rows.len()];
+                rotated.copy_from_slice(rows);
+                if !self.kernels.all_within(rotated, LIMIT) {
+                    rotated.chunks_mut(dim).for_each(sanitize_row);
                 }
+                self.rotate(dim, rotated);
+                self.inner.encode(rotated, dim, out);
             }
-            self.rotate(dim, rotated);
-            self.inner.encode(rotated, dim, out);
         });
     }
 

@@ -84,60 +84,73 @@ fn create(args: &Args, side: Side, kernels: &'static Kernels) -> Result<Arc<dyn 
 
 fn encode_values(this: &TokenQuantizer, rows: &[f32], dim: usize, out: &mut [u8]) {
     let bits = if this.format == Format::Affine4 { 4 } else { 2 };
-    let mut values = [0.0; 256];
+    let groups = dim.div_ceil(this.group);
     let row_bytes = this.format.row_bytes(dim, this.group);
-    for (row, out) in rows.chunks_exact(dim).zip(out.chunks_exact_mut(row_bytes)) {
-        let (codes, metadata) = out.split_at_mut(dim * bits / 8);
-        let groups = row.chunks(this.group).zip(codes.chunks_mut(this.group * bits / 8));
-        for ((group, codes), metadata) in groups.zip(metadata.as_chunks_mut::<4>().0) {
-            let values = &mut values[..group.len()];
-            values.copy_from_slice(group);
-            sanitize(values, LIMIT);
-            let low = values.iter().copied().fold(f32::INFINITY, f32::min);
-            let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let affine = Affine::of(low, high, bits);
-            this.kernels.encode_f16(&[affine.s, affine.m], metadata);
-            for (block, out) in values.as_chunks().0.iter().zip(codes.chunks_exact_mut(4 * bits)) {
-                pack(bits, block.map(|x| affine.code(x, bits)), out);
+    scratch::with(3 * groups + 3 * dim, |buffer| {
+        let (ranges, buffer) = buffer.split_at_mut(3 * groups);
+        let (values, wide) = buffer.split_at_mut(dim);
+        for (row, out) in rows.chunks_exact(dim).zip(out.chunks_exact_mut(row_bytes)) {
+            let mut row = row;
+            if !this.kernels.all_within(row, LIMIT) {
+                values.copy_from_slice(row);
+                values.chunks_mut(this.group).for_each(|group| sanitize(group, LIMIT));
+                row = values;
             }
+            let (codes, metadata) = out.split_at_mut(dim * bits / 8);
+            let (low, high) = ranges[..2 * groups].split_at_mut(groups);
+            this.kernels.group_ranges(row, this.group, low, high);
+            let affine = affine(this.kernels, bits, ranges);
+            // Pairs of s and m.
+            let pairs = &mut wide[..2 * groups];
+            for (i, pair) in pairs.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                *pair = [affine.s[i], affine.m[i]];
+            }
+            this.kernels.encode_f16(pairs, metadata);
+            let (inverse, m) = wide.split_at_mut(dim);
+            for (i, inverse) in inverse.chunks_mut(this.group).enumerate() {
+                inverse.fill(affine.inverse[i]);
+            }
+            for (i, m) in m.chunks_mut(this.group).enumerate() {
+                m.fill(affine.m[i]);
+            }
+            this.kernels.encode_codes(bits, row, inverse, m, codes);
         }
+    });
+}
+
+/// Scale, minimum and the inverse of the scale of some groups; scale and minimum are f16 values, and
+/// the inverse of 0 is 0, which gives code 0.
+struct Affine<'a> {
+    s: &'a [f32],
+    m: &'a [f32],
+    inverse: &'a [f32],
+}
+
+/// From `buffer [3, n]`, whose first two rows are the smallest and largest values.
+fn affine<'a>(kernels: &Kernels, bits: usize, buffer: &'a mut [f32]) -> Affine<'a> {
+    let n = buffer.len() / 3;
+    let (m, rest) = buffer.split_at_mut(n);
+    let (s, inverse) = rest.split_at_mut(n);
+    round_to_f16(kernels, m);
+    let top = ((1 << bits) - 1) as f32;
+    for (s, m) in s.iter_mut().zip(&*m) {
+        *s = (*s - m).max(0.0) / top;
     }
-}
-
-/// Scale and minimum of a group; both are f16 values.
-#[derive(Clone, Copy)]
-struct Affine {
-    s: f32,
-    m: f32,
-}
-
-impl Affine {
-    fn of(low: f32, high: f32, bits: usize) -> Self {
-        let round = |x: f32| half::f16::from_f32(x).to_f32();
-        let m = round(low);
-        let s = round((high - m).max(0.0) / top(bits));
-        Self { s, m }
+    round_to_f16(kernels, s);
+    for (inverse, s) in inverse.iter_mut().zip(&*s) {
+        *inverse = if *s == 0.0 { 0.0 } else { 1.0 / s };
     }
-
-    fn code(self, x: f32, bits: usize) -> u8 {
-        // An infinite divisor gives code 0. Adding 2^23 rounds half to even and leaves the integer
-        // in the low bits.
-        let s = if self.s == 0.0 { f32::INFINITY } else { self.s };
-        let scaled = ((x - self.m) / s).clamp(0.0, top(bits));
-        (scaled + 8_388_608.0).to_bits() as u8
-    }
+    Affine { s, m, inverse }
 }
 
-/// The largest code.
-fn top(bits: usize) -> f32 {
-    ((1 << bits) - 1) as f32
-}
-
-/// Packs 32 codes into `4 * bits` bytes: code `j` goes to byte `j % (4 * bits)`.
-fn pack(bits: usize, codes: [u8; BLOCK], out: &mut [u8]) {
-    let width = 4 * bits;
-    for (j, byte) in out.iter_mut().enumerate() {
-        *byte = (0..8 / bits).fold(0, |byte, part| byte | codes[part * width + j] << (part * bits));
+fn round_to_f16(kernels: &Kernels, values: &mut [f32]) {
+    let mut bytes = [0; 512];
+    for values in values.chunks_mut(256) {
+        let bytes = &mut bytes[..2 * values.len()];
+        kernels.encode_f16(values, bytes);
+        let (stride, dim) = (bytes.len(), values.len());
+        let rows = Rows { bytes, stride, count: 1, dim, group: BLOCK };
+        kernels.decode(Format::F16, &rows, values);
     }
 }
 
@@ -194,24 +207,15 @@ impl Keys {
 
     fn encode_group(&self, rows: &[f32], dim: usize, out: &mut [u8]) {
         let (metadata, codes) = out.split_at_mut(dim * 4);
-        let (mut low, mut high) = (vec![f32::INFINITY; dim], vec![f32::NEG_INFINITY; dim]);
-        for row in rows.chunks_exact(dim) {
-            for ((x, low), high) in row.iter().zip(&mut low).zip(&mut high) {
-                *low = low.min(*x);
-                *high = high.max(*x);
-            }
-        }
-        let channels: Vec<_> =
-            low.iter().zip(&high).map(|(low, high)| Affine::of(*low, *high, self.bits)).collect();
-        let (s, m) = metadata.split_at_mut(dim * 2);
-        self.kernels.encode_f16(&channels.iter().map(|channel| channel.s).collect::<Vec<_>>(), s);
-        self.kernels.encode_f16(&channels.iter().map(|channel| channel.m).collect::<Vec<_>>(), m);
-        let blocks = rows.as_chunks::<BLOCK>().0.iter();
-        let channels = channels.as_chunks::<BLOCK>().0.iter().cycle();
-        for ((block, channels), out) in blocks.zip(channels).zip(codes.chunks_mut(4 * self.bits)) {
-            let code = |j: usize| channels[j].code(block[j], self.bits);
-            pack(self.bits, std::array::from_fn(code), out);
-        }
+        scratch::with(3 * dim, |buffer| {
+            let (low, high) = buffer[..2 * dim].split_at_mut(dim);
+            self.kernels.channel_ranges(rows, low, high);
+            let affine = affine(self.kernels, self.bits, buffer);
+            let (s, m) = metadata.split_at_mut(dim * 2);
+            self.kernels.encode_f16(affine.s, s);
+            self.kernels.encode_f16(affine.m, m);
+            self.kernels.encode_codes(self.bits, rows, affine.inverse, affine.m, codes);
+        });
     }
 }
 
@@ -245,7 +249,7 @@ impl Quantizer for Keys {
         assert_eq!(out.len(), self.bytes(rows.len() / dim, dim), "{}: out", self.spec);
         let outs = out.chunks_mut(self.group_bytes(self.group, dim));
         for (rows, out) in rows.chunks(self.group * dim).zip(outs) {
-            if rows.iter().all(|x| x.abs() <= LIMIT) {
+            if self.kernels.all_within(rows, LIMIT) {
                 self.encode_group(rows, dim, out);
             } else {
                 let mut rows = rows.to_vec();

@@ -26,20 +26,14 @@ pub struct Observation {
     replay_norms: Vec<RwLock<Vec<f32>>>,
 }
 
-/// Tokens that reserved tokens read once more: the prompt, or a piece of it, repeated.
+/// Tokens that reserved tokens read once more: the prompt, or a piece of it, repeated. A softmax is over
+/// the sinks, them and the tokens that replay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replay {
     /// Positions of the tokens.
     pub tokens: Range<i32>,
     /// Leading tokens of the sequence that take part besides them.
     pub sinks: i32,
-}
-
-impl Replay {
-    /// Whether a token takes part in the softmax; those from `reserved` on replay.
-    pub fn includes(&self, position: i32, reserved: i32) -> bool {
-        position < self.sinks || self.tokens.contains(&position) || position >= reserved
-    }
 }
 
 /// Observations of one (layer, KV head).
@@ -132,6 +126,17 @@ impl Observation {
     /// The lengths of the hidden states of the tokens that replay, by layer.
     pub fn replay_norms(&self, layer: usize) -> &RwLock<Vec<f32>> {
         &self.replay_norms[layer]
+    }
+
+    /// Forgets all but the last `keep` queries of each head.
+    pub fn forget_queries(&self, keep: usize) {
+        for head in &self.heads {
+            let queries = &mut head.lock().queries;
+            if queries.len() > keep {
+                queries.drain(..queries.len() - keep);
+                queries.shrink_to(keep);
+            }
+        }
     }
 
     /// Forgets queries at positions of `limit` and above.

@@ -3,6 +3,8 @@
 //!
 //! Layouts are those of `rows.rs`. A row or block is made finite first (`sanitize`).
 
+#![expect(unsafe_code, reason = "conversions to integers without saturation")]
+
 use half::f16;
 
 use super::rows::{BLOCK, Format, IQ4_NL, tq_levels};
@@ -63,7 +65,7 @@ fn blocks<const N: usize>(values: &[f32], out: &mut [u8], encode: impl Fn(&Block
 
 /// Whether all magnitudes are at most `limit`; false for NaN.
 #[inline(always)]
-fn fits(values: &[f32], limit: f32) -> bool {
+pub(super) fn fits(values: &[f32], limit: f32) -> bool {
     let mut all = true;
     for x in values {
         all &= x.abs() <= limit;
@@ -80,30 +82,71 @@ fn finite<const N: usize>(values: &[f32; N], limit: f32) -> [f32; N] {
     block
 }
 
-/// Smallest and largest value. Eight lanes, so that compilers need no order of a single chain.
+/// Smallest and largest of finite values, in eight lanes, which compilers make one vector.
 #[inline(always)]
-fn range(values: &[f32]) -> (f32, f32) {
+pub(super) fn range(values: &[f32]) -> (f32, f32) {
     let (mut low, mut high) = ([f32::INFINITY; 8], [f32::NEG_INFINITY; 8]);
     for part in values.as_chunks::<8>().0 {
         for i in 0..8 {
-            low[i] = if part[i] < low[i] { part[i] } else { low[i] };
-            high[i] = if part[i] > high[i] { part[i] } else { high[i] };
+            low[i] = smaller(part[i], low[i]);
+            high[i] = larger(part[i], high[i]);
         }
     }
     (low.iter().copied().fold(low[0], f32::min), high.iter().copied().fold(high[0], f32::max))
 }
 
+/// As [`range`], of a block. The two differ in what compilers make vectors of.
+#[inline(always)]
+fn block_range(values: &Block) -> (f32, f32) {
+    let (mut low, mut high) = ([f32::INFINITY; 8], [f32::NEG_INFINITY; 8]);
+    for part in values.as_chunks::<8>().0 {
+        for i in 0..8 {
+            low[i] = smaller(part[i], low[i]);
+            high[i] = larger(part[i], high[i]);
+        }
+    }
+    let (mut lowest, mut highest) = (low[0], high[0]);
+    for i in 1..8 {
+        lowest = smaller(low[i], lowest);
+        highest = larger(high[i], highest);
+    }
+    (lowest, highest)
+}
+
+/// One instruction, unlike `f32::min`, which cares for NaN.
+#[inline(always)]
+pub(super) fn smaller(a: f32, b: f32) -> f32 {
+    if a < b { a } else { b }
+}
+
+/// As [`smaller`].
+#[inline(always)]
+pub(super) fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
 #[inline(always)]
 fn largest(values: &[f32]) -> f32 {
     let (low, high) = range(values);
-    high.max(-low)
+    // Of zeros, -0 could win.
+    larger(high, -low).abs()
 }
 
 /// The first element of largest magnitude, with its sign.
 #[inline(always)]
 fn signed_largest(values: &Block) -> f32 {
-    let most = largest(values);
-    values.iter().copied().find(|x| x.abs() == most).unwrap_or(0.0)
+    let (low, high) = block_range(values);
+    if high == -low {
+        return values.iter().copied().find(|x| x.abs() == high).unwrap_or(0.0);
+    }
+    if high > -low { high } else { low }
+}
+
+/// The integer part.
+#[inline(always)]
+fn truncate(x: f32) -> i32 {
+    // SAFETY: callers have finite values, limited and scaled to a few times the largest code.
+    unsafe { x.to_int_unchecked() }
 }
 
 #[inline(always)]
@@ -136,12 +179,12 @@ const AFFINE_LIMIT: f32 = 65504.0;
 fn affine<const BITS: usize, const N: usize>(block: &Block, out: &mut [u8; N]) {
     let top = (1 << BITS) - 1;
     let block = finite(block, AFFINE_LIMIT);
-    let (low, high) = range(&block);
+    let (low, high) = block_range(&block);
     let d = (high - low) / top as f32;
     let inverse = reciprocal(d);
     let mut codes = [0; BLOCK];
     for j in 0..BLOCK {
-        codes[j] = (((block[j] - low) * inverse + 0.5) as i32).min(top);
+        codes[j] = truncate((block[j] - low) * inverse + 0.5).min(top);
     }
     put_f16(out, 0, d);
     put_f16(out, 2, low);
@@ -158,7 +201,7 @@ fn q5_0(block: &Block, out: &mut [u8; 22]) {
     let inverse = reciprocal(d);
     let mut codes = [0; BLOCK];
     for j in 0..BLOCK {
-        codes[j] = ((block[j] * inverse + 16.5) as i32).min(31);
+        codes[j] = truncate(block[j] * inverse + 16.5).min(31);
     }
     put_f16(out, 0, d);
     out[2..6].copy_from_slice(&fifth_bits(&codes));

@@ -22,6 +22,7 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod encode;
+mod encode_affine;
 mod rows;
 mod scalar;
 mod scalar_levels;
@@ -54,6 +55,10 @@ pub struct Kernels {
     encode_q8_0: fn(&[f32], &mut [u8]),
     encode_q4_0: fn(&[f32], &mut [u8]),
     encode_rows: fn(Format, &[f32], usize, &mut [u8]),
+    all_within: fn(&[f32], f32) -> bool,
+    channel_ranges: fn(&[f32], &mut [f32], &mut [f32]),
+    group_ranges: fn(&[f32], usize, &mut [f32], &mut [f32]),
+    encode_codes: EncodeCodes,
     dot_f32: fn(&[f32], &[f32]) -> f32,
     axpy_f32: fn(f32, &[f32], &mut [f32]),
     scale: fn(&mut [f32], f32),
@@ -61,6 +66,9 @@ pub struct Kernels {
     exp_sub: fn(&mut [f32], f32) -> f32,
     hadamard: fn(&mut [f32], usize),
 }
+
+/// Bits, values, inverse, m, codes.
+type EncodeCodes = fn(usize, &[f32], &[f32], &[f32], &mut [u8]);
 
 /// The levels that this CPU can run, best first; never empty.
 pub fn available() -> impl Iterator<Item = &'static Kernels> {
@@ -162,6 +170,49 @@ impl Kernels {
         let bytes = values.len() / dim * format.row_bytes(dim, BLOCK);
         assert_eq!(out.len(), bytes, "out has the wrong length");
         (self.encode_rows)(format, values, dim, out);
+    }
+
+    /// Whether every magnitude is at most `limit`; false if a value is NaN.
+    pub fn all_within(&self, values: &[f32], limit: f32) -> bool {
+        (self.all_within)(values, limit)
+    }
+
+    /// Smallest and largest value of each channel of finite `values`, `[tokens, dim]`; `low` and
+    /// `high` are `[dim]`.
+    pub fn channel_ranges(&self, values: &[f32], low: &mut [f32], high: &mut [f32]) {
+        assert_eq!(low.len(), high.len(), "low and high must be equally long");
+        assert_eq!(values.len() % low.len(), 0, "values must be [tokens, {}]", low.len());
+        (self.channel_ranges)(values, low, high);
+    }
+
+    /// Smallest and largest value of each run of `group` finite values; the last may be shorter.
+    /// Lengths are multiples of 32.
+    pub fn group_ranges(&self, row: &[f32], group: usize, low: &mut [f32], high: &mut [f32]) {
+        assert!(group > 0 && group.is_multiple_of(BLOCK), "a group of {group} channels");
+        assert_eq!(row.len() % BLOCK, 0, "a row of {} channels", row.len());
+        let groups = row.len().div_ceil(group);
+        assert!(low.len() == groups && high.len() == groups, "low and high must be [{groups}]");
+        (self.group_ranges)(row, group, low, high);
+    }
+
+    /// Codes `(x - m) * inverse`, rounded half to even and limited to `bits` bits (2 or 4), of
+    /// finite `values`, `[tokens, dim]`, as rows of `Codes2` or `Codes4`; `inverse` and `m` are
+    /// `[dim]`.
+    pub fn encode_codes(
+        &self,
+        bits: usize,
+        values: &[f32],
+        inverse: &[f32],
+        m: &[f32],
+        out: &mut [u8],
+    ) {
+        let dim = m.len();
+        assert!(bits == 2 || bits == 4, "{bits} bits");
+        assert!(dim > 0 && dim.is_multiple_of(BLOCK), "a row of {dim} channels");
+        assert_eq!(inverse.len(), dim, "inverse and m must be equally long");
+        assert_eq!(values.len() % dim, 0, "values must be [tokens, {dim}]");
+        assert_eq!(out.len(), values.len() * bits / 8, "out has the wrong length");
+        (self.encode_codes)(bits, values, inverse, m, out);
     }
 
     /// `a . b`.

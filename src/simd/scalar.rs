@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use super::rows::{BLOCK, Format, RowKernels, Rows};
 use super::scalar_levels::{E4m3, E5m2, Int4, Int8, Iq4Nl, Mxfp4, Nvfp4, Q4_1, Q5_0, Q5_1, Tq};
-use super::{Kernels, sanitize};
+use super::{Kernels, encode, encode_affine, sanitize};
 
 pub(super) static KERNELS: Kernels = Kernels {
     name: "scalar",
@@ -37,7 +37,13 @@ pub(super) static KERNELS: Kernels = Kernels {
     encode_bf16,
     encode_q8_0: |values, out| encode_blocks(values, out, encode_q8_0_block),
     encode_q4_0: |values, out| encode_blocks(values, out, encode_q4_0_block),
-    encode_rows: |format, values, dim, out| super::encode::rows(format, values, dim, out),
+    encode_rows: |format, values, dim, out| encode::rows(format, values, dim, out),
+    all_within: |values, limit| encode::fits(values, limit),
+    channel_ranges: |values, low, high| encode_affine::channel_ranges(values, low, high),
+    group_ranges: |row, group, low, high| encode_affine::group_ranges(row, group, low, high),
+    encode_codes: |bits, values, inverse, m, out| {
+        encode_affine::codes(bits, values, inverse, m, out);
+    },
     dot_f32,
     axpy_f32,
     scale: |values, factor| values.iter_mut().for_each(|x| *x *= factor),

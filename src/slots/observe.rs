@@ -118,7 +118,12 @@ impl Slots {
             self.run(stream, Event::Step, &tracked, first, mask, slots)?;
         }
         tracked.is_prompt = !is_step;
-        let window = self.policy.query_window();
+        let window = match is_step {
+            true => self.policy.step_query_window(),
+            false => self.policy.query_window(),
+        };
+        let excess = tracked.queries.len().saturating_sub(window);
+        tracked.queries.drain(..excess);
         let newest = chain.queries.len().saturating_sub(window);
         for i in &chain.queries[newest..] {
             let SlotsConfig { num_q_heads, key_dim, .. } = self.config;

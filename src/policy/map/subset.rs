@@ -16,6 +16,7 @@ struct Rows {
     column_sums: Vec<f32>,
     low_counts: Vec<f32>,
     gate_scores: Vec<f32>,
+    replay_maxima: Vec<f32>,
 }
 
 impl Subset {
@@ -33,6 +34,12 @@ impl Subset {
                 column_sums: pick(head.column_sums, 1),
                 low_counts: pick(head.low_counts, 1),
                 gate_scores: pick(head.gate_scores, 1),
+                // One row for each query head of the group.
+                replay_maxima: head
+                    .replay_maxima
+                    .chunks_exact(head.positions.len().max(1))
+                    .flat_map(|row| pick(row, 1))
+                    .collect(),
             }
         };
         Self { heads: layer.heads.iter().zip(indices).map(rows).collect() }
@@ -47,6 +54,7 @@ impl Subset {
             column_sums: &rows.column_sums,
             low_counts: &rows.low_counts,
             gate_scores: &rows.gate_scores,
+            replay_maxima: &rows.replay_maxima,
             queries: &[],
             num_queries: 0,
             ..*head

@@ -8,8 +8,8 @@
 //! a number is given: the fewer tokens stay, the more leverage counts.
 
 use super::leverage::{FILE, SEED, SKETCH, Sketch};
-use super::noncausal::{self, ALL_QUERIES, CHUNK};
-use super::{Entry, Score};
+use super::noncausal::{self, CHUNK};
+use super::{ALL_QUERIES, Entry, Score};
 use crate::error::Result;
 use crate::policy::{HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};

@@ -15,6 +15,9 @@ use crate::shape::{KeepSet, LaneWidth, Needs};
 use probability::QueryWindow;
 pub use probability::WindowProbabilities;
 
+/// The query window of scores that read all queries of the prompt.
+pub const ALL_QUERIES: usize = 1 << 24;
+
 registry! {
     /// Every score, in the order of the documentation.
     pub static SCORES: Entry = {

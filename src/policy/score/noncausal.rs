@@ -6,12 +6,12 @@
 //! score[j]   = mean of a over j - 1, j, j + 1, with mean 0 and deviation 1 over the layer's heads
 //! ```
 //!
-//! Reads all queries of the prompt, which are remembered until it ends: 4 bytes for each element of
-//! each query. Tokens whose queries were not seen, those of a shared prefix, count as average. A short
+//! Reads all queries of the prompt, which are remembered until the first step after it: 4 bytes for each
+//! element of each query. Tokens whose queries were not seen, those of a shared prefix, count as average. A short
 //! last chunk is filled up with zero keys and queries, as the reference implementation does.
 
 use super::linalg::standardize;
-use super::{Entry, Score};
+use super::{ALL_QUERIES, Entry, Score};
 use crate::error::{Result, ensure};
 use crate::policy::{HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
@@ -33,9 +33,6 @@ pub(super) const CHUNK: Param = Param {
     help: "tokens of a chunk",
     domain: Domain::Int { default: 256, min: 1, max: 1 << 16 },
 };
-
-/// As many queries as any prompt has.
-pub(super) const ALL_QUERIES: usize = 1 << 24;
 
 /// What a key of zeros counts as in a chunk that is filled up.
 const FILLED: f32 = -1e-9;

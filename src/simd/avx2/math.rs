@@ -95,52 +95,6 @@ fn exp(x: __m256) -> __m256 {
     _mm256_andnot_ps(underflows, _mm256_mul_ps(p, power))
 }
 
-#[target_feature(enable = "avx2")]
-pub(super) fn hadamard(values: &mut [f32], size: usize) {
-    if size < 8 {
-        return scalar::hadamard(values, size);
-    }
-    let factor = _mm256_set1_ps(scalar::hadamard_factor(size));
-    for x in values.as_chunks_mut::<8>().0 {
-        let butterflies = hadamard_8(load(x));
-        store(x, butterflies);
-    }
-    let mut half = 8;
-    while half < size {
-        for pair in values.chunks_exact_mut(2 * half) {
-            let (low, high) = pair.split_at_mut(half);
-            for (a, b) in low.as_chunks_mut::<8>().0.iter_mut().zip(high.as_chunks_mut::<8>().0) {
-                let (x, y) = (load(a), load(b));
-                store(a, _mm256_add_ps(x, y));
-                store(b, _mm256_sub_ps(x, y));
-            }
-        }
-        half *= 2;
-    }
-    for x in values.as_chunks_mut::<8>().0 {
-        let scaled = _mm256_mul_ps(load(x), factor);
-        store(x, scaled);
-    }
-}
-
-/// The butterflies 1, 2 and 4 inside one vector: each lane adds its partner to itself, negated in
-/// the upper lane of a pair.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn hadamard_8(x: __m256) -> __m256 {
-    let upper = |bits: [i32; 8]| {
-        let [a, b, c, d, e, f, g, h] = bits.map(|bit| bit << 31);
-        _mm256_castsi256_ps(_mm256_setr_epi32(a, b, c, d, e, f, g, h))
-    };
-    let negate = |x, bits| _mm256_xor_ps(x, upper(bits));
-    let swapped = _mm256_permute_ps::<0b1011_0001>(x);
-    let x = _mm256_add_ps(swapped, negate(x, [0, 1, 0, 1, 0, 1, 0, 1]));
-    let swapped = _mm256_permute_ps::<0b0100_1110>(x);
-    let x = _mm256_add_ps(swapped, negate(x, [0, 0, 1, 1, 0, 0, 1, 1]));
-    let swapped = _mm256_permute2f128_ps::<1>(x, x);
-    _mm256_add_ps(swapped, negate(x, [0, 0, 0, 0, 1, 1, 1, 1]))
-}
-
 #[inline]
 #[target_feature(enable = "avx2")]
 pub(super) fn largest_lane(x: __m256) -> f32 {
@@ -166,7 +120,7 @@ pub(super) fn load(values: &[f32; 8]) -> __m256 {
 
 #[inline]
 #[target_feature(enable = "avx")]
-fn store(out: &mut [f32; 8], x: __m256) {
+pub(super) fn store(out: &mut [f32; 8], x: __m256) {
     // SAFETY: eight values.
     unsafe { _mm256_storeu_ps(out.as_mut_ptr(), x) };
 }

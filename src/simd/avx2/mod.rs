@@ -4,6 +4,7 @@
 
 mod encode;
 mod format;
+mod hadamard;
 mod levels;
 mod math;
 mod rows;
@@ -56,6 +57,16 @@ pub(super) static KERNELS: Kernels = Kernels {
     // SAFETY: as above.
     encode_rows: |format, values, dim, out| unsafe { encode::rows(format, values, dim, out) },
     // SAFETY: as above.
+    all_within: |values, limit| unsafe { encode::all_within(values, limit) },
+    // SAFETY: as above.
+    channel_ranges: |values, low, high| unsafe { encode::channel_ranges(values, low, high) },
+    // SAFETY: as above.
+    group_ranges: |row, group, low, high| unsafe { encode::group_ranges(row, group, low, high) },
+    // SAFETY: as above.
+    encode_codes: |bits, values, inverse, m, out| unsafe {
+        encode::codes(bits, values, inverse, m, out)
+    },
+    // SAFETY: as above.
     dot_f32: |a, b| unsafe { math::dot(a, b) },
     // SAFETY: as above.
     axpy_f32: |factor, x, y| unsafe { math::axpy(factor, x, y) },
@@ -66,7 +77,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     // SAFETY: as above.
     exp_sub: |scores, max| unsafe { math::exp_sub(scores, max) },
     // SAFETY: as above.
-    hadamard: |values, size| unsafe { math::hadamard(values, size) },
+    hadamard: |values, size| unsafe { hadamard::hadamard(values, size) },
 };
 
 const fn row_kernels<F: Format>() -> RowKernels {
