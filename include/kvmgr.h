@@ -139,6 +139,34 @@
 #define KVMGR_POOL_PREFIX 1
 
 /**
+ * Flag: a full block whose prefix is cached already gives way to that one, so the block tables of
+ * sequences change behind their end. Without it they only grow.
+ */
+#define KVMGR_POOL_DEDUP 2
+
+/**
+ * Flag: a prompt that parts from all cached ones within a block copies the rows before. Costs 4
+ * bytes for each token of the pool. One full or latent group only.
+ */
+#define KVMGR_POOL_PARTIAL 4
+
+/**
+ * Flag: operations and decisions are recorded, see kvmgr_pool_take_log. Lookups then wait for one
+ * another.
+ */
+#define KVMGR_POOL_LOG 8
+
+/**
+ * In a block table: the group keeps no block here.
+ */
+#define KVMGR_NO_BLOCK UINT32_MAX
+
+/**
+ * Flag of kvmgr_pool_listen: events as arrays by position instead of maps by name.
+ */
+#define KVMGR_EVENTS_ARRAYS 1
+
+/**
  * Flag: full blocks are kept after their sequence ends and shared by prefix.
  */
 #define KVMGR_CACHE_PREFIX 1
@@ -183,6 +211,13 @@ typedef struct kvmgr_attention kvmgr_attention;
 typedef struct kvmgr_cache kvmgr_cache;
 
 /**
+ * Cached blocks that are held apart from any sequence: what a lookup found, or a pin. They are
+ * neither reclaimed nor changed until the lease is destroyed or its deadline passes, whichever is
+ * first. Exclusive: destroy once. A lease keeps its pool alive.
+ */
+typedef struct kvmgr_lease kvmgr_lease;
+
+/**
  * A token policy parsed from a spec. Immutable. Shared: retain and release, any thread.
  */
 typedef struct kvmgr_policy kvmgr_policy;
@@ -190,6 +225,16 @@ typedef struct kvmgr_policy kvmgr_policy;
 /**
  * A paged block allocator with reference counts, copy-on-write forks and a prefix index, for an
  * engine whose keys and values are in its own memory. Shared: retain and release, any thread.
+ * Calls on one pool wait for one another; kvmgr_pool_lookup runs beside itself.
+ *
+ * One step of an engine, with one call for all its sequences:
+ *   kvmgr_pool_admit(requests)        new prompts: what is cached, blocks for the rest
+ *   kvmgr_pool_take_copies            copies to make before anything is written
+ *   kvmgr_pool_slot_mapping           where the rows of reserved tokens go
+ *   ... the engine computes ...
+ *   kvmgr_pool_commit(prompt pieces)  what has been written can be found by others
+ *   kvmgr_pool_append(tokens)         commits one token of each and reserves the next
+ *   kvmgr_pool_end(sequences)         blocks stay cached until somebody needs their place
  */
 typedef struct kvmgr_pool kvmgr_pool;
 
@@ -488,6 +533,31 @@ typedef struct {
 } kvmgr_score_ops;
 
 /**
+ * What the layers of a group keep.
+ */
+typedef uint32_t kvmgr_group_kind;
+
+/**
+ * A group of layers of a hybrid model. Every group has a block table of its own; all draw from the
+ * same blocks.
+ */
+typedef struct {
+  /**
+   * What it keeps.
+   */
+  kvmgr_group_kind kind;
+  /**
+   * Tokens of a window or blocks between states, at least 1; 0 for the other kinds.
+   */
+  uint32_t value;
+} kvmgr_group;
+
+/**
+ * How prefixes are named.
+ */
+typedef uint32_t kvmgr_hash;
+
+/**
  * Settings of a pool. Set struct_size to its sizeof; every other zero means the default.
  */
 typedef struct {
@@ -496,7 +566,7 @@ typedef struct {
    */
   size_t struct_size;
   /**
-   * Blocks, at least 1.
+   * Blocks, 1 to 2^31.
    */
   uint64_t num_blocks;
   /**
@@ -504,7 +574,7 @@ typedef struct {
    */
   uint32_t block_size;
   /**
-   * KVMGR_POOL_PREFIX or 0.
+   * KVMGR_POOL_PREFIX, _DEDUP, _PARTIAL, _LOG or 0.
    */
   uint32_t flags;
   /**
@@ -512,13 +582,37 @@ typedef struct {
    */
   const char *evictor;
   /**
-   * The operator's secret that separates tenants' prefixes.
+   * The operator's secret that separates pools' prefixes.
    */
   uint64_t hash_salt;
+  /**
+   * Blocks that admission leaves available for sequences that run.
+   */
+  uint64_t watermark;
+  /**
+   * What else distinguishes prefixes: model, layout, number format. NULL means "".
+   */
+  const char *scope;
+  /**
+   * With KVMGR_HASH_VLLM the text of PYTHONHASHSEED, which names the root; NULL means "0".
+   */
+  const char *hash_seed;
+  /**
+   * Groups of a hybrid model; NULL means one full group.
+   */
+  const kvmgr_group *groups;
+  /**
+   * How many, 0 to 16.
+   */
+  uint32_t num_groups;
+  /**
+   * KVMGR_HASH_NATIVE or KVMGR_HASH_VLLM.
+   */
+  kvmgr_hash hash;
 } kvmgr_pool_config;
 
 /**
- * What a pool holds. Set struct_size before the call.
+ * What a pool holds now and what it has done since its creation. Set struct_size before the call.
  */
 typedef struct {
   /**
@@ -534,7 +628,7 @@ typedef struct {
    */
   uint64_t free_blocks;
   /**
-   * Blocks that sequences refer to.
+   * Blocks that sequences and leases refer to.
    */
   uint64_t used_blocks;
   /**
@@ -542,22 +636,288 @@ typedef struct {
    */
   uint64_t idle_blocks;
   /**
-   * Prefixes in the index.
+   * Entries of the prefix index.
    */
   uint64_t prefix_entries;
   /**
-   * Tokens asked for in kvmgr_sequence_match_prefix since creation.
+   * Tokens of admitted prompts.
    */
   uint64_t prefix_query_tokens;
   /**
-   * Tokens found there since creation.
+   * Tokens of them that were cached.
    */
   uint64_t prefix_hit_tokens;
   /**
-   * Prefixes reclaimed since creation.
+   * Entries reclaimed.
    */
   uint64_t evictions;
+  /**
+   * Live sequences, parked ones included.
+   */
+  uint64_t num_sequences;
+  /**
+   * Leases that hold something.
+   */
+  uint64_t num_leases;
+  /**
+   * Bytes of bookkeeping for the blocks.
+   */
+  uint64_t metadata_bytes;
+  /**
+   * Sequences admitted.
+   */
+  uint64_t admissions;
+  /**
+   * Cached tokens that were copied from a part of a block.
+   */
+  uint64_t prefix_copied_tokens;
+  /**
+   * Tokens committed.
+   */
+  uint64_t committed_tokens;
+  /**
+   * Sequences forked.
+   */
+  uint64_t forks;
+  /**
+   * Sequences parked.
+   */
+  uint64_t preemptions;
+  /**
+   * Copies handed to the engine.
+   */
+  uint64_t copies;
+  /**
+   * Leases whose deadline passed.
+   */
+  uint64_t leases_expired;
+  /**
+   * Matches that ended at tokens never seen.
+   */
+  uint64_t misses_unknown;
+  /**
+   * Matches that ended at an entry that has been reclaimed.
+   */
+  uint64_t misses_evicted;
+  /**
+   * Matches that a window group ended.
+   */
+  uint64_t misses_window;
+  /**
+   * Matches that a recurrent group ended.
+   */
+  uint64_t misses_checkpoint;
 } kvmgr_pool_stats;
+
+/**
+ * What distinguishes equal tokens of a prompt: the hash of the image behind placeholder tokens. It
+ * becomes part of the hash of every block that the tokens touch. With KVMGR_HASH_VLLM it is a text.
+ */
+typedef struct {
+  /**
+   * First token.
+   */
+  uint64_t start;
+  /**
+   * Behind the last token.
+   */
+  uint64_t end;
+  /**
+   * The key.
+   */
+  const uint8_t *key;
+  /**
+   * Bytes of the key.
+   */
+  size_t key_size;
+} kvmgr_extra_key;
+
+/**
+ * A prompt that wants to become a sequence. Zero the struct; every zero but tokens is a default.
+ */
+typedef struct {
+  /**
+   * The prompt, at least one token.
+   */
+  const int32_t *tokens;
+  /**
+   * How many.
+   */
+  size_t num_tokens;
+  /**
+   * NULL, or 32 bytes for each full block of the prompt, in place of hashing here. The caller is
+   * then the one who keeps tenants apart.
+   */
+  const uint8_t *hashes;
+  /**
+   * 0, or the full blocks of the prompt.
+   */
+  size_t num_hashes;
+  /**
+   * The operator's secret for this tenant, or the name of an adapter: prompts with different
+   * salts share nothing and learn nothing of one another. NULL for none.
+   */
+  const uint8_t *salt;
+  /**
+   * Bytes of the salt.
+   */
+  size_t salt_size;
+  /**
+   * NULL, or keys of parts of the prompt.
+   */
+  const kvmgr_extra_key *extra_keys;
+  /**
+   * How many.
+   */
+  size_t num_extra_keys;
+  /**
+   * Microseconds after the sequence ends until its entries are reclaimed before all others; 0
+   * for never.
+   */
+  uint64_t ttl;
+  /**
+   * The session that the sequence is a state of; 0 for none. When it ends, entries of the state
+   * before that it does not share are reclaimed before all others.
+   */
+  uint64_t session;
+  /**
+   * Priority of its entries, 1 to 100, with an evictor that knows priorities; 0 means 35.
+   */
+  uint32_t priority;
+  /**
+   * Must be 0.
+   */
+  uint32_t reserved;
+} kvmgr_pool_request;
+
+/**
+ * Names a sequence of a pool. Never 0; a number whose sequence has ended, or of another pool, is
+ * an error wherever it is used.
+ */
+typedef uint64_t kvmgr_pool_sequence;
+
+/**
+ * Why a match ended.
+ */
+typedef uint32_t kvmgr_miss;
+
+/**
+ * A prompt that became a sequence.
+ */
+typedef struct {
+  /**
+   * Its name.
+   */
+  kvmgr_pool_sequence sequence;
+  /**
+   * Tokens that were cached; they are committed.
+   */
+  uint64_t num_cached;
+  /**
+   * Of these, tokens in a block that the engine copies: kvmgr_pool_take_copies.
+   */
+  uint64_t num_copied;
+  /**
+   * The first token that was not cached, before copies.
+   */
+  uint64_t miss_token;
+  /**
+   * Why not.
+   */
+  kvmgr_miss miss;
+  /**
+   * The group that ended the match.
+   */
+  uint32_t miss_group;
+} kvmgr_pool_admission;
+
+/**
+ * Where the bytes of a block of a parked sequence belong.
+ */
+typedef struct {
+  /**
+   * Place in the tables: block of tokens * num_groups + group.
+   */
+  uint32_t place;
+  /**
+   * The block of the engine's memory.
+   */
+  uint32_t block;
+} kvmgr_placement;
+
+/**
+ * A copy that an engine with its own tensors makes before it writes: a fork's open block.
+ */
+typedef struct {
+  /**
+   * Block to copy from.
+   */
+  uint32_t source;
+  /**
+   * Block to copy to.
+   */
+  uint32_t target;
+} kvmgr_block_copy;
+
+/**
+ * Receives a batch of events: msgpack as vLLM sends it.
+ *
+ * Called within the call that caused the events, in the order of number, which counts from 0
+ * without gaps. It must not call a pool, throw or longjmp. `data` is valid during the call.
+ */
+typedef void (*kvmgr_events_fn)(void *user_data, uint64_t number, const void *data, size_t size);
+
+/**
+ * A request that waits.
+ */
+typedef struct {
+  /**
+   * Blocks of its prompt that are cached now.
+   */
+  uint32_t cached_blocks;
+  /**
+   * Blocks that it needs besides.
+   */
+  uint32_t needed_blocks;
+  /**
+   * Whose it is.
+   */
+  uint32_t tenant;
+  /**
+   * Must be 0.
+   */
+  uint32_t reserved;
+  /**
+   * Microseconds that it has waited.
+   */
+  uint64_t waited;
+} kvmgr_waiting;
+
+/**
+ * A sequence that runs.
+ */
+typedef struct {
+  /**
+   * Blocks that become available if it goes: those that nobody shares.
+   */
+  uint32_t own_blocks;
+  /**
+   * Tokens to compute again if it comes back without its blocks.
+   */
+  uint32_t tokens;
+  /**
+   * Sequences of lower priority go first.
+   */
+  uint32_t priority;
+  /**
+   * Must be 0.
+   */
+  uint32_t reserved;
+  /**
+   * When it was admitted; among equals the youngest goes first.
+   */
+  uint64_t admitted;
+} kvmgr_running;
 
 /**
  * What one block table of a sequence covers.
@@ -776,20 +1136,6 @@ typedef struct {
    */
   int32_t device_id;
 } kvmgr_tensor;
-
-/**
- * A copy that an engine with its own tensors makes before it writes: a fork's open block.
- */
-typedef struct {
-  /**
-   * Block to copy from.
-   */
-  uint32_t source;
-  /**
-   * Block to copy to.
-   */
-  uint32_t target;
-} kvmgr_block_copy;
 
 /**
  * What a sequence holds. Set struct_size before the call.
@@ -1148,6 +1494,61 @@ typedef struct {
  */
 #define KVMGR_EVENT_STEP 1
 
+/**
+ * SHA-256 of tokens and the hash before them; the fastest.
+ */
+#define KVMGR_HASH_NATIVE 0
+
+/**
+ * vLLM's sha256_cbor, so that its routers compute the same.
+ */
+#define KVMGR_HASH_VLLM 1
+
+/**
+ * Keys and values of every token.
+ */
+#define KVMGR_GROUP_FULL 0
+
+/**
+ * One latent row of every token (MLA).
+ */
+#define KVMGR_GROUP_LATENT 1
+
+/**
+ * Keys and values of the last `value` tokens; older blocks go back to the pool.
+ */
+#define KVMGR_GROUP_WINDOW 2
+
+/**
+ * A state that every token changes, kept at the end of every `value`-th block.
+ */
+#define KVMGR_GROUP_RECURRENT 3
+
+/**
+ * It did not: everything but the last token, which is always computed, was cached.
+ */
+#define KVMGR_MISS_NONE 0
+
+/**
+ * Tokens that were never seen, as far as is remembered.
+ */
+#define KVMGR_MISS_UNKNOWN 1
+
+/**
+ * An entry that has been reclaimed.
+ */
+#define KVMGR_MISS_EVICTED 2
+
+/**
+ * Blocks of a window group are missing.
+ */
+#define KVMGR_MISS_WINDOW 3
+
+/**
+ * A recurrent group has no state at a usable place.
+ */
+#define KVMGR_MISS_CHECKPOINT 4
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1498,7 +1899,7 @@ kvmgr_status kvmgr_pool_create(const kvmgr_pool_config *config,
 kvmgr_pool *kvmgr_pool_retain(kvmgr_pool *pool);
 
 /**
- * Drops a reference. NULL is fine. Sequences keep the pool alive.
+ * Drops a reference. NULL is fine. Leases keep the pool alive; its sequences end with it.
  */
 void kvmgr_pool_release(kvmgr_pool *pool);
 
@@ -1512,14 +1913,431 @@ kvmgr_status kvmgr_pool_get_stats(const kvmgr_pool *pool,
                                   kvmgr_pool_stats *out_stats);
 
 /**
- * Makes an empty sequence whose block table the engine reads with kvmgr_sequence_block_table and
- * kvmgr_sequence_slot_mapping (layer 0, KV head 0 for all layers and heads).
+ * The numbers as Prometheus' text exposition format, without a final NUL.
  *
- * @param out_sequence receives an exclusive handle; NULL on failure
+ * @param labels put between braces on every line, such as "pool=\"0\""; NULL means none
+ * @param out room for capacity bytes; NULL with capacity 0 asks for the size alone
+ * @param out_size receives the number of bytes
  */
 KVMGR_NODISCARD
-kvmgr_status kvmgr_pool_sequence_create(kvmgr_pool *pool,
-                                        kvmgr_sequence **out_sequence);
+kvmgr_status kvmgr_pool_prometheus(const kvmgr_pool *pool,
+                                   const char *labels,
+                                   char *out,
+                                   size_t capacity,
+                                   size_t *out_size);
+
+/**
+ * Sets the clock of a pool in microseconds: leases and times to live that have passed end. The
+ * clock is the engine's alone and starts at 0; it never goes back.
+ */
+KVMGR_NODISCARD kvmgr_status kvmgr_pool_tick(kvmgr_pool *pool, uint64_t now);
+
+/**
+ * Reclaims every entry of the prefix index that nobody holds.
+ *
+ * @param out_num receives how many there were; may be NULL
+ */
+KVMGR_NODISCARD kvmgr_status kvmgr_pool_clear(kvmgr_pool *pool, size_t *out_num);
+
+/**
+ * What KVMGR_POOL_LOG recorded since the last call: operations and decisions, to be put together
+ * in order. kvmgr_pool_replay repeats them; kvmgr-simulate reads them as a trace.
+ *
+ * @param out room for capacity bytes; NULL with capacity 0 asks for the size alone, takes nothing
+ * @param out_size receives the number of bytes
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_take_log(kvmgr_pool *pool,
+                                 void *out,
+                                 size_t capacity,
+                                 size_t *out_size);
+
+/**
+ * Repeats a whole log on a new pool. KVMGR_CORRUPT if it is not one, or if any decision differs
+ * in a single byte.
+ *
+ * @param log the bytes of every kvmgr_pool_take_log of one pool, in order
+ * @param out_num_operations receives how many operations were repeated
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_replay(const void *log,
+                               size_t size,
+                               size_t *out_num_operations);
+
+/**
+ * Makes sequences of prompts, in order, until one does not fit. Cached blocks are taken over for
+ * the longest known prefix, at most all tokens but the last; blocks for the rest are reserved. The
+ * engine writes the rows of the rest and says so with kvmgr_pool_commit.
+ *
+ * KVMGR_OUT_OF_BLOCKS only if not even the first fits; any other error admits none.
+ *
+ * @param requests the prompts
+ * @param out_admissions room for num_requests
+ * @param out_num_admitted receives how many became sequences
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_admit(kvmgr_pool *pool,
+                              const kvmgr_pool_request *requests,
+                              size_t num_requests,
+                              kvmgr_pool_admission *out_admissions,
+                              size_t *out_num_admitted);
+
+/**
+ * The hashes under which the full blocks of a prompt are cached, for a router, for
+ * kvmgr_pool_lookup, or to admit the prompt again and again without hashing.
+ *
+ * @param request the prompt; only tokens, salt and extra keys count
+ * @param out_hashes room for 32 bytes for each full block; NULL with capacity 0 asks for the number
+ * @param capacity in hashes
+ * @param out_num_hashes receives the number of full blocks
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_hash(kvmgr_pool *pool,
+                             const kvmgr_pool_request *request,
+                             uint8_t *out_hashes,
+                             size_t capacity,
+                             size_t *out_num_hashes);
+
+/**
+ * Gives each sequence slots for more tokens, or none to any: drafts, or the next message of a
+ * conversation. No sequence may occur twice.
+ *
+ * @param counts tokens for each sequence
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_reserve(kvmgr_pool *pool,
+                                const kvmgr_pool_sequence *sequences,
+                                const uint32_t *counts,
+                                size_t num_sequences);
+
+/**
+ * Says that the next reserved tokens of each sequence have been written, for all or none. Blocks
+ * that are full can be found by others from now on. Reserved tokens beyond stay reserved;
+ * kvmgr_pool_truncate drops them, which is how rejected drafts are undone.
+ *
+ * @param counts tokens for each sequence
+ * @param tokens the ids of those that are not part of an admitted prompt, sequence by sequence
+ * @param num_tokens how many those are
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_commit(kvmgr_pool *pool,
+                               const kvmgr_pool_sequence *sequences,
+                               const uint32_t *counts,
+                               size_t num_sequences,
+                               const int32_t *tokens,
+                               size_t num_tokens);
+
+/**
+ * The call of a decode step: says that the reserved token of each sequence has been written and
+ * was tokens[i], and reserves the next one. KVMGR_OUT_OF_BLOCKS changes nothing: preempt somebody
+ * and call again.
+ *
+ * @param tokens one for each sequence
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_append(kvmgr_pool *pool,
+                               const kvmgr_pool_sequence *sequences,
+                               const int32_t *tokens,
+                               size_t num_sequences);
+
+/**
+ * Forgets the committed tokens from num_tokens on and every reservation. KVMGR_INVALID_STATE where
+ * a window has left those tokens, KVMGR_UNSUPPORTED where a state would have to go back.
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_truncate(kvmgr_pool *pool,
+                                 kvmgr_pool_sequence sequence,
+                                 size_t num_tokens);
+
+/**
+ * Makes sequences with the committed tokens of another, which share every block, or none. A block
+ * that still fills is copied by whoever reserves in it first: kvmgr_pool_take_copies. A prompt must
+ * be committed whole.
+ *
+ * @param out_children room for num_children
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_fork(kvmgr_pool *pool,
+                             kvmgr_pool_sequence parent,
+                             kvmgr_pool_sequence *out_children,
+                             size_t num_children);
+
+/**
+ * Ends sequences, all or none. Their full blocks stay cached until somebody needs the place.
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_end(kvmgr_pool *pool,
+                            const kvmgr_pool_sequence *sequences,
+                            size_t num_sequences);
+
+/**
+ * Preempts a sequence: its blocks go, its name and its tokens stay. To keep the bytes, the engine
+ * copies the blocks it is told out of its memory before it writes anything. Reservations are
+ * dropped.
+ *
+ * @param out_places room for capacity; NULL with capacity 0 parks without asking
+ * @param out_num receives how many blocks there were
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_park(kvmgr_pool *pool,
+                             kvmgr_pool_sequence sequence,
+                             kvmgr_placement *out_places,
+                             size_t capacity,
+                             size_t *out_num);
+
+/**
+ * Gives a parked sequence blocks again, or KVMGR_OUT_OF_BLOCKS. Blocks that are still cached come
+ * back as they are; for the others the engine copies the bytes back or computes them before
+ * anything reads them.
+ *
+ * @param out_places room for as many as kvmgr_pool_park answered: where bytes are missing
+ * @param out_num receives how many are missing
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_resume(kvmgr_pool *pool,
+                               kvmgr_pool_sequence sequence,
+                               kvmgr_placement *out_places,
+                               size_t capacity,
+                               size_t *out_num);
+
+/**
+ * The copies between blocks that the engine makes before it writes anything, in this order.
+ * Asking takes them.
+ *
+ * @param out room for capacity; NULL with capacity 0 asks for the number and takes nothing
+ * @param out_num receives how many there are
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_take_copies(kvmgr_pool *pool,
+                                    kvmgr_block_copy *out,
+                                    size_t capacity,
+                                    size_t *out_num);
+
+/**
+ * Tokens of a sequence.
+ *
+ * @param out_committed receives the committed ones; may be NULL
+ * @param out_reserved receives those with slots, committed ones included; may be NULL
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_num_tokens(const kvmgr_pool *pool,
+                                   kvmgr_pool_sequence sequence,
+                                   size_t *out_committed,
+                                   size_t *out_reserved);
+
+/**
+ * The block tables of a batch for one group, as an attention kernel wants them: row i holds the
+ * blocks of sequences[i] in token order, then KVMGR_NO_BLOCK.
+ *
+ * @param group below num_groups
+ * @param out room for num_sequences rows of `columns` blocks; KVMGR_INVALID_ARGUMENT names the
+ *   columns that a longer table needs
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_block_tables(const kvmgr_pool *pool,
+                                     const kvmgr_pool_sequence *sequences,
+                                     size_t num_sequences,
+                                     uint32_t group,
+                                     uint32_t *out,
+                                     size_t columns);
+
+/**
+ * The slots of the next reserved tokens of a batch for one group, as a cache-write kernel wants
+ * them: block * block_size + row, sequence by sequence; -1 where the group keeps no row. A
+ * recurrent group has its state at the block of the last token instead: kvmgr_pool_block_tables.
+ *
+ * @param counts tokens for each sequence, at most those that are reserved
+ * @param out room for capacity slots, at least the sum of counts
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_slot_mapping(const kvmgr_pool *pool,
+                                     const kvmgr_pool_sequence *sequences,
+                                     const uint32_t *counts,
+                                     size_t num_sequences,
+                                     uint32_t group,
+                                     int64_t *out,
+                                     size_t capacity);
+
+/**
+ * Holds the longest run of hashes, from the first on, that is cached. Runs beside other lookups.
+ *
+ * @param hashes 32 bytes for each block, as kvmgr_pool_hash answers them
+ * @param group below num_groups
+ * @param deadline on the pool's clock, later than now; 0 for none
+ * @param out_blocks room for num_hashes blocks; may be NULL
+ * @param out_num_found receives how many blocks are held
+ * @param out_lease receives an exclusive handle, also if nothing was found; NULL on failure
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_lookup(kvmgr_pool *pool,
+                               const uint8_t *hashes,
+                               size_t num_hashes,
+                               uint32_t group,
+                               uint64_t deadline,
+                               uint32_t *out_blocks,
+                               size_t *out_num_found,
+                               kvmgr_lease **out_lease);
+
+/**
+ * Holds the cached blocks of a sequence beyond its end: a pin.
+ *
+ * @param deadline on the pool's clock, later than now; 0 for none
+ * @param out_lease receives an exclusive handle; NULL on failure
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_pin(kvmgr_pool *pool,
+                            kvmgr_pool_sequence sequence,
+                            uint64_t deadline,
+                            kvmgr_lease **out_lease);
+
+/**
+ * Moves the deadline of a lease. KVMGR_INVALID_STATE if it has passed.
+ *
+ * @param deadline on the pool's clock, later than now; 0 for none
+ */
+KVMGR_NODISCARD kvmgr_status kvmgr_lease_extend(kvmgr_lease *lease, uint64_t deadline);
+
+/**
+ * Gives the blocks of a lease back. NULL is fine.
+ */
+void kvmgr_lease_destroy(kvmgr_lease *lease);
+
+/**
+ * Changes what a request said about how long its entries stay, those it made already included.
+ *
+ * @param priority 1 to 100, or 0 for 35
+ * @param ttl microseconds after its end, or 0 for never
+ * @param session what it is a state of, or 0
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_keep(kvmgr_pool *pool,
+                             kvmgr_pool_sequence sequence,
+                             uint32_t priority,
+                             uint64_t ttl,
+                             uint64_t session);
+
+/**
+ * Changes how long entries stay whose sequences have ended.
+ *
+ * @param hashes 32 bytes for each block; unknown ones are passed over
+ * @param group below num_groups
+ * @param priority 1 to 100, or 0 for 35
+ * @param ttl microseconds from now, or 0 for never
+ * @param out_num_found receives how many are cached; may be NULL
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_keep_entries(kvmgr_pool *pool,
+                                     const uint8_t *hashes,
+                                     size_t num_hashes,
+                                     uint32_t group,
+                                     uint32_t priority,
+                                     uint64_t ttl,
+                                     size_t *out_num_found);
+
+/**
+ * Says that a session has ended: entries of its last state are reclaimed before all others.
+ * KVMGR_NOT_FOUND if no sequence of it has ended.
+ */
+KVMGR_NODISCARD kvmgr_status kvmgr_pool_end_session(kvmgr_pool *pool, uint64_t session);
+
+/**
+ * Takes entries out of the index because their content turned out to be wrong. Sequences that use
+ * the blocks keep them.
+ *
+ * @param hashes 32 bytes for each block
+ * @param group below num_groups
+ * @param out_num_found receives how many there were; may be NULL
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_forget(kvmgr_pool *pool,
+                               const uint8_t *hashes,
+                               size_t num_hashes,
+                               uint32_t group,
+                               size_t *out_num_found);
+
+/**
+ * Sends what happens to the prefix index to a function, from now on: BlockStored, BlockRemoved and
+ * AllBlocksCleared of vLLM. Once for each pool.
+ *
+ * @param flags 0 or KVMGR_EVENTS_ARRAYS
+ * @param num_kept batches kept for kvmgr_pool_replay_events, at least 1
+ * @param medium what the events say about the place of the blocks; NULL means "GPU"
+ * @param user_data passed to every call
+ * @param destroy called once with user_data when the pool ends; may be NULL
+ * @param function receives the batches
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_listen(kvmgr_pool *pool,
+                               uint32_t flags,
+                               uint32_t num_kept,
+                               const char *medium,
+                               void *user_data,
+                               void (*destroy)(void *user_data),
+                               kvmgr_events_fn function);
+
+/**
+ * Sends the batches from number first on once more, as far as they are kept, to a function.
+ *
+ * @param first a batch number; older ones than are kept are passed over
+ * @param function called within this call, in order
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_replay_events(kvmgr_pool *pool,
+                                      uint64_t first,
+                                      void *user_data,
+                                      kvmgr_events_fn function);
+
+/**
+ * Tokens that can be admitted now even if nothing of them is cached, above the watermark.
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_num_admissible(const kvmgr_pool *pool,
+                                       size_t *out_num_tokens);
+
+/**
+ * The order in which to admit requests, as indices: who has waited `patience` microseconds or
+ * longer first, so that nobody starves; then tenants in turn; within a tenant the longest cached
+ * prefix first.
+ *
+ * @param available blocks that may be used
+ * @param out_order room for num_waiting indices
+ * @param out_num_fitting receives how many of them fit one after the other
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_schedule_admission(const kvmgr_waiting *waiting,
+                                      size_t num_waiting,
+                                      uint64_t patience,
+                                      size_t available,
+                                      uint32_t *out_order,
+                                      size_t *out_num_fitting);
+
+/**
+ * Whom to preempt so that `needed` blocks become available, as indices: the lowest priority first,
+ * then the youngest; nobody who need not go. KVMGR_OUT_OF_BLOCKS if all of them free too few.
+ *
+ * @param out_victims room for num_running indices
+ * @param out_num_victims receives how many go
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_schedule_preemption(const kvmgr_running *running,
+                                       size_t num_running,
+                                       size_t needed,
+                                       uint32_t *out_victims,
+                                       size_t *out_num_victims);
+
+/**
+ * Which layers of a prompt keep their blocks on the device when there is room for `available`
+ * blocks and each layer needs `per_layer`: as many as fit, spread evenly, so that the others are
+ * written out while those are computed.
+ *
+ * @param num_layers at least 1
+ * @param out_on_device room for num_layers bytes: 1 for layers that stay, 0 for others
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_schedule_layers(size_t num_layers,
+                                   size_t per_layer,
+                                   size_t available,
+                                   uint8_t *out_on_device);
 
 /**
  * Makes a cache. A spec that needs what the engine cannot hand over is refused with the stage

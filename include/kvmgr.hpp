@@ -61,6 +61,7 @@ struct releaser {
   void operator()(kvmgr_cache *p) const noexcept { kvmgr_cache_release(p); }
   void operator()(kvmgr_policy *p) const noexcept { kvmgr_policy_release(p); }
   void operator()(kvmgr_quantizer *p) const noexcept { kvmgr_quantizer_release(p); }
+  void operator()(kvmgr_lease *p) const noexcept { kvmgr_lease_destroy(p); }
   void operator()(kvmgr_store *p) const noexcept { kvmgr_store_release(p); }
   void operator()(kvmgr_sequence *p) const noexcept { kvmgr_sequence_destroy(p); }
   void operator()(kvmgr_attention *p) const noexcept { kvmgr_attention_destroy(p); }
@@ -70,6 +71,7 @@ using handle = std::unique_ptr<T, releaser>;
 }  // namespace detail
 
 using pool = detail::handle<kvmgr_pool>;
+using lease = detail::handle<kvmgr_lease>;
 using policy = detail::handle<kvmgr_policy>;
 using quantizer = detail::handle<kvmgr_quantizer>;
 using store = detail::handle<kvmgr_store>;
@@ -110,12 +112,6 @@ inline store make_store(const char *spec) {
 inline sequence make_sequence(const cache &parent, const kvmgr_policy *own = nullptr) {
   kvmgr_sequence *out = nullptr;
   check(kvmgr_cache_sequence_create(parent.get(), own, &out));
-  return sequence(out);
-}
-
-inline sequence make_sequence(const pool &parent) {
-  kvmgr_sequence *out = nullptr;
-  check(kvmgr_pool_sequence_create(parent.get(), &out));
   return sequence(out);
 }
 

@@ -257,13 +257,6 @@ impl Session {
         Ok(Self::with(sequence, Some(manager.clone()), policy))
     }
 
-    /// A sequence of a pool: bookkeeping for an engine with its own tensors.
-    pub fn of_pool(pool: &Arc<Cache>) -> Result<Self> {
-        let policy = Arc::new(Pipeline::parse("full")?);
-        let sequence = Sequence::new(pool.clone(), SequenceConfig::default(), None);
-        Ok(Self::with(sequence, None, policy))
-    }
-
     fn with(sequence: Sequence, manager: Option<Arc<Manager>>, policy: Arc<Pipeline>) -> Self {
         Self { sequence, manager, policy, decoding: false, steps: 0, parked: None }
     }

@@ -116,7 +116,7 @@ fn tenants_share_nothing_and_learn_nothing() {
     let mut admit = |salt: &[u8]| {
         let admission = tables.admit(&mut pool, &Request::new(&prompt, root(salt))).unwrap();
         let rest = prompt.len() - admission.num_cached;
-        tables.commit(&mut pool, admission.id, rest, &[]).unwrap();
+        tables.commit(&mut pool, &[admission.id], &[rest as u32], &[]).unwrap();
         (admission, tables.blocks(admission.id).unwrap().to_vec())
     };
     let (_, of_a) = admit(b"a");

@@ -127,7 +127,7 @@ fn a_shadow_index_stays_equal() {
             let request = Request::new(&prompt, prefix::root(SIZE, 0, b"events"));
             if let Ok(admission) = tables.admit(&mut pool, &request) {
                 let rest = prompt.len() - admission.num_cached;
-                tables.commit(&mut pool, admission.id, rest, &[]).unwrap();
+                tables.commit(&mut pool, &[admission.id], &[rest as u32], &[]).unwrap();
                 live.push(admission.id);
             }
             if live.len() > 3 {
@@ -163,7 +163,7 @@ fn the_bytes_are_vllms() {
     let tokens = [1, 300, 70_000, -1];
     let request = Request::new(&tokens, root);
     let id = tables.admit(&mut pool, &request).unwrap().id;
-    tables.commit(&mut pool, id, 4, &[]).unwrap();
+    tables.commit(&mut pool, &[id], &[4], &[]).unwrap();
     let digest = prefix::extend(&root, &tokens);
     let (_, bytes) = pool.publish(1.5).unwrap();
     let text = |text: &str| [&[0xA0 | text.len() as u8], text.as_bytes()].concat();

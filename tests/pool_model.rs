@@ -100,7 +100,7 @@ impl Model {
         let count = random.below(self.live[i].rest.len() + 1);
         let piece: Vec<i32> = self.live[i].rest.drain(..count).collect();
         self.write(i, &piece);
-        self.tables.commit(&mut self.pool, self.live[i].id, count, &[]).unwrap();
+        self.tables.commit(&mut self.pool, &[self.live[i].id], &[count as u32], &[]).unwrap();
         self.live[i].tokens.extend(piece);
     }
 
@@ -123,7 +123,7 @@ impl Model {
         let accepted = if self.has_states() { count } else { random.below(count + 1) };
         let drafts: Vec<i32> = (0..count).map(|_| random.below(2) as i32).collect();
         self.write(i, &drafts);
-        self.tables.commit(&mut self.pool, id, accepted, &drafts[..accepted]).unwrap();
+        self.tables.commit(&mut self.pool, &[id], &[accepted as u32], &drafts[..accepted]).unwrap();
         self.live[i].tokens.extend(&drafts[..accepted]);
         if random.below(2) == 0 {
             let kept = self.live[i].tokens.len();
@@ -247,7 +247,7 @@ impl Model {
             assert_eq!(kind(tables.release(pool, &[id])), Kind::InvalidHandle);
             assert_eq!(kind(tables.append(pool, &[id], &[1])), Kind::InvalidHandle);
             assert_eq!(kind(tables.reserve(pool, &[id], &[1])), Kind::InvalidHandle);
-            assert_eq!(kind(tables.commit(pool, id, 1, &[1])), Kind::InvalidHandle);
+            assert_eq!(kind(tables.commit(pool, &[id], &[1], &[1])), Kind::InvalidHandle);
             assert_eq!(kind(tables.truncate(pool, id, 0)), Kind::InvalidHandle);
             assert!(tables.fork(pool, id).is_err() && tables.blocks(id).is_err());
             assert!(tables.park(pool, id).is_err() && tables.resume(pool, id).is_err());

@@ -25,7 +25,7 @@ fn root() -> Digest {
 fn start(pool: &mut BlockPool, tables: &mut Tables, prompt: &[i32]) -> (SequenceId, usize) {
     let admission = tables.admit(pool, &Request::new(prompt, root())).expect("room");
     let (id, found) = (admission.id, admission.num_cached);
-    tables.commit(pool, id, prompt.len() - found, &[]).expect("reserved");
+    tables.commit(pool, &[id], &[(prompt.len() - found) as u32], &[]).expect("reserved");
     tables.reserve(pool, &[id], &[1]).expect("room");
     (id, found)
 }
@@ -58,7 +58,7 @@ pub fn w1() -> Costs {
         (1..2048).map(|p| (0..1000).map(|i| tok(i + 1, p)).collect()).collect();
     let (decode, ()) = time(2047 * 1000, || {
         for id in &ids {
-            tables.commit(&mut pool, *id, 1, &[]).expect("reserved");
+            tables.commit(&mut pool, &[*id], &[1], &[]).expect("reserved");
         }
         tables.reserve(&mut pool, &ids, &[1; 1000]).expect("room");
         for step in &steps {

@@ -4,9 +4,12 @@ mod counts;
 pub mod events;
 pub mod groups;
 mod index;
+pub mod manager;
+mod partial;
 pub mod pool;
 pub mod prefix;
 mod reclaim;
+pub mod schedule;
 pub mod tables;
 
 pub use pool::{BlockId, BlockPool, EntryId, Released};

@@ -24,6 +24,7 @@
 use super::counts::{Counts, Snapshot};
 use super::events::{EventFormat, EventStream, Journal};
 use super::index::{Index, tag};
+use super::partial::Partial;
 use super::prefix::Digest;
 use crate::error::{Result, ensure};
 use crate::evictor::Evictor;
@@ -71,6 +72,8 @@ pub struct BlockPool {
     pub(super) evicted: Vec<u32>,
     /// Entries that came and went, if somebody listens.
     pub(super) journal: Option<Box<Journal>>,
+    /// Tokens of entries, if blocks are reused in part.
+    pub(super) partial: Option<Box<Partial>>,
 }
 
 #[derive(Debug)]
@@ -125,14 +128,21 @@ impl BlockPool {
             evictor,
             idle_blocks: AtomicUsize::new(0),
             evictions: 0,
-            evicted: vec![0; num_blocks / 4 + 1],
+            evicted: vec![0; num_blocks / 4 + 64],
             journal: None,
+            partial: None,
         }
     }
 
     /// Writes down from now on which entries come and go, for [`Self::publish`].
     pub fn listen(&mut self, format: EventFormat) {
         self.journal = Some(Box::new(Journal::new(format)));
+    }
+
+    /// Remembers the tokens of entries from now on, so that a prompt that parts from all of them
+    /// within a block can copy the rows before. For one full group.
+    pub fn remember_tokens(&mut self, block_size: usize) {
+        self.partial = Some(Box::new(Partial::new(self.num_blocks(), block_size)));
     }
 
     /// Makes a batch of what has happened since the last one, stamped with `seconds`. Answers its
@@ -183,6 +193,7 @@ impl BlockPool {
             + self.index.bytes()
             + self.evicted.len() * size_of::<u32>()
             + self.evictor.bytes()
+            + self.partial.as_ref().map_or(0, |partial| partial.bytes())
     }
 
     /// References to `block`, its entry's included.

@@ -147,6 +147,9 @@ impl BlockPool {
         let place = tag as usize % self.evicted.len();
         self.evicted[place] = tag;
         self.evictions += 1;
+        if let Some(partial) = &mut self.partial {
+            partial.remove(head);
+        }
         if let Some(journal) = &mut self.journal {
             journal.removed(self.records[head as usize].group, &self.digests[head as usize]);
         }

@@ -1,9 +1,9 @@
 //! Admission: what of a prompt is cached, and blocks for the rest.
 
-use super::{NO_BLOCK, SequenceId, Tables};
+use super::{Copy, NO_BLOCK, SequenceId, Tables};
 use crate::block::groups::{Group, Miss, Reason, reconcile};
-use crate::block::pool::{BlockPool, DEFAULT_PRIORITY};
-use crate::block::prefix::{self, Digest, Hash};
+use crate::block::pool::{BlockId, BlockPool, DEFAULT_PRIORITY};
+use crate::block::prefix::Digest;
 use crate::error::{Result, bail, ensure};
 
 /// A prompt that wants to become a sequence.
@@ -11,7 +11,8 @@ use crate::error::{Result, bail, ensure};
 pub struct Request<'a> {
     /// The prompt.
     pub tokens: &'a [i32],
-    /// The digest of the empty prefix: model, tenant, adapter. See [`prefix::tenant_root`].
+    /// The digest of the empty prefix: model, tenant, adapter. See
+    /// [`crate::block::prefix::tenant_root`].
     pub root: Digest,
     /// If not empty, one digest for each full block of `tokens`, in place of hashing.
     pub digests: &'a [Digest],
@@ -40,6 +41,8 @@ pub struct Admission {
     pub id: SequenceId,
     /// Tokens found; they are committed.
     pub num_cached: usize,
+    /// Of these, tokens of the last block, which the engine copies: [`Tables::take_copies`].
+    pub num_copied: usize,
     /// Why not more.
     pub miss: Miss,
 }
@@ -90,8 +93,38 @@ impl Tables {
         (sequence.committed, sequence.reserved) = ((chunks * size) as u32, (chunks * size) as u32);
         (sequence.live, sequence.parked, sequence.tail_shared) = (true, false, false);
         sequence.priority = request.priority;
+        sequence.extra.clear();
+        sequence.extra.extend(request.extra.iter().map(Extra::owned));
+        let part = self.find_part(pool, slot, request.tokens, chunks * size);
         self.grow(pool, slot, request.tokens.len())?;
-        Ok(Admission { id: self.name(slot), num_cached: chunks * size, miss })
+        let num_copied = part.map_or(0, |(source, rows)| self.use_part(slot, source, rows));
+        let num_cached = chunks * size + num_copied;
+        Ok(Admission { id: self.name(slot), num_cached, num_copied, miss })
+    }
+
+    /// A cached block that continues the match with some of the next tokens, but not all of a
+    /// block, and how many. The last token is always computed.
+    fn find_part(
+        &self,
+        pool: &BlockPool,
+        slot: usize,
+        tokens: &[i32],
+        found: usize,
+    ) -> Option<(u32, usize)> {
+        let rest = &tokens[found..tokens.len() - 1];
+        pool.partial.as_ref()?.longest(&self.sequences[slot].digest, rest)
+    }
+
+    /// Lets the engine copy `rows` rows of `source` into the first new block. The copy runs before
+    /// anything is written, so it does not matter if `source` was handed out meanwhile.
+    fn use_part(&mut self, slot: usize, source: u32, rows: usize) -> usize {
+        let sequence = &mut self.sequences[slot];
+        let target = sequence.blocks[sequence.committed as usize / self.config.block_size];
+        if source != target {
+            self.copies.push(Copy { source: BlockId(source), target: BlockId(target) });
+        }
+        sequence.committed += rows as u32;
+        rows
     }
 
     fn check(&self, request: &Request<'_>) -> Result<()> {
@@ -118,26 +151,6 @@ impl Tables {
             );
         }
         Ok(())
-    }
-
-    /// The digests of the full blocks of a prompt. See [`Request`].
-    pub fn hash(&mut self, request: &Request<'_>) -> &[Digest] {
-        let size = self.config.block_size;
-        self.digests.clear();
-        if !request.digests.is_empty() {
-            self.digests.extend_from_slice(request.digests);
-        } else if request.extra.is_empty() && self.config.hash == Hash::Native {
-            prefix::extend_run(&request.root, request.tokens, size, &mut self.digests);
-        } else {
-            let mut parent = request.root;
-            for (chunk, tokens) in request.tokens.chunks_exact(size).enumerate() {
-                let keys = keys_of(request.extra, chunk * size, size);
-                let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
-                parent = prefix::extend_with(self.config.hash, &parent, tokens, &keys);
-                self.digests.push(parent);
-            }
-        }
-        &self.digests
     }
 
     /// Takes over cached blocks for at most `usable` chunks. Answers how many and why not more.
@@ -174,14 +187,4 @@ impl Tables {
         };
         (chunks, Miss { reason, token: chunks * self.config.block_size, group })
     }
-}
-
-/// The keys of the block that starts at token `start`.
-fn keys_of(extra: &[Extra<'_>], start: usize, size: usize) -> Vec<Vec<u8>> {
-    let touches = |extra: &&Extra<'_>| extra.start < start + size && extra.end > start;
-    let key = |extra: &Extra<'_>| {
-        let offset = extra.start as i64 - start as i64;
-        [extra.key, &offset.to_le_bytes()].concat()
-    };
-    extra.iter().filter(touches).map(key).collect()
 }

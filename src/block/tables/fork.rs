@@ -46,6 +46,7 @@ impl Tables {
         sequence.ids.clear();
         sequence.ids.extend_from_slice(&parent.ids);
         sequence.pending.clear();
+        sequence.extra.clone_from(&parent.extra);
         (sequence.root, sequence.digest) = (parent.root, parent.digest);
         (sequence.committed, sequence.reserved) = (parent.committed, parent.committed);
         (sequence.live, sequence.parked, sequence.priority) = (true, false, parent.priority);

@@ -18,6 +18,7 @@
 //! [`NO_BLOCK`] where a group needs none ([`super::groups`]).
 
 mod admit;
+mod digest;
 mod fork;
 mod step;
 
@@ -112,6 +113,16 @@ struct Sequence {
     /// Digests of the prompt's chunks from `pending_from` on; of all chunks while parked.
     pending: Vec<Digest>,
     pending_from: u32,
+    /// What distinguishes equal tokens of the prompt.
+    extra: Vec<OwnedExtra>,
+}
+
+/// An [`Extra`] that outlives the request.
+#[derive(Debug, Clone)]
+struct OwnedExtra {
+    start: usize,
+    end: usize,
+    key: Vec<u8>,
 }
 
 impl Tables {
@@ -158,6 +169,27 @@ impl Tables {
     /// The known tokens of a sequence.
     pub fn tokens(&self, id: SequenceId) -> Result<&[i32]> {
         Ok(&self.sequences[self.slot(id)?].ids)
+    }
+
+    /// Whether the blocks of a sequence are with the engine.
+    pub fn is_parked(&self, id: SequenceId) -> Result<bool> {
+        Ok(self.sequences[self.slot(id)?].parked)
+    }
+
+    /// Gives the entries of a sequence another priority, and those it will make.
+    pub fn set_priority(
+        &mut self,
+        pool: &mut BlockPool,
+        id: SequenceId,
+        priority: u8,
+    ) -> Result<()> {
+        let slot = self.present(id)?;
+        let sequence = &mut self.sequences[slot];
+        sequence.priority = priority;
+        for block in sequence.blocks.iter().filter(|block| **block != NO_BLOCK) {
+            pool.set_priority(BlockId(*block), priority);
+        }
+        Ok(())
     }
 
     /// The digest of the full committed chunks of a sequence.

@@ -3,7 +3,6 @@
 use super::{Copy, NO_BLOCK, SequenceId, Tables};
 use crate::block::groups::Group;
 use crate::block::pool::{BlockId, BlockPool, DEFAULT_PRIORITY};
-use crate::block::prefix;
 use crate::error::{Result, bail, ensure};
 
 impl Tables {
@@ -39,29 +38,42 @@ impl Tables {
         Ok(())
     }
 
-    /// Says that the next `count` reserved tokens of a sequence have been written. `tokens` names
-    /// those that are not known yet: all but the rest of a prompt. Full blocks can be found by
-    /// others from now on. Reserved tokens beyond are kept; [`Self::truncate`] drops them.
+    /// Says that the next `counts[i]` reserved tokens of `ids[i]` have been written, for all or
+    /// none. `tokens` names those that are not known yet, one sequence after the other: all but the
+    /// rest of a prompt. Full blocks can be found by others from now on. Reserved tokens beyond are
+    /// kept; [`Self::truncate`] drops them.
     pub fn commit(
         &mut self,
         pool: &mut BlockPool,
-        id: SequenceId,
-        count: usize,
+        ids: &[SequenceId],
+        counts: &[u32],
         tokens: &[i32],
     ) -> Result<()> {
-        let slot = self.present(id)?;
-        let sequence = &mut self.sequences[slot];
-        let (committed, reserved) = (sequence.committed as usize, sequence.reserved as usize);
-        ensure!(
-            count <= reserved - committed,
-            InvalidArgument,
-            "count is {count}, only {} tokens are reserved",
-            reserved - committed
-        );
-        let unknown = (committed + count).saturating_sub(sequence.ids.len());
+        check_len("counts", counts.len(), ids.len())?;
+        self.begin_batch(ids)?;
+        let mut unknown = 0;
+        for (id, count) in ids.iter().zip(counts) {
+            let sequence = &self.sequences[self.present(*id)?];
+            let free = sequence.reserved - sequence.committed;
+            ensure!(
+                *count <= free,
+                InvalidArgument,
+                "counts has {count} for sequence {:#x}, only {free} tokens are reserved",
+                id.0
+            );
+            unknown += sequence.unknown(*count);
+        }
         check_len("tokens", tokens.len(), unknown)?;
-        sequence.ids.extend_from_slice(tokens);
-        self.advance(pool, slot, committed + count);
+        let mut tokens = tokens;
+        for (id, count) in ids.iter().zip(counts) {
+            let slot = id.0 as u32 as usize;
+            let sequence = &mut self.sequences[slot];
+            let (own, rest) = tokens.split_at(sequence.unknown(*count));
+            tokens = rest;
+            sequence.ids.extend_from_slice(own);
+            let end = (sequence.committed + count) as usize;
+            self.advance(pool, slot, end);
+        }
         Ok(())
     }
 
@@ -273,13 +285,9 @@ impl Tables {
         let size = self.config.block_size;
         let groups = self.config.groups.len();
         let sequence = &mut self.sequences[slot];
-        let tokens = &sequence.ids[chunk * size..][..size];
         let parent = sequence.digest;
-        let pending = chunk.checked_sub(sequence.pending_from as usize);
-        sequence.digest = match pending.and_then(|at| sequence.pending.get(at)) {
-            Some(digest) => *digest,
-            None => prefix::extend_with(self.config.hash, &parent, tokens, &[]),
-        };
+        sequence.digest = sequence.next_digest(self.config.hash, chunk, size);
+        let tokens = &sequence.ids[chunk * size..][..size];
         for (index, group) in self.config.groups.iter().enumerate() {
             let block = &mut sequence.blocks[chunk * groups + index];
             if *block == NO_BLOCK || !group.is_kept(chunk) {
@@ -288,6 +296,9 @@ impl Tables {
             let digest = &sequence.digest;
             match pool.register_one(digest, index as u8, chunk as u32 + 1, *block) {
                 None => {
+                    if let Some(partial) = &mut pool.partial {
+                        partial.store(&parent, *block, tokens);
+                    }
                     if sequence.priority != DEFAULT_PRIORITY {
                         pool.set_priority(BlockId(*block), sequence.priority);
                     }
@@ -323,6 +334,11 @@ impl Tables {
 }
 
 impl super::Sequence {
+    /// Tokens that a commit of `count` must name.
+    fn unknown(&self, count: u32) -> usize {
+        ((self.committed + count) as usize).saturating_sub(self.ids.len())
+    }
+
     /// Places of the open chunk's blocks that somebody else refers to.
     fn shared_tail<'a>(
         &'a self,

@@ -1,0 +1,505 @@
+//! The log of operations: what was asked and what was decided, so that a run can be repeated.
+//!
+//! ```text
+//! log     = "kvmgr log 1\n" | configuration | record...
+//! record  = bytes of the operation (u32) | bytes of the outcome (u32) | operation | outcome
+//! ```
+//!
+//! Numbers are little-endian; lists start with their length as u32. [`replay`] runs the operations
+//! on a new manager and compares every record, decisions included, byte by byte.
+
+use super::{BlockConfig, BlockManager, Keep, LeaseId};
+use crate::block::groups::Group;
+use crate::block::prefix::{Digest, Hash};
+use crate::block::tables::{Extra, Placement, Request, SequenceId, Tables, TablesConfig};
+use crate::error::{Result, bail, ensure};
+
+const MAGIC: &[u8] = b"kvmgr log 1\n";
+
+/// Records since the last time somebody took them.
+#[derive(Debug, Default)]
+pub struct Recorder {
+    bytes: Vec<u8>,
+}
+
+impl BlockManager {
+    /// Records every operation from now on. A log that starts later than the manager's first
+    /// operation cannot be replayed, so that is refused.
+    pub fn start_log(&mut self) -> Result<()> {
+        let fresh = self.stats().admissions == 0 && self.now == 0 && self.pool.num_entries() == 0;
+        ensure!(fresh, InvalidState, "a log starts before the first operation of its pool");
+        let mut words = Words(MAGIC.to_vec());
+        words.config(&self.config);
+        self.recorder = Some(Recorder { bytes: words.0 });
+        Ok(())
+    }
+
+    /// Whether operations are recorded.
+    pub fn is_logged(&self) -> bool {
+        self.recorder.is_some()
+    }
+
+    /// What was recorded since the last call.
+    pub fn take_log(&mut self) -> Vec<u8> {
+        self.recorder.as_mut().map_or(Vec::new(), |recorder| std::mem::take(&mut recorder.bytes))
+    }
+
+    /// Bytes that [`Self::take_log`] would answer.
+    pub fn log_len(&self) -> usize {
+        self.recorder.as_ref().map_or(0, |recorder| recorder.bytes.len())
+    }
+
+    /// Writes a record, if somebody asked for a log.
+    pub(super) fn record(
+        &mut self,
+        operation: impl FnOnce(&mut Words),
+        outcome: impl FnOnce(&Self, &mut Words),
+    ) {
+        let Some(mut recorder) = self.recorder.take() else { return };
+        let (mut first, mut second) = (Words::default(), Words::default());
+        operation(&mut first);
+        second.long(self.pool.evictions());
+        outcome(self, &mut second);
+        for part in [&first, &second] {
+            recorder.bytes.extend_from_slice(&(part.0.len() as u32).to_le_bytes());
+        }
+        recorder.bytes.extend(first.0);
+        recorder.bytes.extend(second.0);
+        self.recorder = Some(recorder);
+    }
+}
+
+/// Repeats a log on a new manager. Answers the manager and the number of operations, or `Corrupt`
+/// with the number of the first operation whose decision differs.
+pub fn replay(log: &[u8]) -> Result<(BlockManager, usize)> {
+    let mut reader = Reader::new(log)?;
+    let mut manager = BlockManager::new(reader.config()?)?;
+    manager.start_log()?;
+    manager.take_log();
+    let mut operations = 0;
+    while !reader.0.is_empty() {
+        let rest = reader.0;
+        let (operation, _) = reader.record()?;
+        let record = &rest[..rest.len() - reader.0.len()];
+        Operation::decode(operation)?.run(&mut manager);
+        ensure!(
+            manager.take_log() == record,
+            Corrupt,
+            "operation {operations} of the log was decided differently"
+        );
+        operations += 1;
+    }
+    Ok((manager, operations))
+}
+
+/// What a log says about requests, for a simulator that decides anew.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TraceEvent {
+    /// A prompt became the sequence of this name.
+    Admit {
+        /// Its name in the log.
+        sequence: u64,
+        /// The prompt.
+        tokens: Vec<i32>,
+        /// The tenant's root.
+        root: Digest,
+    },
+    /// A sequence grew by tokens that were not in its prompt.
+    Extend {
+        /// Its name in the log.
+        sequence: u64,
+        /// The tokens.
+        tokens: Vec<i32>,
+    },
+    /// A sequence ended.
+    End {
+        /// Its name in the log.
+        sequence: u64,
+    },
+}
+
+/// The requests of a log in their order, and the tokens of a block.
+pub fn trace(log: &[u8]) -> Result<(usize, Vec<TraceEvent>)> {
+    let mut reader = Reader::new(log)?;
+    let config = reader.config()?;
+    let mut events = Vec::new();
+    while !reader.0.is_empty() {
+        let (operation, outcome) = reader.record()?;
+        let mut outcome = Reader(outcome.get(8..).unwrap_or(&[]));
+        match Operation::decode(operation)? {
+            Operation::Admit { tokens, root, .. } if outcome.byte()? == 0 => {
+                events.push(TraceEvent::Admit { sequence: outcome.long()?, tokens, root });
+            }
+            Operation::Append { ids, tokens } if outcome.byte()? == 0 => {
+                let one = |(id, token): (&SequenceId, &i32)| TraceEvent::Extend {
+                    sequence: id.0,
+                    tokens: vec![*token],
+                };
+                events.extend(ids.iter().zip(&tokens).map(one));
+            }
+            Operation::Commit { ids, tokens, .. } if ids.len() == 1 && outcome.byte()? == 0 => {
+                events.push(TraceEvent::Extend { sequence: ids[0].0, tokens });
+            }
+            Operation::Release { ids } if outcome.byte()? == 0 => {
+                events.extend(ids.iter().map(|id| TraceEvent::End { sequence: id.0 }));
+            }
+            _ => {}
+        }
+    }
+    Ok((config.tables.block_size, events))
+}
+
+macro_rules! operations {
+    ($($code:literal $name:ident $function:ident { $($field:ident: $type:ty [$argument:ty] = $write:ident),* } ;)*) => {
+        /// An operation as it was asked for.
+        #[derive(Debug)]
+        enum Operation {
+            $($name { $($field: $type),* },)*
+        }
+
+        impl Operation {
+            fn decode(bytes: &[u8]) -> Result<Self> {
+                let mut reader = Reader(bytes);
+                let operation = match reader.byte()? {
+                    $($code => Self::$name { $($field: reader.$write()?),* },)*
+                    code => bail!(Corrupt, "the log has an operation {code}"),
+                };
+                ensure!(reader.0.is_empty(), Corrupt, "an operation of the log is too long");
+                Ok(operation)
+            }
+        }
+
+        $(pub(super) fn $function(out: &mut Words, $($field: $argument),*) {
+            out.0.push($code);
+            $(out.$write($field);)*
+        })*
+    };
+}
+
+operations! {
+    1 Reserve reserve { ids: Vec<SequenceId> [&[SequenceId]] = ids, counts: Vec<u32> [&[u32]] = words };
+    2 Commit commit {
+        ids: Vec<SequenceId> [&[SequenceId]] = ids,
+        counts: Vec<u32> [&[u32]] = words,
+        tokens: Vec<i32> [&[i32]] = tokens
+    };
+    3 Append append { ids: Vec<SequenceId> [&[SequenceId]] = ids, tokens: Vec<i32> [&[i32]] = tokens };
+    4 Truncate truncate { id: SequenceId [SequenceId] = id, num_tokens: usize [usize] = size };
+    5 Fork fork { id: SequenceId [SequenceId] = id };
+    6 Release release { ids: Vec<SequenceId> [&[SequenceId]] = ids };
+    7 Park park { id: SequenceId [SequenceId] = id };
+    8 Resume resume { id: SequenceId [SequenceId] = id };
+    9 TakeCopies take_copies {};
+    10 Tick tick { now: u64 [u64] = long };
+    11 Forget forget { digests: Vec<Digest> [&[Digest]] = digests, group: u8 [u8] = small };
+    12 Clear clear {};
+    13 Lookup lookup {
+        digests: Vec<Digest> [&[Digest]] = digests, group: u8 [u8] = small, deadline: u64 [u64] = long
+    };
+    14 Pin pin { id: SequenceId [SequenceId] = id, deadline: u64 [u64] = long };
+    15 EndLease end_lease { id: LeaseId [LeaseId] = lease };
+    16 ExtendLease extend_lease { id: LeaseId [LeaseId] = lease, deadline: u64 [u64] = long };
+    17 SetKeep set_keep { id: SequenceId [SequenceId] = id, keep: Keep [Keep] = keep };
+    18 KeepEntries keep_entries {
+        digests: Vec<Digest> [&[Digest]] = digests, group: u8 [u8] = small, keep: Keep [Keep] = keep
+    };
+    19 EndSession end_session { session: u64 [u64] = long };
+    20 Admit admit_parts {
+        tokens: Vec<i32> [&[i32]] = tokens,
+        root: Digest [&Digest] = digest,
+        digests: Vec<Digest> [&[Digest]] = digests,
+        extra: Vec<(usize, usize, Vec<u8>)> [&[Extra<'_>]] = extra,
+        keep: Keep [Keep] = keep
+    };
+}
+
+pub(super) fn admit(out: &mut Words, request: &Request<'_>, keep: Keep) {
+    admit_parts(out, request.tokens, &request.root, request.digests, request.extra, keep);
+}
+
+impl Operation {
+    /// Asks for the same again. Refusals were recorded too, so they are not errors here.
+    fn run(self, manager: &mut BlockManager) {
+        match self {
+            Self::Admit { tokens, root, digests, extra, keep } => {
+                let extra: Vec<Extra<'_>> = extra
+                    .iter()
+                    .map(|(start, end, key)| Extra { start: *start, end: *end, key })
+                    .collect();
+                let request =
+                    Request { digests: &digests, extra: &extra, ..Request::new(&tokens, root) };
+                _ = manager.admit(&request, keep);
+            }
+            Self::Reserve { ids, counts } => _ = manager.reserve(&ids, &counts),
+            Self::Commit { ids, counts, tokens } => _ = manager.commit(&ids, &counts, &tokens),
+            Self::Append { ids, tokens } => _ = manager.append(&ids, &tokens),
+            Self::Truncate { id, num_tokens } => _ = manager.truncate(id, num_tokens),
+            Self::Fork { id } => _ = manager.fork(id),
+            Self::Release { ids } => _ = manager.release(&ids),
+            Self::Park { id } => _ = manager.park(id),
+            Self::Resume { id } => _ = manager.resume(id),
+            Self::TakeCopies {} => _ = manager.take_copies(),
+            Self::Tick { now } => _ = manager.tick(now),
+            Self::Forget { digests, group } => _ = manager.forget(&digests, group),
+            Self::Clear {} => _ = manager.clear(),
+            Self::Lookup { digests, group, deadline } => {
+                _ = manager.lookup_logged(&digests, group, deadline, &mut Vec::new());
+            }
+            Self::Pin { id, deadline } => _ = manager.pin(id, deadline),
+            Self::EndLease { id } => _ = manager.end_lease(id),
+            Self::ExtendLease { id, deadline } => _ = manager.extend_lease(id, deadline),
+            Self::SetKeep { id, keep } => _ = manager.set_keep(id, keep),
+            Self::KeepEntries { digests, group, keep } => {
+                _ = manager.keep_entries(&digests, group, keep);
+            }
+            Self::EndSession { session } => _ = manager.end_session(session),
+        }
+    }
+}
+
+/// A writer of log bytes.
+#[derive(Debug, Default)]
+pub(super) struct Words(Vec<u8>);
+
+impl Words {
+    pub(super) fn word(&mut self, value: u32) {
+        self.0.extend_from_slice(&value.to_le_bytes());
+    }
+
+    pub(super) fn long(&mut self, value: u64) {
+        self.0.extend_from_slice(&value.to_le_bytes());
+    }
+
+    pub(super) fn words(&mut self, values: &[u32]) {
+        self.word(values.len() as u32);
+        values.iter().for_each(|value| self.word(*value));
+    }
+
+    pub(super) fn pair(&mut self, a: u32, b: u32) {
+        self.word(a);
+        self.word(b);
+    }
+
+    /// What was decided, or the kind of the refusal.
+    pub(super) fn result<T>(&mut self, result: &Result<T>, good: impl FnOnce(&mut Self, &T)) {
+        match result {
+            Ok(value) => {
+                self.0.push(0);
+                good(self, value);
+            }
+            Err(error) => self.0.push(1 + error.kind() as u8),
+        }
+    }
+
+    /// A new sequence: its name and its whole table.
+    pub(super) fn table(&mut self, tables: &Tables, id: SequenceId, num_cached: usize) {
+        self.long(id.0);
+        self.word(num_cached as u32);
+        self.words(tables.blocks(id).unwrap_or(&[]));
+    }
+
+    /// What changed in known sequences: the ends of their tables.
+    pub(super) fn tails(&mut self, tables: &Tables, ids: &[SequenceId]) {
+        for id in ids {
+            let blocks = tables.blocks(*id).unwrap_or(&[]);
+            self.pair(blocks.len() as u32, blocks.last().copied().unwrap_or(0));
+        }
+    }
+
+    pub(super) fn places(&mut self, places: &[Placement]) {
+        places.iter().for_each(|it| self.pair(it.place, it.block.0));
+    }
+
+    fn small(&mut self, value: u8) {
+        self.0.push(value);
+    }
+
+    fn size(&mut self, value: usize) {
+        self.long(value as u64);
+    }
+
+    fn id(&mut self, id: SequenceId) {
+        self.long(id.0);
+    }
+
+    fn lease(&mut self, id: LeaseId) {
+        self.long(id.0);
+    }
+
+    fn ids(&mut self, ids: &[SequenceId]) {
+        self.word(ids.len() as u32);
+        ids.iter().for_each(|id| self.long(id.0));
+    }
+
+    fn tokens(&mut self, tokens: &[i32]) {
+        self.word(tokens.len() as u32);
+        tokens.iter().for_each(|token| self.0.extend_from_slice(&token.to_le_bytes()));
+    }
+
+    fn digest(&mut self, digest: &Digest) {
+        self.0.extend_from_slice(digest);
+    }
+
+    fn digests(&mut self, digests: &[Digest]) {
+        self.word(digests.len() as u32);
+        digests.iter().for_each(|digest| self.digest(digest));
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.word(bytes.len() as u32);
+        self.0.extend_from_slice(bytes);
+    }
+
+    fn extra(&mut self, extra: &[Extra<'_>]) {
+        self.word(extra.len() as u32);
+        for extra in extra {
+            self.size(extra.start);
+            self.size(extra.end);
+            self.bytes(extra.key);
+        }
+    }
+
+    fn keep(&mut self, keep: Keep) {
+        self.small(keep.priority);
+        self.long(keep.ttl);
+        self.long(keep.session);
+    }
+
+    fn config(&mut self, config: &BlockConfig) {
+        let tables = &config.tables;
+        for value in [config.num_blocks, tables.block_size, tables.watermark] {
+            self.size(value);
+        }
+        let flags = [config.partial, tables.prefix, tables.dedup, tables.hash == Hash::VllmCbor];
+        flags.iter().for_each(|flag| self.small(u8::from(*flag)));
+        self.bytes(config.evictor.as_bytes());
+        self.digest(&config.root);
+        self.word(tables.groups.len() as u32);
+        for group in &tables.groups {
+            let (kind, value) = match group {
+                Group::Full => (0, 0),
+                Group::Latent => (1, 0),
+                Group::Window(window) => (2, *window),
+                Group::Recurrent(interval) => (3, *interval),
+            };
+            self.pair(kind, value);
+        }
+    }
+}
+
+/// A reader of log bytes.
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn new(log: &'a [u8]) -> Result<Self> {
+        match log.strip_prefix(MAGIC) {
+            Some(rest) => Ok(Self(rest)),
+            None => bail!(Corrupt, "the log does not start with its name and version"),
+        }
+    }
+
+    fn record(&mut self) -> Result<(&'a [u8], &'a [u8])> {
+        let (first, second) = (self.word()? as usize, self.word()? as usize);
+        Ok((self.take(first)?, self.take(second)?))
+    }
+
+    fn take(&mut self, n: usize) -> Result<&'a [u8]> {
+        let Some((head, rest)) = self.0.split_at_checked(n) else {
+            bail!(Corrupt, "the log ends within a record");
+        };
+        self.0 = rest;
+        Ok(head)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let mut bytes = [0; N];
+        bytes.copy_from_slice(self.take(N)?);
+        Ok(bytes)
+    }
+
+    fn byte(&mut self) -> Result<u8> {
+        Ok(self.array::<1>()?[0])
+    }
+
+    fn small(&mut self) -> Result<u8> {
+        self.byte()
+    }
+
+    fn word(&mut self) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn long(&mut self) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    fn size(&mut self) -> Result<usize> {
+        Ok(self.long()? as usize)
+    }
+
+    fn id(&mut self) -> Result<SequenceId> {
+        Ok(SequenceId(self.long()?))
+    }
+
+    fn lease(&mut self) -> Result<LeaseId> {
+        Ok(LeaseId(self.long()?))
+    }
+
+    fn list<T>(&mut self, mut one: impl FnMut(&mut Self) -> Result<T>) -> Result<Vec<T>> {
+        (0..self.word()?).map(|_| one(self)).collect()
+    }
+
+    fn ids(&mut self) -> Result<Vec<SequenceId>> {
+        self.list(Self::id)
+    }
+
+    fn words(&mut self) -> Result<Vec<u32>> {
+        self.list(Self::word)
+    }
+
+    fn tokens(&mut self) -> Result<Vec<i32>> {
+        self.list(|reader| Ok(reader.word()? as i32))
+    }
+
+    fn digest(&mut self) -> Result<Digest> {
+        self.array()
+    }
+
+    fn digests(&mut self) -> Result<Vec<Digest>> {
+        self.list(Self::digest)
+    }
+
+    fn bytes(&mut self) -> Result<Vec<u8>> {
+        let len = self.word()? as usize;
+        Ok(self.take(len)?.to_vec())
+    }
+
+    fn extra(&mut self) -> Result<Vec<(usize, usize, Vec<u8>)>> {
+        self.list(|reader| Ok((reader.size()?, reader.size()?, reader.bytes()?)))
+    }
+
+    fn keep(&mut self) -> Result<Keep> {
+        Ok(Keep { priority: self.byte()?, ttl: self.long()?, session: self.long()? })
+    }
+
+    fn config(&mut self) -> Result<BlockConfig> {
+        let (num_blocks, block_size, watermark) = (self.size()?, self.size()?, self.size()?);
+        let flags = self.array::<4>()?.map(|flag| flag != 0);
+        let evictor = String::from_utf8_lossy(&self.bytes()?).into_owned();
+        let root = self.digest()?;
+        let groups = self.list(|reader| {
+            let (kind, value) = (reader.word()?, reader.word()?);
+            Ok(match kind {
+                0 => Group::Full,
+                1 => Group::Latent,
+                2 => Group::Window(value),
+                3 => Group::Recurrent(value),
+                kind => bail!(Corrupt, "the log has a group of kind {kind}"),
+            })
+        })?;
+        let [partial, prefix, dedup, is_cbor] = flags;
+        let hash = if is_cbor { Hash::VllmCbor } else { Hash::Native };
+        let tables = TablesConfig { block_size, groups, hash, prefix, dedup, watermark };
+        Ok(BlockConfig { num_blocks, evictor, tables, root, partial })
+    }
+}
