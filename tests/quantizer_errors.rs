@@ -113,7 +113,7 @@ fn round_trip(quantizer: &dyn Quantizer, rows: &[f32], dim: usize) -> Vec<f32> {
         let tokens = rows.len() / dim;
         let mut bytes = vec![0; quantizer.bytes(tokens, dim)];
         quantizer.encode(rows, dim, &mut bytes);
-        quantizer.decode(&Cell { bytes: &bytes, tokens, dim, rows: 0..tokens }, out);
+        quantizer.decode(&Cell { bytes: &bytes, tokens, dim, rows: 0..tokens, ahead: &[] }, out);
     }
     out
 }

@@ -149,7 +149,7 @@ fn round_to_f16(kernels: &Kernels, values: &mut [f32]) {
         let bytes = &mut bytes[..2 * values.len()];
         kernels.encode_f16(values, bytes);
         let (stride, dim) = (bytes.len(), values.len());
-        let rows = Rows { bytes, stride, count: 1, dim, group: BLOCK };
+        let rows = Rows { bytes, stride, count: 1, dim, group: BLOCK, ahead: &[] };
         kernels.decode(Format::F16, &rows, values);
     }
 }

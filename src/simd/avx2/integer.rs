@@ -16,8 +16,8 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::rows as decoded;
 use super::math::{fetch, load, sum_lanes};
+use super::rows as decoded;
 use super::whole::{Factor, Whole};
 use crate::simd::rows::{BLOCK, Rows};
 

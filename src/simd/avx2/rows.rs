@@ -21,8 +21,7 @@ pub(super) fn dot<F: Format>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32
     for_each_step::<F>(rows, |first, decoded| {
         for (i, queries) in queries.chunks(STEP * dim).enumerate() {
             let part = &mut part[..queries.len() / dim * decoded.count];
-            // SAFETY: called from a function with the features of the loop.
-            unsafe { raw::dot::<F32>(decoded, queries, part) };
+            raw::dot::<F32>(decoded, queries, part);
             for (q, part) in part.chunks_exact(decoded.count).enumerate() {
                 let at = (i * STEP + q) * count + first;
                 scores[at..at + decoded.count].copy_from_slice(part);
@@ -43,8 +42,7 @@ pub(super) fn axpy<F: Format>(rows: &Rows<'_>, weights: &[f32], outputs: &mut [f
                 let at = (i * STEP + q) * count + first;
                 part.copy_from_slice(&weights[at..at + decoded.count]);
             }
-            // SAFETY: called from a function with the features of the loop.
-            unsafe { raw::axpy::<F32>(decoded, part, outputs) };
+            raw::axpy::<F32>(decoded, part, outputs);
         }
     });
 }
