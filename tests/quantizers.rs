@@ -241,7 +241,8 @@ fn rounding(quantizer: &dyn Quantizer) -> f64 {
     match quantizer.spec().trim_start_matches("had+") {
         "f32" | "f16" | "bf16" => 0.0,
         spec if spec.starts_with("tq") => 2e-4,
-        _ => 2e-5,
+        // Codes above a minimum span twice the magnitude of the values.
+        _ => 4e-5,
     }
 }
 
