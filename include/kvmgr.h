@@ -1941,7 +1941,7 @@ KVMGR_NODISCARD kvmgr_status kvmgr_pool_clear(kvmgr_pool *pool, size_t *out_num)
 
 /**
  * What KVMGR_POOL_LOG recorded since the last call: operations and decisions, to be put together
- * in order. kvmgr_pool_replay repeats them; kvmgr-simulate reads them as a trace.
+ * in order. kvmgr_pool_replay repeats them.
  *
  * @param out room for capacity bytes; NULL with capacity 0 asks for the size alone, takes nothing
  * @param out_size receives the number of bytes
