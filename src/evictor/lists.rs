@@ -1,4 +1,4 @@
-//! Doubly linked lists threaded through flat arrays: the material that most evictors are made of.
+//! Doubly linked lists threaded through flat arrays: the material that evictors are made of.
 
 /// No neighbour, no list.
 const NONE: u32 = u32::MAX;
@@ -108,5 +108,66 @@ impl Lists {
             self.remove(head);
             head
         })
+    }
+}
+
+/// Lists in an order: the first one that is not empty is found without a search.
+#[derive(Debug)]
+pub(super) struct Ranks {
+    lists: Lists,
+    /// Bit for each list that is not empty.
+    present: u128,
+}
+
+impl Ranks {
+    /// `num_lists` empty lists, at most 128.
+    pub(super) fn new(capacity: usize, num_lists: usize) -> Self {
+        assert!(num_lists <= 128, "a bit for each of {num_lists} lists");
+        Self { lists: Lists::new(capacity, num_lists), present: 0 }
+    }
+
+    /// Slots in all lists.
+    pub(super) fn len(&self) -> usize {
+        self.lists.len()
+    }
+
+    /// Bytes of the arrays.
+    pub(super) fn bytes(&self) -> usize {
+        self.lists.bytes()
+    }
+
+    /// The list that `slot` is in.
+    pub(super) fn list_of(&self, slot: u32) -> Option<usize> {
+        self.lists.list_of(slot)
+    }
+
+    /// Adds `slot`, which is in no list, at the end of `list`.
+    pub(super) fn push(&mut self, list: usize, slot: u32) {
+        self.lists.push(list, slot);
+        self.present |= 1 << list;
+    }
+
+    /// Takes `slot` out of its list. Answers whether it was in one.
+    pub(super) fn remove(&mut self, slot: u32) -> bool {
+        let Some(list) = self.lists.remove(slot) else { return false };
+        self.note(list);
+        true
+    }
+
+    /// Takes out the first slot of the first list that is not empty.
+    pub(super) fn pop(&mut self) -> Option<u32> {
+        if self.present == 0 {
+            return None;
+        }
+        let list = self.present.trailing_zeros() as usize;
+        let slot = self.lists.pop(list);
+        self.note(list);
+        slot
+    }
+
+    fn note(&mut self, list: usize) {
+        if self.lists.len_of(list) == 0 {
+            self.present &= !(1 << list);
+        }
     }
 }
