@@ -12,7 +12,7 @@
 use super::linalg::leverage;
 use super::rotation::MeanRotation;
 use super::{Entry, Score};
-use crate::error::{Result, bail, ensure};
+use crate::error::{Result, ensure};
 use crate::policy::{HeadInput, HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
 use crate::shape::Needs;
@@ -72,10 +72,7 @@ impl Score for CapKv {
     }
 
     fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {
-        let Some(rope) = layer.rope else {
-            bail!(InvalidArgument, "capkv needs the rotation of the model");
-        };
-        let rotation = MeanRotation::new(rope, layer.sequence_len, self.future);
+        let rotation = MeanRotation::of_next("capkv", layer, self.future)?;
         layer.heads.iter().map(|head| self.score_head(layer, head, &rotation)).collect()
     }
 }

@@ -1,5 +1,7 @@
 //! The mean rotation of positions that are still to come.
 
+use crate::error::{Result, bail};
+use crate::policy::LayerInput;
 use crate::shape::{Rope, RopeStyle};
 
 /// The mean of the rotations of a run of positions: each pair turns and shrinks.
@@ -11,14 +13,19 @@ pub(super) struct MeanRotation<'a> {
 }
 
 impl<'a> MeanRotation<'a> {
-    pub(super) fn new(rope: &'a Rope, first: usize, count: usize) -> Self {
+    /// Of the `count` positions after the tokens of a layer, for the score called `name`.
+    pub(super) fn of_next(name: &str, layer: &LayerInput<'a>, count: usize) -> Result<Self> {
+        let Some(rope) = layer.rope else {
+            bail!(InvalidArgument, "{name} needs the rotation of the model");
+        };
+        let first = layer.sequence_len;
         let mean = |freq: &f32| {
             // In f64: angles of late positions are large.
             let turn = |i: usize| ((first + i) as f64 * f64::from(*freq)).sin_cos();
             let (sin, cos) = (0..count).map(turn).fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
             ((cos / count as f64) as f32, (sin / count as f64) as f32)
         };
-        Self { rope, pairs: rope.inv_freq.iter().map(mean).collect() }
+        Ok(Self { rope, pairs: rope.inv_freq.iter().map(mean).collect() })
     }
 
     /// The elements of pair `i`.
