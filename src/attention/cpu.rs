@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use super::Options;
-use super::decoded::{self, DECODE_FROM};
+use super::decoded::DECODE_FROM;
 use super::job::{Job, Piece};
 use super::plan::{Plan, Task};
 use super::state::States;
@@ -12,7 +12,7 @@ use crate::device::tensor::{Tensor, TensorMut};
 use crate::quantizer::{Cell, Quantizer, Side};
 use crate::sequence::{FIRST_STATISTIC, QueryStatistics};
 use crate::shape::Needs;
-use crate::simd::{self, Rows};
+use crate::simd::{self, Format, Rows};
 
 /// One call of `run`.
 pub(super) struct Call<'a> {
@@ -121,7 +121,7 @@ impl Call<'_> {
             cell.ahead = next;
             let out = &mut part.out[first * job.dim..][..piece.queries.len() * job.group * job.dim];
             if decodes(job, piece, format) {
-                decoded::axpy(&decode(value, &cell, decoded), scores, out);
+                kernels.axpy(Format::F32, &decode(value, &cell, decoded), scores, out);
             } else {
                 value.axpy(&cell, scores, out);
             }
@@ -173,7 +173,8 @@ impl Call<'_> {
                 let mut cell = self.cache.cell(view, job.cell, Side::Key, piece.rows.clone());
                 cell.ahead = self.cache.cell(view, job.cell, Side::Value, 0..0).bytes;
                 if decodes(job, &piece, this) {
-                    decoded::dot(&decode(key, &cell, decoded), queries, scores);
+                    let rows = decode(key, &cell, decoded);
+                    simd::active().dot(Format::F32, &rows, queries, scores);
                 } else {
                     key.dot(&cell, queries, scores);
                 }

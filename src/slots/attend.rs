@@ -15,7 +15,7 @@ use super::dense::Dense;
 use super::lane::Block;
 use super::{Slots, SlotsConfig, check_shape};
 use crate::attention::States;
-use crate::attention::decoded::{self, DECODE_FROM};
+use crate::attention::decoded::DECODE_FROM;
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::error::{Result, ensure};
 use crate::quantizer::{Cell, Quantizer};
@@ -462,7 +462,7 @@ impl Source<'_> {
                 }
             };
         };
-        decoded::dot(&self.decode(rows, decoded), queries, scores);
+        simd::active().dot(Format::F32, &self.decode(rows, decoded), queries, scores);
     }
 
     /// `outputs[i] += sum over t of weights[i, t] * row[t]`.
@@ -483,7 +483,7 @@ impl Source<'_> {
                 }
             };
         };
-        decoded::axpy(&self.decode(rows, decoded), weights, outputs);
+        simd::active().axpy(Format::F32, &self.decode(rows, decoded), weights, outputs);
     }
 
     fn decode<'a>(&self, rows: Range<usize>, decoded: &'a mut Vec<f32>) -> Rows<'a> {
