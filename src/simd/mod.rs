@@ -117,7 +117,7 @@ fn choose(forced: Option<String>) -> (&'static Kernels, Option<Error>) {
 /// Every method panics when lengths do not fit together: a bug in the caller.
 impl Kernels {
     /// `scores[i, t] = queries[i] . row[t]`, overwriting. `queries` is `[n, dim]`, `scores` is
-    /// `[n, rows.count]`. Each row is read and dequantized once for up to 8 queries.
+    /// `[n, rows.count]`. Each row is read and unpacked once for a batch of queries.
     pub fn dot(&self, format: Format, rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]) {
         rows.check(format);
         rows.check_batch("queries", queries.len(), "scores", scores.len());

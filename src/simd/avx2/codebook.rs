@@ -6,8 +6,9 @@
 
 use std::arch::x86_64::*;
 
+use super::format::broadcast_f16;
 use super::levels::Tq;
-use super::whole::{Factor, Whole, broadcast_f16, gather_f16};
+use super::whole::{Factor, Whole, gather_f16};
 use crate::simd::rows::{Rows, tq_levels};
 
 /// Levels are integers times the reciprocal of this: 13 bits with their sign.

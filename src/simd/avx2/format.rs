@@ -271,13 +271,12 @@ impl<C: Format + Width> Format for Affine<C> {
     no_tail!();
 }
 
+/// One f16 in every lane.
+///
 /// # Safety
 /// The CPU has AVX2 and F16C, and `at` points to two bytes.
 #[inline(always)]
 pub(super) unsafe fn broadcast_f16(at: *const u8) -> __m256 {
     // SAFETY: by contract.
-    unsafe {
-        let bits = i32::from(at.cast::<u16>().read_unaligned());
-        _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))
-    }
+    unsafe { _mm256_cvtph_ps(_mm_set1_epi16(at.cast::<i16>().read_unaligned())) }
 }

@@ -16,7 +16,7 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::math::{fetch, load, sum_lanes};
+use super::math::{fetch, load, store_four, store_one, sum_each, sum_lanes};
 use super::rows as decoded;
 use super::whole::{Factor, Whole};
 use crate::simd::rows::{BLOCK, Rows};
@@ -151,19 +151,11 @@ fn dot_batch<W: Whole, const Q: usize>(
             for r in 0..4 {
                 lines[r] = _mm_mul_ps(dot_row::<W, Q>(rows, row(t + r), &prepared), factors);
             }
-            let [a, b, c, d] = &mut lines;
-            _MM_TRANSPOSE4_PS(a, b, c, d);
-            for q in 0..Q {
-                _mm_storeu_ps(scores.add(q * count + t), lines[q]);
-            }
+            store_four::<Q>(lines, scores.add(t), count);
         }
         for t in whole..count {
             let line = _mm_mul_ps(dot_row::<W, Q>(rows, row(t), &prepared), factors);
-            let mut values = [0.0; 4];
-            _mm_storeu_ps(values.as_mut_ptr(), line);
-            for q in 0..Q {
-                *scores.add(q * count + t) = values[q];
-            }
+            store_one::<Q>(line, scores.add(t), count);
         }
     }
 }
@@ -203,9 +195,7 @@ unsafe fn dot_row<W: Whole, const Q: usize>(
                 }
             }
         }
-        let [a, b, c, d] = sums;
-        let pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-        _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs))
+        sum_each(sums)
     }
 }
 

@@ -127,19 +127,18 @@ impl Format for Q5_1 {
     no_tail!();
 }
 
-/// Looks 16 nibbles and the 16 above them up in a table of bytes.
+/// 16 bytes of a table, by the low (`half` 0) or the high nibbles at `at`.
 ///
 /// # Safety
 /// `at` points to 16 bytes; the CPU has AVX2.
 #[inline(always)]
-unsafe fn look_up(table: &[i8; 16], at: *const u8) -> [__m128i; 2] {
+pub(super) unsafe fn look_up(table: &[i8; 16], at: *const u8, half: usize) -> __m128i {
     // SAFETY: by contract.
     unsafe {
-        let table = _mm_loadu_si128(table.as_ptr().cast());
         let bytes = _mm_loadu_si128(at.cast());
-        let mask = _mm_set1_epi8(15);
-        let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask);
-        [_mm_shuffle_epi8(table, _mm_and_si128(bytes, mask)), _mm_shuffle_epi8(table, high)]
+        let bytes = if half == 0 { bytes } else { _mm_srli_epi16::<4>(bytes) };
+        let codes = _mm_and_si128(bytes, _mm_set1_epi8(15));
+        _mm_shuffle_epi8(_mm_loadu_si128(table.as_ptr().cast()), codes)
     }
 }
 
@@ -171,7 +170,9 @@ macro_rules! table_of_bytes {
                 // SAFETY: a block is its scale and 16 bytes of codes.
                 unsafe {
                     let at = row.add(block * $bytes);
-                    Self { levels: look_up($levels, at.add($codes_at)), d: $scale(at) }
+                    let codes = at.add($codes_at);
+                    let levels = [look_up($levels, codes, 0), look_up($levels, codes, 1)];
+                    Self { levels, d: $scale(at) }
                 }
             }
 
@@ -203,7 +204,8 @@ impl Format for Nvfp4 {
         unsafe {
             let at = row.add(block / 2 * 36);
             let scales = at.add(block % 2 * 2);
-            let levels = look_up(&E2M1, at.add(4 + block % 2 * 16));
+            let codes = at.add(4 + block % 2 * 16);
+            let levels = [look_up(&E2M1, codes, 0), look_up(&E2M1, codes, 1)];
             Self { levels, d: [0.5 * e4m3(*scales), 0.5 * e4m3(*scales.add(1))] }
         }
     }

@@ -30,6 +30,56 @@ pub(super) fn axpy(factor: f32, x: &[f32], y: &mut [f32]) {
     scalar::axpy_f32(factor, x_rest, y_rest);
 }
 
+/// The sum of the lanes of each of four vectors.
+///
+/// # Safety
+/// The CPU has AVX.
+#[inline(always)]
+pub(super) unsafe fn sum_each([a, b, c, d]: [__m256; 4]) -> __m128 {
+    // SAFETY: by contract.
+    unsafe {
+        let pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs))
+    }
+}
+
+/// Writes the scores of four rows, each a vector of up to four queries, to `Q` rows of scores that
+/// are `count` apart.
+///
+/// # Safety
+/// The CPU has AVX; four scores fit at `target` in each of the `Q` rows.
+#[inline(always)]
+pub(super) unsafe fn store_four<const Q: usize>(
+    mut lines: [__m128; 4],
+    target: *mut f32,
+    count: usize,
+) {
+    // SAFETY: by contract.
+    unsafe {
+        let [a, b, c, d] = &mut lines;
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        for (q, line) in lines.iter().enumerate().take(Q) {
+            _mm_storeu_ps(target.add(q * count), *line);
+        }
+    }
+}
+
+/// As [`store_four`], for one row.
+///
+/// # Safety
+/// The CPU has AVX; one score fits at `target` in each of the `Q` rows.
+#[inline(always)]
+pub(super) unsafe fn store_one<const Q: usize>(line: __m128, target: *mut f32, count: usize) {
+    let mut values = [0.0; 4];
+    // SAFETY: by contract.
+    unsafe {
+        _mm_storeu_ps(values.as_mut_ptr(), line);
+        for (q, value) in values.iter().enumerate().take(Q) {
+            *target.add(q * count) = *value;
+        }
+    }
+}
+
 /// Asks memory for the `part`-th of `parts` equal parts of the bytes that are wanted next.
 #[inline(always)]
 pub(super) fn fetch(ahead: &[u8], part: usize, parts: usize) {

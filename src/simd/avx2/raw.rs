@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::format::Raw;
-use super::math::fetch;
+use super::math::{fetch, store_four, store_one, sum_each};
 use crate::simd::rows::Rows;
 
 /// Queries or outputs of a batch.
@@ -56,19 +56,11 @@ fn dot_batch<F: Raw, const R: usize, const Q: usize>(
                 let some = dot_rows::<F, R, Q>(row(t + first), rows.stride, queries, dim);
                 lines[first..first + R].copy_from_slice(&some);
             }
-            let [a, b, c, d] = &mut lines;
-            _MM_TRANSPOSE4_PS(a, b, c, d);
-            for q in 0..Q {
-                _mm_storeu_ps(scores.add(q * count + t), lines[q]);
-            }
+            store_four::<Q>(lines, scores.add(t), count);
         }
         for t in whole..count {
             let [line] = dot_rows::<F, 1, Q>(row(t), rows.stride, queries, dim);
-            let mut values = [0.0; BATCH];
-            _mm_storeu_ps(values.as_mut_ptr(), line);
-            for q in 0..Q {
-                *scores.add(q * count + t) = values[q];
-            }
+            store_one::<Q>(line, scores.add(t), count);
         }
     }
 }
@@ -103,7 +95,9 @@ unsafe fn dot_rows<F: Raw, const R: usize, const Q: usize>(
         }
         let mut lines = [_mm_setzero_ps(); R];
         for r in 0..R {
-            lines[r] = add_lanes(&sums[r]);
+            let mut all = [_mm256_setzero_ps(); BATCH];
+            all[..Q].copy_from_slice(&sums[r]);
+            lines[r] = sum_each(all);
         }
         lines
     }
@@ -122,22 +116,6 @@ fn add_tails<F: Raw>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]) {
                 scores[t] += x * query[column];
             }
         }
-    }
-}
-
-/// The sum of the lanes of each of up to four vectors.
-///
-/// # Safety
-/// The CPU has AVX.
-#[inline(always)]
-unsafe fn add_lanes<const Q: usize>(sums: &[__m256; Q]) -> __m128 {
-    // SAFETY: by contract.
-    unsafe {
-        let mut all = [_mm256_setzero_ps(); BATCH];
-        all[..Q].copy_from_slice(sums);
-        let [a, b, c, d] = all;
-        let pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-        _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs))
     }
 }
 

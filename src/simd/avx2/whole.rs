@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::format::{Affine2, Affine4, Codes2, Codes4, Format, Q4_0, Q8_0};
-use super::levels::{Int4, Int8, Iq4Nl, Mxfp4, Q4_1, Q5_0, Q5_1};
+use super::format::{Affine2, Affine4, Codes2, Codes4, Format, Q4_0, Q8_0, broadcast_f16};
+use super::levels::{Int4, Int8, Iq4Nl, Mxfp4, Q4_1, Q5_0, Q5_1, look_up};
 use crate::simd::rows::{BLOCK, E2M1, IQ4_NL, Rows, e8m0_half};
 
 /// What the integers of a row are multiplied with.
@@ -80,16 +80,6 @@ pub(super) unsafe fn gather_f16(starts: &[*const u8; 8], distance: usize) -> __m
         let halves = _mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
         _mm256_cvtph_ps(halves)
     }
-}
-
-/// One f16 in every lane.
-///
-/// # Safety
-/// The CPU has F16C and AVX; `at` points to two bytes.
-#[inline(always)]
-pub(super) unsafe fn broadcast_f16(at: *const u8) -> __m256 {
-    // SAFETY: by contract.
-    unsafe { _mm256_cvtph_ps(_mm_set1_epi16(at.cast::<i16>().read_unaligned())) }
 }
 
 /// 16 nibbles, low or high.
@@ -231,22 +221,6 @@ impl Whole for Q5_1 {
     }
 }
 
-/// 16 bytes of a table, by the low or high nibbles at `at`.
-///
-/// # Safety
-/// The CPU has AVX2; `at` points to 16 bytes.
-#[inline(always)]
-unsafe fn look_up(table: &[i8; 16], at: *const u8, half: usize) -> __m256i {
-    // SAFETY: by contract.
-    unsafe {
-        let bytes = _mm_loadu_si128(at.cast());
-        let bytes = if half == 0 { bytes } else { _mm_srli_epi16::<4>(bytes) };
-        let codes = _mm_and_si128(bytes, _mm_set1_epi8(15));
-        let table = _mm_loadu_si128(table.as_ptr().cast());
-        _mm256_cvtepi8_epi16(_mm_shuffle_epi8(table, codes))
-    }
-}
-
 impl Whole for Iq4Nl {
     const LARGEST: i32 = 127;
     scaled!(18);
@@ -254,7 +228,7 @@ impl Whole for Iq4Nl {
     #[inline(always)]
     unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
         // SAFETY: a block is its scale and 16 bytes of codes.
-        unsafe { look_up(&IQ4_NL, row.add(block * 18 + 2), half) }
+        unsafe { _mm256_cvtepi8_epi16(look_up(&IQ4_NL, row.add(block * 18 + 2), half)) }
     }
 }
 
@@ -265,7 +239,7 @@ impl Whole for Mxfp4 {
     #[inline(always)]
     unsafe fn half(_: &Rows<'_>, row: *const u8, block: usize, half: usize) -> __m256i {
         // SAFETY: a block is its exponent and 16 bytes of codes.
-        unsafe { look_up(&E2M1, row.add(block * 17 + 1), half) }
+        unsafe { _mm256_cvtepi8_epi16(look_up(&E2M1, row.add(block * 17 + 1), half)) }
     }
 
     #[inline(always)]
