@@ -176,6 +176,9 @@ impl Manager {
     }
 }
 
+/// What attention of this library tells policies that have a use for it, though none insists.
+const OFFERED: Needs = Needs::LAST_ROW;
+
 /// Refuses a policy that the cache or the engine cannot serve, naming the stage and what is missing.
 /// The engine has `told` these things.
 fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Result<()> {
@@ -506,7 +509,8 @@ impl Session {
         if policy.changes_values(event) {
             return self.run_with_values(event, &policy);
         }
-        let mut layers = Layers::new(&self.sequence, self.manager.as_deref(), policy.needs());
+        let mut layers =
+            Layers::new(&self.sequence, self.manager.as_deref(), policy.needs_with(OFFERED));
         let kept = policy.select(event, &mut layers)?;
         let mut done = vec![false; self.sequence.lanes().len()];
         for (layer, heads) in kept.iter().enumerate() {
@@ -528,7 +532,7 @@ impl Session {
         for layer in 0..shape.num_layers {
             let kept = {
                 let manager = self.manager.as_deref();
-                let mut layers = Layers::new(&self.sequence, manager, policy.needs());
+                let mut layers = Layers::new(&self.sequence, manager, policy.needs_with(OFFERED));
                 policy.select_layer(event, &mut layers, layer)?
             };
             let mut lanes: Vec<(usize, KeepSet, Vec<Vec<f32>>)> = Vec::new();
@@ -583,11 +587,12 @@ fn fresh_key() -> Key {
 fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Observation>> {
     let attention = Needs::QUERY_WINDOW.union(Needs::COLUMN_SUM).union(Needs::QUERY_STATISTICS);
     let attention = attention.union(Needs::HIDDEN).union(Needs::REPLAY);
-    let attention = attention.union(Needs::LOW_COUNT);
-    let needs = policy.needs();
-    (needs.0 & attention.0 != 0).then(|| {
+    let attention = attention.union(Needs::LOW_COUNT).union(Needs::LAST_ROW);
+    let needs = policy.needs_with(OFFERED);
+    (needs.0 & attention.0 != 0 || policy.selector().is_some()).then(|| {
         let shape = &cache.config().shape;
         let observation = Observation::new(shape, needs, policy.query_window());
-        Arc::new(observation.with_history(policy.history()))
+        let observation = observation.with_history(policy.history());
+        Arc::new(observation.with_selector(policy.selector().cloned()))
     })
 }

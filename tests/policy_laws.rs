@@ -111,6 +111,7 @@ impl Head {
             query_covariance: &self.query_covariance,
             gate_scores: &self.gate_scores,
             replay_maxima: &self.replay_maxima,
+            last_row: &[],
             low_counts: &self.column_sums,
         }
     }

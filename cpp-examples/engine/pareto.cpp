@@ -48,6 +48,10 @@ const char *kPolicies[] = {
     "capkv | keep(%)",
     "kvzip | global | keep(%)",
     "nacl(w=32) | keep(%)",
+    "cake(w=32) | preferences(w=32) | keep(%)",
+    "keyformer(w=32) | keep(%)",
+    "pyramidinfer(w=32) | pyramid(w=32) | keep(%)",
+    "h2o(recent=32) | buzz | keep(%)",
     "simlayer(threshold=%, recent=64)",
     "fastgen(mass=%)",
     "leverage | keep(%)",
@@ -59,8 +63,8 @@ const char *kPolicies[] = {
 const char *kQuantizers[] = {"q8_0", "q4_0", "k=had+q4_0, v=q4_0", "kivi4", "kivi2"};
 
 /// Combinations: the policies worth it, with each of these formats.
-const char *kCombined[] = {"stream(sink=4)", "snapkv(w=32)", "snapkv(w=32) | adakv(0.2)"};
-const char *kCombinedFormats[] = {"q8_0", "k=had+q4_0, v=q4_0", "kivi2"};
+const char *kCombined[] = {"stream(sink=4)", "snapkv(w=32) | adakv(0.2)", "kvzip | global"};
+const char *kCombinedFormats[] = {"q8_0", "k=had+q4_0, v=q4_0"};
 
 const char *kShares[] = {"0.5", "0.25", "0.1"};
 
@@ -76,14 +80,14 @@ std::vector<Spec> specs(const std::string &only) {
   std::vector<Spec> all{{"full", "full"}};
   for (const std::string quantizer : kQuantizers)
     all.push_back({"quantizers", "quant(" + quantizer + ")"});
-  for (const std::string policy : kPolicies)
-    for (const char *share : kShares) all.push_back({policy, fill(policy, share)});
   for (const std::string policy : kCombined)
     for (const std::string format : kCombinedFormats) {
       const std::string line = policy + " | keep(%) | quant(" + format + ")";
-      for (const char *share : {"0.75", "0.5", "0.35", "0.25", "0.1"})
+      for (const char *share : {"0.75", "0.5", "0.35", "0.25"})
         all.push_back({line, fill(line, share)});
     }
+  for (const std::string policy : kPolicies)
+    for (const char *share : kShares) all.push_back({policy, fill(policy, share)});
   // The full cache, which the others are compared with, stays.
   all.erase(std::remove_if(all.begin() + 1, all.end(),
                            [&](const Spec &spec) {
@@ -183,9 +187,9 @@ std::string csv(const std::vector<Result> &results) {
 
 Options parse(int argc, char **argv) {
   Options options;
-  options.task.window = 1536;
-  options.task.scored = 192;
-  options.task.prompts = 40;
+  options.task.window = 768;
+  options.task.scored = 96;
+  options.task.prompts = 20;
   engine::Arguments arguments(argc, argv);
   while (arguments.next()) {
     const std::string arg = arguments.current();

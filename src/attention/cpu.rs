@@ -3,10 +3,13 @@
 use std::cell::RefCell;
 
 use super::Options;
+use super::choose::ChoiceScratch;
 use super::decoded::DECODE_FROM;
 use super::job::{Job, Piece};
 use super::plan::{Plan, Task};
+use super::received::Weights;
 use super::state::States;
+use super::walk::Blocks;
 use crate::cache::{Cache, OPEN};
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::quantizer::{Cell, Quantizer, Side};
@@ -24,18 +27,23 @@ pub(super) struct Call<'a> {
 
 /// Buffers of a thread. They only grow, so a steady state allocates nothing.
 #[derive(Debug, Default)]
-struct Scratch {
+pub(super) struct Scratch {
     /// Scaled queries, `[tile, group, dim]`.
-    queries: Vec<f32>,
-    rows: RowScratch,
+    pub(super) queries: Vec<f32>,
+    pub(super) rows: RowScratch,
     /// The state of one format.
     part: States,
     /// The state of all formats.
     total: States,
     /// Log-sum-exp of each row.
-    lse: Vec<f32>,
+    pub(super) lse: Vec<f32>,
     /// The queries of a group as they came, `[group, dim]`.
     observed: Vec<f32>,
+    /// The weights of all rows, if the policy wants to know them.
+    pub(super) weights: Weights,
+    /// The blocks that a selector has chosen.
+    blocks: Blocks,
+    choice: ChoiceScratch,
 }
 
 /// What it takes to read rows.
@@ -64,19 +72,35 @@ impl Call<'_> {
     ) {
         SCRATCH.with_borrow_mut(|scratch| {
             for task in self.plan.share(self.layer, worker, num_workers) {
-                let job = self.job(self.plan.tasks[task]);
-                self.attend(&job, query, scratch);
-                let Task { part, num_parts, split, .. } = job.task;
-                if num_parts > 1
-                    && !self.plan.splits[split].arrive(self.layer, part, &mut scratch.total)
-                {
-                    continue;
+                let task = self.plan.tasks[task];
+                let mut blocks = std::mem::take(&mut scratch.blocks);
+                let is_chosen = self.choose(task, query, &mut blocks, &mut scratch.choice);
+                let mut job = self.job(task);
+                if is_chosen {
+                    job.walk.chosen = Some(blocks.chosen());
                 }
-                self.finish(&job, scratch);
-                write_out(&job, scratch, output, lse);
-                self.observe(&job, query, scratch);
+                self.run_job(&job, query, output, lse, scratch);
+                scratch.blocks = blocks;
             }
         });
+    }
+
+    fn run_job(
+        &self,
+        job: &Job<'_>,
+        query: &Tensor<'_>,
+        output: &TensorMut<'_>,
+        lse: Option<&TensorMut<'_>>,
+        scratch: &mut Scratch,
+    ) {
+        self.attend(job, query, scratch);
+        let Task { part, num_parts, split, .. } = job.task;
+        if num_parts > 1 && !self.plan.splits[split].arrive(self.layer, part, &mut scratch.total) {
+            return;
+        }
+        self.finish(job, scratch);
+        write_out(job, scratch, output, lse);
+        self.observe(job, query, scratch);
     }
 
     fn job(&self, task: Task) -> Job<'_> {
@@ -97,6 +121,7 @@ impl Call<'_> {
             target.iter_mut().for_each(|x| *x *= scale);
         }
         scratch.total.reset(rows, job.dim);
+        scratch.weights.clear();
         for format in 0..self.cache.formats().len() {
             if job.walk.spans.iter().any(|span| span.block.view.format() == format) {
                 self.attend_format(job, format, scratch);
@@ -107,14 +132,18 @@ impl Call<'_> {
 
     /// Attends to the spans in one format: fills `scratch.part`.
     fn attend_format(&self, job: &Job<'_>, format: usize, scratch: &mut Scratch) {
-        let Scratch { queries, rows, part, .. } = scratch;
+        let Scratch { queries, rows, part, weights, .. } = scratch;
         part.reset(job.rows(), job.dim);
+        let keeps_weights = job.keeps_weights();
         let kernels = simd::active();
         let value = self.cache.formats()[format].side(Side::Value);
         self.visit(job, Some(format), queries, rows, |piece, next, scores, decoded| {
             let first = piece.queries.start * job.group;
             for (row, scores) in scores.chunks_exact_mut(piece.rows.len()).enumerate() {
                 part.weigh(first + row, scores, kernels);
+            }
+            if keeps_weights {
+                weights.push(piece.index, scores, &part.max);
             }
             let view = &piece.span.block.view;
             let mut cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
@@ -265,8 +294,8 @@ impl Call<'_> {
             let Scratch { queries, rows, lse, .. } = &mut *scratch;
             self.add_low_counts(job, observation, queries, rows, lse);
         }
-        if needs.contains(Needs::COLUMN_SUM) {
-            self.add_column_sums(job, scratch);
+        if needs.0 & Needs::COLUMN_SUM.union(Needs::LAST_ROW).0 != 0 {
+            self.note_received(job, observation, scratch);
         }
     }
 
@@ -287,26 +316,6 @@ impl Call<'_> {
             }
             statistics.add(rows, job.dim);
         }
-    }
-
-    /// Second pass: probabilities from the log-sum-exp, exact without having been kept.
-    fn add_column_sums(&self, job: &Job<'_>, scratch: &mut Scratch) {
-        let Some(observation) = &job.sequence.observation else { return };
-        let Scratch { queries, rows, lse, .. } = scratch;
-        let kernels = simd::active();
-        let mut head = observation.head(self.layer, job.task.kv_head).lock();
-        if head.column_sums.len() < job.lane.len {
-            head.column_sums.resize(job.lane.len, 0.0);
-        }
-        self.visit(job, None, queries, rows, |piece, _, scores, _| {
-            let first = piece.queries.start * job.group;
-            let rows = piece.rows.len();
-            for (row, scores) in scores.chunks_exact_mut(rows).enumerate() {
-                kernels.exp_sub(scores, lse[first + row]);
-                let sums = &mut head.column_sums[piece.index..][..rows];
-                sums.iter_mut().zip(scores).for_each(|(sum, p)| *sum += *p);
-            }
-        });
     }
 }
 

@@ -12,15 +12,19 @@
 //! `(worker, num_workers)`. With few queries over a long context the rows are split as well, and
 //! the last worker to finish a head merges. Outputs do not depend on the number of workers.
 //!
+//! A sequence whose policy has a selector chooses for itself which blocks a decode step reads.
+//!
 //! Row `t` of a lane is visible to query `i` of `n` if `t <= len - n + i` and, with a sliding
 //! window, if their distance is below it. Distances are differences of original positions, or of
 //! indices inside the cache for sequences that are cache relative.
 
+mod choose;
 mod counts;
 mod cpu;
 pub(crate) mod decoded;
 mod job;
 mod plan;
+mod received;
 pub mod reference;
 mod replay;
 mod split;

@@ -2,10 +2,14 @@
 //! its tokens through eviction, truncation and fork.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
+use super::index::BlockIndex;
+use super::received::{Received, keep_rows};
 use super::statistics::QueryStatistics;
+use crate::selector::Selector;
 use crate::shape::{KeepSet, ModelShape, Needs};
 
 /// Queries of earlier positions are left out of statistics: sinks are unlike all others.
@@ -20,6 +24,7 @@ pub struct Observation {
     heads: Vec<Mutex<HeadObservation>>,
     num_kv_heads: usize,
     history: usize,
+    selector: Option<Arc<dyn Selector>>,
     /// What reserved tokens replay, if they do.
     replay: RwLock<Option<Replay>>,
     /// For each layer, the lengths of the hidden states of the reserved tokens.
@@ -37,13 +42,12 @@ pub struct Replay {
 }
 
 /// Observations of one (layer, KV head).
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default)]
 pub struct HeadObservation {
     /// The last queries, oldest first: position and `[group, head_dim]` elements each.
     queries: Vec<(i32, Box<[f32]>)>,
-    /// Attention probability that each cached row received so far, summed over queries and over
-    /// the query heads of the group.
-    pub column_sums: Vec<f32>,
+    /// Attention probability that each cached row received.
+    pub received: Received,
     /// Queries that gave each row less than an even share since the last eviction.
     pub low_counts: Vec<f32>,
     /// Statistics of each query head of the group, from position [`FIRST_STATISTIC`] on. Tokens that
@@ -54,6 +58,8 @@ pub struct HeadObservation {
     /// For each query head of the group, the largest probability that each row received from a token
     /// that replays it; NaN for rows that none has.
     pub replay_maxima: Vec<Vec<f32>>,
+    /// What the selector knows of the blocks, once attention has asked it.
+    pub index: Option<BlockIndex>,
 }
 
 impl Observation {
@@ -66,6 +72,7 @@ impl Observation {
             heads,
             num_kv_heads: shape.num_kv_heads,
             history: 0,
+            selector: None,
             replay: RwLock::default(),
             replay_norms: (0..shape.num_layers).map(|_| RwLock::default()).collect(),
         }
@@ -75,6 +82,17 @@ impl Observation {
     #[must_use]
     pub fn with_history(self, history: usize) -> Self {
         Self { history, ..self }
+    }
+
+    /// The same for a policy that chooses what decode steps read.
+    #[must_use]
+    pub fn with_selector(self, selector: Option<Arc<dyn Selector>>) -> Self {
+        Self { selector, ..self }
+    }
+
+    /// What chooses the blocks that decode steps read, if not all of them.
+    pub fn selector(&self) -> Option<&Arc<dyn Selector>> {
+        self.selector.as_ref()
     }
 
     /// Queries of each call that count.
@@ -107,6 +125,7 @@ impl Observation {
             heads: self.heads.iter().map(copy).collect(),
             num_kv_heads: self.num_kv_heads,
             history: self.history,
+            selector: self.selector.clone(),
             replay: RwLock::default(),
             replay_norms: self.replay_norms.iter().map(|_| RwLock::default()).collect(),
         }
@@ -139,10 +158,17 @@ impl Observation {
         }
     }
 
+    /// Says that the tokens below `limit` are real and that no others are reserved.
+    pub fn commit(&self, limit: i32) {
+        for head in &self.heads {
+            head.lock().commit(limit, self.needs);
+        }
+    }
+
     /// Forgets queries at positions of `limit` and above.
     pub fn truncate(&self, limit: i32) {
         for head in &self.heads {
-            head.lock().queries.retain(|(position, _)| *position < limit);
+            head.lock().commit(limit, Needs::NONE);
         }
     }
 }
@@ -186,21 +212,29 @@ impl HeadObservation {
     /// Keeps what is known of the surviving rows of a lane. Counts start anew.
     pub fn keep(&mut self, keep: &KeepSet, len: usize) {
         self.low_counts.clear();
-        for (plane, missing) in [(&mut self.column_sums, 0.0), (&mut self.gate_scores, f32::NAN)] {
-            if !plane.is_empty() {
-                plane.resize(len, missing);
-                *plane = keep.iter().map(|row| plane[row]).collect();
-            }
+        self.received.keep(keep, len);
+        if let Some(index) = &mut self.index {
+            index.keep(keep);
         }
+        keep_rows(&mut self.gate_scores, keep, len, f32::NAN);
         for plane in &mut self.replay_maxima {
-            plane.resize(len, f32::NAN);
-            *plane = keep.iter().map(|row| plane[row]).collect();
+            keep_rows(plane, keep, len, f32::NAN);
         }
+    }
+
+    /// Tokens below `limit` are real: what is known of queries of others is forgotten.
+    fn commit(&mut self, limit: i32, asked: Needs) {
+        let real = self.queries.partition_point(|(position, _)| *position < limit);
+        self.queries.truncate(real);
+        self.received.commit(limit, asked);
     }
 
     /// Forgets what is known of rows from `len` on.
     pub fn truncate_rows(&mut self, len: usize) {
-        self.column_sums.truncate(len);
+        self.received.truncate_rows(len);
+        if let Some(index) = &mut self.index {
+            index.truncate_rows(len);
+        }
         self.low_counts.truncate(len);
         self.gate_scores.truncate(len);
         self.replay_maxima.iter_mut().for_each(|plane| plane.truncate(len));

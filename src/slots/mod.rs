@@ -130,6 +130,11 @@ pub fn parse_spec(spec: &str) -> Result<Pipeline> {
         Unsupported,
         "slots cannot change values of tokens that stay, as merging does"
     );
+    ensure!(
+        policy.selector().is_none(),
+        Unsupported,
+        "slots are read as the mask says, a selector would have to choose among them"
+    );
     let missing = policy.needs().without(OBSERVED);
     ensure!(
         missing == Needs::NONE && policy.position_mode() == PositionMode::Keep,
