@@ -76,7 +76,8 @@ impl Engine {
             dtype: DType::F16,
             num_threads: threads,
             num_blocks: 2 * SHAPE.num_kv_heads * (tokens / block_size + 64),
-            memory_limit: 0,
+            // As much for all lane widths: the cache takes huge pages or does not by it.
+            memory_limit: 8 * tokens * SHAPE.num_kv_heads * SHAPE.head_dim * 4,
             spec: spec.to_string(),
             evictor: "lru".to_string(),
             salt: 0,

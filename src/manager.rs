@@ -198,10 +198,11 @@ fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Result<()> {
             true => "hand over the weights of every layer first",
             false => "set rope_style in the cache configuration",
         };
+        let stage = policy.needed_by(missing).unwrap_or(policy.spec());
         bail!(
             Unsupported,
-            "{} needs {} from the engine: {remedy}",
-            policy.needed_by(missing).unwrap_or(policy.spec()),
+            "column {}: {stage} needs {} from the engine: {remedy}",
+            policy.column_of(stage),
             needs.missing_from(caps).join(", ")
         );
     }
@@ -210,7 +211,11 @@ fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Result<()> {
     let found = cache.config().lane_width;
     if rank(found) < rank(needed) {
         let stage = stage.unwrap_or("the spec");
-        bail!(Unsupported, "{stage} needs lanes of width {needed:?}, the cache has {found:?}");
+        bail!(
+            Unsupported,
+            "column {}: {stage} needs lanes of width {needed:?}, the cache has {found:?}",
+            policy.column_of(stage)
+        );
     }
     Ok(())
 }

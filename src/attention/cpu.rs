@@ -13,7 +13,7 @@ use super::walk::Blocks;
 use crate::cache::{Cache, OPEN};
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::quantizer::{Cell, Quantizer, Side};
-use crate::sequence::{FIRST_STATISTIC, QueryStatistics};
+use crate::sequence::{FIRST_STATISTIC, MAX_DRAFTS, QueryStatistics, Span};
 use crate::shape::Needs;
 use crate::simd::{self, Format, Rows};
 
@@ -38,7 +38,7 @@ pub(super) struct Scratch {
     /// Log-sum-exp of each row.
     pub(super) lse: Vec<f32>,
     /// The queries of a group as they came, `[group, dim]`.
-    observed: Vec<f32>,
+    pub(super) observed: Vec<f32>,
     /// The weights of all rows, if the policy wants to know them.
     pub(super) weights: Weights,
     /// The blocks that a selector has chosen.
@@ -143,7 +143,7 @@ impl Call<'_> {
                 part.weigh(first + row, scores, kernels);
             }
             if keeps_weights {
-                weights.push(piece.index, scores, &part.max);
+                weights.push(piece, scores, &part.max);
             }
             let view = &piece.span.block.view;
             let mut cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
@@ -174,20 +174,24 @@ impl Call<'_> {
         let RowScratch { prepared, scores, decoded } = scratch;
         let part = job.part();
         let mut ready: Option<(usize, i32)> = None;
-        for i in job.walk.stop_of(part.start)..job.walk.num_stops() {
+        let mut following = job.walk.stop_of(part.start);
+        while following < job.walk.num_stops() {
+            let i = following;
             let stop = job.walk.stop(i);
             if stop.offset >= part.end {
                 break;
             }
+            let spans = self.spans_of_block(job, i);
+            following += spans.len().max(1);
             let span = stop.span;
             let this = span.block.view.format();
             if format.is_some_and(|format| format != this) {
                 continue;
             }
             let key = self.cache.formats()[this].side(Side::Key);
-            let next = self.keys_of_stop(job, i + 1);
+            let next = self.keys_of_stop(job, following);
             let shift = job.shift(span);
-            for piece in job.pieces(stop, self.options.sliding_window) {
+            for piece in job.pieces(stop, spans, self.options.sliding_window) {
                 if ready != Some((this, shift)) {
                     self.turn(job, shift, queries, prepared);
                     if job.rows() < DECODE_FROM {
@@ -208,9 +212,35 @@ impl Call<'_> {
                     key.dot(&cell, queries, scores);
                 }
                 self.shape_logits(job, &piece, scores);
+                piece.hide_evicted(scores);
                 each(&piece, next, scores, decoded);
             }
         }
+    }
+
+    /// The spans from stop `i` on that are of one block, if they are several and can be gone over as
+    /// one: there is one query, and nothing depends on where each row was.
+    fn spans_of_block<'a>(&self, job: &Job<'a>, i: usize) -> &'a [Span] {
+        let Options { sliding_window, alibi_slopes, .. } = *self.options;
+        let (walk, sequence) = (&job.walk, job.sequence);
+        let observation = sequence.observation.as_ref();
+        let is_plain = job.task.num_queries == 1
+            && walk.chosen.is_none()
+            && sliding_window == 0
+            && alibi_slopes.is_none()
+            && !sequence.cache_relative
+            && !observation.is_some_and(|seen| seen.needs().contains(Needs::LOW_COUNT));
+        let is_split = |pair: &[Span]| pair.len() == 2 && pair[0].block.id == pair[1].block.id;
+        if !is_plain || !is_split(&walk.spans[i..(i + 2).min(walk.spans.len())]) {
+            return &[];
+        }
+        let id = walk.spans[i].block.id;
+        let count = walk.spans[i..].iter().take_while(|span| span.block.id == id).count();
+        let last = i + count - 1;
+        let rows = walk.starts[i]..walk.starts[last] + walk.spans[last].count as usize;
+        let part = job.part();
+        let fits = part.start <= rows.start && rows.end <= part.end.min(job.last_index(0) + 1);
+        if fits { &walk.spans[i..=last] } else { &[] }
     }
 
     /// The keys at a stop of the walk, if there is one.
@@ -277,7 +307,11 @@ impl Call<'_> {
         let needs = observation.needs();
         if needs.contains(Needs::QUERY_WINDOW) {
             let mut head = observation.head(self.layer, job.task.kv_head).lock();
-            let newest = job.sequence.num_queries.saturating_sub(observation.window());
+            // Any of a few drafts may turn out to be the last that counts.
+            let newest = match job.sequence.num_queries <= MAX_DRAFTS {
+                true => 0,
+                false => job.sequence.num_queries.saturating_sub(observation.window()),
+            };
             let observed = &mut scratch.observed;
             observed.resize(job.group * job.dim, 0.0);
             for i in newest.saturating_sub(job.task.first_query)..job.task.num_queries {

@@ -13,12 +13,17 @@ use crate::simd;
 /// Weights of the pieces of a task with one query.
 #[derive(Debug, Default)]
 pub(super) struct Weights {
-    /// `exp(logit - maximum)` of each piece, `[group, rows]`.
+    /// `exp(logit - maximum)` of each piece, `[group, rows]`, one piece after the other.
     values: Vec<f32>,
-    /// Index in the lane of the first row of each piece, and its rows.
-    pieces: Vec<(usize, usize)>,
-    /// The maximum of each query head when its piece was weighed, `[pieces, group]`.
+    /// Rows of each piece, evicted ones included, and whether a maximum rose with it.
+    pieces: Vec<(usize, bool)>,
+    /// The maximum of each query head since the last rise, `[rises, group]`.
     maxima: Vec<f32>,
+    /// Where rows go: first column over all pieces, index in the lane, rows.
+    runs: Vec<(usize, usize, usize)>,
+    columns: usize,
+    /// Probabilities by column.
+    sums: Vec<f32>,
 }
 
 impl Weights {
@@ -26,28 +31,67 @@ impl Weights {
         self.values.clear();
         self.pieces.clear();
         self.maxima.clear();
+        self.runs.clear();
+        self.columns = 0;
     }
 
-    /// Adds a piece that starts at row `index`: its weights and what they are relative to.
-    pub(super) fn push(&mut self, index: usize, values: &[f32], maxima: &[f32]) {
+    /// Adds a piece: its weights and what they are relative to.
+    pub(super) fn push(&mut self, piece: &Piece<'_>, values: &[f32], maxima: &[f32]) {
         self.values.extend_from_slice(values);
-        self.pieces.push((index, values.len() / maxima.len()));
-        self.maxima.extend_from_slice(maxima);
+        let last = self.maxima.len().saturating_sub(maxima.len());
+        let rises = self.maxima[last..] != *maxima;
+        if rises {
+            self.maxima.extend_from_slice(maxima);
+        }
+        self.pieces.push((piece.rows.len(), rises));
+        let mut index = piece.index;
+        for span in piece.spans {
+            let column = self.columns + span.first as usize - piece.rows.start;
+            self.push_run(column, index, span.count as usize);
+            index += span.count as usize;
+        }
+        if piece.spans.is_empty() {
+            self.push_run(self.columns, index, piece.rows.len());
+        }
+        self.columns += piece.rows.len();
     }
 
-    /// Adds the probabilities of all query heads to `sums`, `[rows]`.
-    fn add_to(&self, sums: &mut [f32], lse: &[f32]) {
-        let kernels = simd::active();
-        let mut values = &self.values[..];
-        for ((index, rows), maxima) in self.pieces.iter().zip(self.maxima.chunks(lse.len())) {
-            for (max, lse) in maxima.iter().zip(lse) {
-                let (weights, rest) = values.split_at(*rows);
-                values = rest;
-                // Nothing seen yet: the weights are zeros.
-                if *max > f32::NEG_INFINITY {
-                    kernels.axpy_f32((max - lse).exp(), weights, &mut sums[*index..][..*rows]);
-                }
+    fn push_run(&mut self, column: usize, index: usize, rows: usize) {
+        match self.runs.last_mut() {
+            Some((first, at, count)) if *first + *count == column && *at + *count == index => {
+                *count += rows;
             }
+            _ => self.runs.push((column, index, rows)),
+        }
+    }
+
+    /// Adds the probabilities of all query heads to `out`, `[rows of the lane]`.
+    fn add_to(&mut self, out: &mut [f32], lse: &[f32], factors: &mut Vec<f32>) {
+        let kernels = simd::active();
+        self.sums.clear();
+        self.sums.resize(self.columns, 0.0);
+        let mut values = &self.values[..];
+        let mut maxima = self.maxima.chunks_exact(lse.len());
+        let mut column = 0;
+        for (rows, rises) in &self.pieces {
+            if *rises && let Some(maxima) = maxima.next() {
+                factors.clear();
+                // Where nothing was seen yet the weights are zeros, and the difference may be NaN.
+                let factor = |(max, lse): (&f32, &f32)| match *max > f32::NEG_INFINITY {
+                    true => (max - lse).exp(),
+                    false => 0.0,
+                };
+                factors.extend(maxima.iter().zip(lse).map(factor));
+            }
+            for factor in factors.iter() {
+                let (weights, rest) = values.split_at(*rows);
+                kernels.axpy_f32(*factor, weights, &mut self.sums[column..][..*rows]);
+                values = rest;
+            }
+            column += rows;
+        }
+        for (column, index, rows) in &self.runs {
+            kernels.axpy_f32(1.0, &self.sums[*column..][..*rows], &mut out[*index..][..*rows]);
         }
     }
 }
@@ -80,7 +124,7 @@ impl Call<'_> {
         scratch: &mut Scratch,
     ) {
         let asked = observation.needs();
-        let Scratch { queries, rows, lse, weights, .. } = scratch;
+        let Scratch { queries, rows, lse, weights, observed, .. } = scratch;
         let mut head = observation.head(self.layer, job.task.kv_head).lock();
         let received = &mut head.received;
         let len = job.lane.len;
@@ -92,7 +136,7 @@ impl Call<'_> {
         }
         if job.task.num_queries == 1 {
             if let Some(sums) = target(job, received, 0, asked) {
-                weights.add_to(sums, lse);
+                weights.add_to(sums, lse, observed);
             }
             return;
         }
@@ -103,13 +147,14 @@ impl Call<'_> {
         }
         let kernels = simd::active();
         self.visit(job, None, queries, rows, |piece, _, scores, _| {
-            let Piece { index, queries, rows, .. } = piece;
-            let rows = rows.len();
-            for (query, scores) in queries.clone().zip(scores.chunks_exact_mut(job.group * rows)) {
+            let (index, rows) = (piece.index, piece.rows.len());
+            for (query, scores) in
+                piece.queries.clone().zip(scores.chunks_exact_mut(job.group * rows))
+            {
                 let Some(sums) = target(job, received, query, asked) else { continue };
                 for (g, scores) in scores.chunks_exact_mut(rows).enumerate() {
                     kernels.exp_sub(scores, lse[query * job.group + g]);
-                    kernels.axpy_f32(1.0, scores, &mut sums[*index..][..rows]);
+                    kernels.axpy_f32(1.0, scores, &mut sums[index..][..rows]);
                 }
             }
         });

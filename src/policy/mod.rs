@@ -38,6 +38,7 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::selector::Selector;
 use crate::shape::{KeepSet, LaneWidth, Needs, Rope};
+use crate::spec;
 
 pub use stages::{STAGES, StageClass, StageInfo};
 
@@ -266,6 +267,13 @@ impl Pipeline {
         let selector = self.selector.as_ref().filter(|(_, selector)| wants(selector.needs()));
         let selector = selector.map(|(name, _)| name.as_str());
         stage.or(selector).or(position.then_some("pos"))
+    }
+
+    /// The column at which a stage of the spec starts; 1 if it has none of this name.
+    pub fn column_of(&self, stage: &str) -> usize {
+        let phases = spec::parse(&self.spec).unwrap_or_default();
+        let mut stages = phases.iter().flat_map(|phase| &phase.stages);
+        stages.find(|other| other.name == stage).map_or(1, |stage| stage.column)
     }
 
     /// Whether scores or maps read the rotation; closing gaps of positions does not count.

@@ -180,8 +180,10 @@ impl Phase {
 /// Refuses lists whose lengths do not fit together.
 fn check(needs: Needs, layer: &LayerInput<'_>, head: &HeadInput<'_>) -> Result<()> {
     let (len, dim) = (head.positions.len(), layer.head_dim);
+    // Without a way out of the loop, which vectors have no use for.
+    let pairs = head.positions.iter().zip(head.positions.iter().skip(1));
     ensure!(
-        head.positions.is_sorted_by(|a, b| a < b),
+        pairs.fold(true, |ascends, (a, b)| ascends & (a < b)),
         InvalidArgument,
         "positions must ascend without repeats"
     );
@@ -265,14 +267,24 @@ pub(super) fn top(head: &HeadScores, n: usize) -> KeepSet {
 
 /// All tokens of a head but the `n` worst, which are few: at a decode step one goes.
 fn without_worst(head: &HeadScores, n: usize) -> KeepSet {
+    const RUN: usize = 64;
     let mut worst: Vec<Rank> = Vec::with_capacity(n + 1);
-    for (i, (score, is_protected)) in head.scores.iter().zip(&head.protected).enumerate() {
-        let rank = Rank::new(i, *score, *is_protected);
-        if worst.len() == n && worst.last().is_some_and(|last| rank > *last) {
+    for (run, (scores, protected)) in
+        head.scores.chunks(RUN).zip(head.protected.chunks(RUN)).enumerate()
+    {
+        let last = worst.last().filter(|_| worst.len() == n);
+        if last.is_some_and(|last| !last.is_protected() && least(scores, protected) > last.score())
+        {
             continue;
         }
-        worst.insert(worst.partition_point(|other| *other < rank), rank);
-        worst.truncate(n);
+        for (i, (score, is_protected)) in scores.iter().zip(protected).enumerate() {
+            let rank = Rank::new(run * RUN + i, *score, *is_protected);
+            if worst.len() == n && worst.last().is_some_and(|last| rank > *last) {
+                continue;
+            }
+            worst.insert(worst.partition_point(|other| *other < rank), rank);
+            worst.truncate(n);
+        }
     }
     let mut gone: Vec<usize> = worst.into_iter().map(Rank::index).collect();
     gone.sort_unstable();
@@ -284,6 +296,14 @@ fn without_worst(head: &HeadScores, n: usize) -> KeepSet {
     }
     kept.push_range(start..head.scores.len());
     kept
+}
+
+/// The least score of tokens that are not protected, as an integer; the largest integer if all are.
+fn least(scores: &[f32], protected: &[bool]) -> u32 {
+    let score = |(score, is_protected): (&f32, &bool)| {
+        ordered(*score) | 0u32.wrapping_sub(u32::from(*is_protected))
+    };
+    scores.iter().zip(protected).map(score).fold(u32::MAX, u32::min)
 }
 
 /// Orders the tokens of a head; greater is better. Protected tokens come first and the latest of
@@ -306,7 +326,11 @@ impl Rank {
     /// The token, as an index into its head.
     pub(super) fn index(self) -> usize {
         let tie = self.0 & INDEX;
-        (if self.0 >> 63 == 1 { tie } else { INDEX - tie }) as usize
+        (if self.is_protected() { tie } else { INDEX - tie }) as usize
+    }
+
+    fn is_protected(self) -> bool {
+        self.0 >> 63 == 1
     }
 
     /// The score as an integer of the same order.
@@ -346,14 +370,19 @@ mod tests {
 
     #[test]
     fn a_few_are_found_as_many_are() {
-        let scores: Vec<f32> = (0..40).map(|i| (i * 17 % 23) as f32).collect();
-        let head = head(&scores, &[0, 3, 38]);
-        let mut order = ranks(&head);
-        order.sort_unstable();
-        for gone in 0..=40 {
-            let mut expected: Vec<usize> = order[gone..].iter().map(|rank| rank.index()).collect();
-            expected.sort_unstable();
-            assert_eq!(kept(&head, 40 - gone), expected);
+        let mut scores: Vec<f32> = (0..200).map(|i| (i * 17 % 23) as f32 - 9.0).collect();
+        scores[150] = f32::NAN;
+        let all: Vec<usize> = (0..200).collect();
+        for protected in [&[0, 3, 38, 120][..], &all[..196], &all] {
+            let head = head(&scores, protected);
+            let mut order = ranks(&head);
+            order.sort_unstable();
+            for gone in 0..20 {
+                let mut expected: Vec<usize> =
+                    order[gone..].iter().map(|rank| rank.index()).collect();
+                expected.sort_unstable();
+                assert_eq!(kept(&head, 200 - gone), expected);
+            }
         }
     }
 

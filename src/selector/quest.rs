@@ -15,7 +15,6 @@ use super::rows::BlockRows;
 use super::{Entry, Index, NewBlocks, Reach, Selector, reach};
 use crate::registry::Param;
 use crate::shape::Needs;
-use crate::simd;
 
 pub(super) static ENTRY: Entry = Entry {
     name: "quest",
@@ -57,7 +56,12 @@ impl Index for Bounds {
         let mut bounds = vec![0.0; 2 * self.dim];
         for (keys, _) in blocks.each(self.dim) {
             let (high, low) = bounds.split_at_mut(self.dim);
-            simd::active().channel_ranges(keys, low, high);
+            high.fill(f32::NEG_INFINITY);
+            low.fill(f32::INFINITY);
+            for key in keys.chunks_exact(self.dim) {
+                high.iter_mut().zip(key).for_each(|(high, x)| *high = high.max(*x));
+                low.iter_mut().zip(key).for_each(|(low, x)| *low = low.min(*x));
+            }
             self.rows.push(&bounds);
         }
     }

@@ -152,10 +152,34 @@ impl Sequence {
             start = end;
         }
         lane.evicted += evicted as i32;
-        // Attention takes longer over many short spans, and a gather copies the lane: at twice the spans
-        // both cost about the same where one row goes at each step.
-        let few = blocks <= needed + slack && lane.spans.len() <= 2 * needed + slack;
-        few.then_some(lane)
+        let few = blocks <= needed + slack && lane.spans.len() <= 4 * needed + slack;
+        (few && self.gaps_are_finite(index, &lane)).then_some(lane)
+    }
+
+    /// Whether the values of rows that `lane` loses from between others of their block are finite:
+    /// attention goes over such rows with a weight of 0.
+    fn gaps_are_finite(&self, index: usize, lane: &Lane) -> bool {
+        let is_same = |a: &Span, b: &Span| a.block.id == b.block.id;
+        let mut blocks = self.lanes[index].spans.chunk_by(is_same);
+        lane.spans.chunk_by(is_same).filter(|spans| spans.len() > 1).all(|spans| {
+            let Some(old) = blocks.find(|old| is_same(&old[0], &spans[0])) else { return true };
+            let gaps = spans.windows(2).map(|pair| pair[0].end()..pair[1].first as usize);
+            let mut lost = gaps.flat_map(|gap| {
+                let part =
+                    move |span: &Span| gap.start.max(span.first as usize)..gap.end.min(span.end());
+                old.iter().map(part)
+            });
+            lost.all(|rows| rows.is_empty() || self.values_are_finite(&spans[0].block, rows))
+        })
+    }
+
+    fn values_are_finite(&self, block: &Block, rows: Range<usize>) -> bool {
+        let shape = &self.cache.config().shape;
+        let mut values = vec![0.0f32; rows.len() * shape.head_dim];
+        (0..self.cache.config().lane_width.cells(shape)).all(|cell| {
+            self.cache.read_rows(&block.view, cell, Side::Value, rows.clone(), &mut values);
+            values.iter().all(|x| x.is_finite())
+        })
     }
 
     /// The lane with its survivors copied into new blocks: full ones sealed, the rest open.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 
 use super::index::BlockIndex;
-use super::received::{Received, keep_rows};
+use super::received::{MAX_DRAFTS, Received, keep_rows};
 use super::statistics::QueryStatistics;
 use crate::selector::Selector;
 use crate::shape::{KeepSet, ModelShape, Needs};
@@ -46,6 +46,8 @@ pub struct Replay {
 pub struct HeadObservation {
     /// The last queries, oldest first: position and `[group, head_dim]` elements each.
     queries: Vec<(i32, Box<[f32]>)>,
+    /// Buffers of queries that are used again.
+    spare_queries: Vec<Box<[f32]>>,
     /// Attention probability that each cached row received.
     pub received: Received,
     /// Queries that gave each row less than an even share since the last eviction.
@@ -161,25 +163,28 @@ impl Observation {
     /// Says that the tokens below `limit` are real and that no others are reserved.
     pub fn commit(&self, limit: i32) {
         for head in &self.heads {
-            head.lock().commit(limit, self.needs);
+            head.lock().commit(limit, self.window, self.needs);
         }
     }
 
     /// Forgets queries at positions of `limit` and above.
     pub fn truncate(&self, limit: i32) {
         for head in &self.heads {
-            head.lock().commit(limit, Needs::NONE);
+            head.lock().commit(limit, self.window, Needs::NONE);
         }
     }
 }
 
 impl HeadObservation {
-    /// Remembers the query of one position, dropping the oldest beyond `window`. Workers may bring
-    /// the tiles of one step in any order.
+    /// Remembers the query of one position. A commit drops the oldest beyond `window`; before it the
+    /// queries of drafts must not push out those that stay if they are rejected. Workers may bring the
+    /// tiles of one step in any order.
     pub fn push_query(&mut self, window: usize, position: i32, query: &[f32]) {
         let place = self.queries.partition_point(|(other, _)| *other < position);
-        if self.queries.len() < window {
-            self.queries.insert(place, (position, query.into()));
+        if self.queries.len() < window.saturating_add(window.max(MAX_DRAFTS)) {
+            let mut row = self.spare_queries.pop().unwrap_or_else(|| query.into());
+            row.copy_from_slice(query);
+            self.queries.insert(place, (position, row));
         } else if place > 0 {
             // The oldest makes room, and its allocation is used again.
             self.queries[0].0 = position;
@@ -222,10 +227,14 @@ impl HeadObservation {
         }
     }
 
-    /// Tokens below `limit` are real: what is known of queries of others is forgotten.
-    fn commit(&mut self, limit: i32, asked: Needs) {
+    /// Tokens below `limit` are real: what is known of queries of others is forgotten, and of those that
+    /// count the last `window` stay.
+    fn commit(&mut self, limit: i32, window: usize, asked: Needs) {
         let real = self.queries.partition_point(|(position, _)| *position < limit);
-        self.queries.truncate(real);
+        let spare = &mut self.spare_queries;
+        spare.extend(self.queries.drain(real..).map(|(_, row)| row));
+        spare.extend(self.queries.drain(..real.saturating_sub(window)).map(|(_, row)| row));
+        spare.truncate(MAX_DRAFTS);
         self.received.commit(limit, asked);
     }
 

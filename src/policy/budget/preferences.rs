@@ -108,46 +108,45 @@ pub(in crate::policy) fn divide(
             start - count..start
         })
         .collect();
-    let room = |layer: usize| lens[layers[layer].clone()].iter().map(|len| len.max(&1) - 1).sum();
-    let mut left = shares.iter().sum::<usize>().saturating_sub(lens.len());
-    let mut given = vec![0usize; layers.len()];
-    let mut open: Vec<usize> = (0..layers.len()).collect();
-    while left > 0 && !open.is_empty() {
-        let sum: f64 = open.iter().map(|layer| preferences[*layer]).sum();
-        let weight = |layer: &usize| match sum > 0.0 && sum.is_finite() {
-            true => preferences[*layer] / sum,
-            false => 1.0 / open.len() as f64,
-        };
-        // Rounding the running sum hands out all of it.
-        let (mut part, mut before) = (0.0, 0);
-        let mut next = Vec::new();
-        let mut taken = 0;
-        for layer in &open {
-            part += weight(layer);
-            let until = (part * left as f64 + 1e-6) as usize;
-            let wanted = given[*layer] + until.min(left) - before;
-            before = until.min(left);
-            let fits: usize = wanted.min(room(*layer));
-            taken += fits - given[*layer];
-            given[*layer] = fits;
-            if fits == wanted {
-                next.push(*layer);
-            }
-        }
-        left -= taken;
-        if next.len() == open.len() {
-            break; // All is handed out, but for a token that rounding lost.
-        }
-        open = next;
-    }
-    let mut out = vec![1; lens.len()];
+    let rooms: Vec<usize> = lens.iter().map(|len| len.saturating_sub(1)).collect();
+    let of_layer = |heads: &Range<usize>| rooms[heads.clone()].iter().sum();
+    let left = shares.iter().sum::<usize>().saturating_sub(lens.len());
+    let given = pour(left, preferences, &layers.iter().map(of_layer).collect::<Vec<_>>());
+    let mut out = Vec::with_capacity(lens.len());
     for (heads, given) in layers.into_iter().zip(given) {
-        let count = heads.len();
-        for (i, head) in heads.enumerate() {
-            out[head] += given / count + usize::from(i < given % count);
-        }
+        let even = vec![1.0; heads.len()];
+        out.extend(pour(given, &even, &rooms[heads]).into_iter().map(|given| given + 1));
     }
     out
+}
+
+/// Pours `amount` into vessels in proportion to their weights; what does not fit into one goes to the
+/// others. All of it is given out unless all are full.
+fn pour(amount: usize, weights: &[f64], rooms: &[usize]) -> Vec<usize> {
+    let mut given = vec![0usize; rooms.len()];
+    let mut left = amount;
+    let mut open: Vec<usize> = (0..rooms.len()).filter(|i| rooms[*i] > 0).collect();
+    while left > 0 && !open.is_empty() {
+        let sum: f64 = open.iter().map(|i| weights[*i]).sum();
+        let is_usable = sum > 0.0 && sum.is_finite();
+        let (mut part, mut before, start) = (0.0, 0, left);
+        for i in &open {
+            part += if is_usable { weights[*i] / sum } else { 1.0 / open.len() as f64 };
+            // Rounding the running sum hands out all of it.
+            let until = ((part * start as f64 + 1e-6) as usize).min(start);
+            let fits = (until - before).min(rooms[*i] - given[*i]);
+            before = until;
+            given[*i] += fits;
+            left -= fits;
+        }
+        if left == start {
+            // Too little for anybody's part.
+            given[open[0]] += 1;
+            left -= 1;
+        }
+        open.retain(|i| given[*i] < rooms[*i]);
+    }
+    given
 }
 
 #[cfg(test)]
@@ -168,9 +167,11 @@ mod tests {
         assert_eq!(divide(&[0.0, 0.0], 100, 11), [11; 4], "nobody prefers anything");
         assert_eq!(divide(&[f64::NAN, 1.0], 100, 11), [11; 4]);
         assert_eq!(divide(&[1.0, 2.0], 100, 1), [1; 4]);
+        let uneven = super::divide(&[1.0], &[3], &[0, 2, 9], &[1, 2, 9]);
+        assert_eq!(uneven, [1, 2, 9], "what one head lacks the others have");
         for (preferences, share) in [([0.3, 0.1, 0.9], 17), ([5.0, 1e-9, 2.0], 40)] {
             let total: usize = divide(&preferences, 60, share).iter().sum();
-            assert!(total <= 6 * share && total + 1 >= 6 * share, "{total} of {}", 6 * share);
+            assert_eq!(total, 6 * share);
         }
     }
 }
