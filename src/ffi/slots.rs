@@ -5,10 +5,10 @@ use std::ffi::c_char;
 
 use super::convert;
 use super::guard::guard;
-use super::handle::{self, Exclusive, Opaque};
+use super::handle::{self, Borrowed, Exclusive, Opaque};
 use super::types::{kvmgr_side, kvmgr_status, kvmgr_tensor};
 use crate::error::{Result, ensure};
-use crate::slots::{self, Masked, Options, SlotState, Slots, SlotsConfig};
+use crate::slots::{self, Masked, Meeting, Options, SlotState, Slots, SlotsConfig};
 
 /// The keys and values of one layer, addressed by slot. For engines that give every cached token a
 /// number, reuse numbers, and hand over a mask instead of sequences. Exclusive, except that
@@ -32,6 +32,20 @@ impl Opaque for kvmgr_slots {
 }
 
 const NAME: &str = "kvmgr_slots";
+
+/// Where the workers of one attention meet: with it, kvmgr_slots_attend and kvmgr_attend_dense split
+/// a few queries over many rows by rows, and not only by KV heads. Calls that use it at the same time
+/// must be the workers of one attention, with the same num_workers; the next attention may use it
+/// when all of them have returned.
+#[derive(Debug)]
+pub struct kvmgr_meeting {
+    _opaque: [u8; 0],
+}
+
+impl Opaque for kvmgr_meeting {
+    type Inner = Meeting;
+    const NAME: &'static str = "kvmgr_meeting";
+}
 
 /// Flag: the prefill phase of the policy also runs before each further piece of a prompt, instead
 /// of only when the prompt has ended.
@@ -113,6 +127,8 @@ pub struct kvmgr_mask_options {
     pub sinks: *const f32,
     /// num_q_heads factors of the mask; or NULL for 1.
     pub mask_slopes: *const f32,
+    /// Where the workers of the call meet; or NULL, then workers share heads but no rows.
+    pub meeting: *const kvmgr_meeting,
 }
 
 /// Checks a spec before shapes are known: a stage that slots cannot serve is refused by name.
@@ -151,6 +167,28 @@ pub unsafe extern "C" fn kvmgr_slots_create(
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_slots_destroy(slots: *mut kvmgr_slots) {
     guard(|| handle::release(slots));
+}
+
+/// Makes a place for the workers of an attention to meet.
+///
+/// @param out_meeting receives the handle; NULL on failure
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_meeting_create(
+    out_meeting: *mut *mut kvmgr_meeting,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a place for a pointer.
+    guard(|| unsafe {
+        let out = convert::handle_output(out_meeting, "out_meeting")?;
+        *out = handle::create(Meeting::default())?;
+        Ok(())
+    })
+}
+
+/// Ends a meeting place. NULL is fine.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_meeting_destroy(meeting: *mut kvmgr_meeting) {
+    guard(|| handle::release(meeting));
 }
 
 /// Writes the keys or the values of slots: new tokens, whatever the slots held before.
@@ -321,7 +359,8 @@ pub unsafe extern "C" fn kvmgr_slots_attend(
     guard(|| unsafe {
         handle::with(slots, |slots| {
             let slots = slots.0.read(NAME)?;
-            let call = masked(query, mask, output, options)?;
+            let meeting = meeting(options)?;
+            let call = masked(query, mask, output, options, meeting.as_deref())?;
             slots.attend(stream as usize, &call, worker as usize, num_workers as usize)
         })
     })
@@ -351,7 +390,8 @@ pub unsafe extern "C" fn kvmgr_attend_dense(
 ) -> kvmgr_status {
     // SAFETY: the caller passes tensors it may read or write, and NULL or options.
     guard(|| unsafe {
-        let call = masked(query, mask, output, options)?;
+        let meeting = meeting(options)?;
+        let call = masked(query, mask, output, options, meeting.as_deref())?;
         let (key, value) = (convert::dense(key, "key")?, convert::dense(value, "value")?);
         let heads = call.query.shape()[1];
         slots::Dense::attend(&key, &value, heads, &call, worker as usize, num_workers as usize)
@@ -422,6 +462,7 @@ unsafe fn masked<'a>(
     mask: *const kvmgr_tensor,
     output: *const kvmgr_tensor,
     options: *const kvmgr_mask_options,
+    meeting: Option<&'a Meeting>,
 ) -> Result<Masked<'a>> {
     // SAFETY: the caller promises it.
     unsafe {
@@ -431,7 +472,7 @@ unsafe fn masked<'a>(
             false => Some(convert::tensor(mask, "mask")?),
         };
         let output = convert::tensor_mut(output, "output", 3)?;
-        let options = parse_options(options, query.shape()[1])?;
+        let options = Options { meeting, ..parse_options(options, query.shape()[1])? };
         Ok(Masked { query, output, mask, options })
     }
 }
@@ -456,5 +497,20 @@ unsafe fn parse_options<'a>(
         softcap: options.softcap,
         sinks: list(options.sinks, "sinks")?,
         mask_slopes: list(options.mask_slopes, "mask_slopes")?,
+        meeting: None,
     })
+}
+
+/// # Safety
+/// As for [`masked`].
+unsafe fn meeting(options: *const kvmgr_mask_options) -> Result<Option<Borrowed<kvmgr_meeting>>> {
+    if options.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: the caller promises it.
+    let options = unsafe { convert::config(options, "kvmgr_mask_options") }?;
+    if options.meeting.is_null() {
+        return Ok(None);
+    }
+    handle::borrow(options.meeting).map(Some)
 }
