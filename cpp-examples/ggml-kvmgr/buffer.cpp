@@ -124,6 +124,12 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor *tensor) {
         report("%s is %s: the format of the cache is KVMGR_SPEC's to choose, leave -ctk and -ctv alone", tensor->name, ggml_type_name(tensor->type));
         return GGML_STATUS_FAILED;
     }
+    // Values come after the keys of their layer: without them they are parts of the keys.
+    for (const auto &other : b.layers) {
+        if (is_value || other.second->value.layer || other.first == key) continue;
+        report("layer %d has no values of its own (MLA): only KVMGR_MODE=transparent, without KVMGR_SPEC, serves this model", other.second->index);
+        return GGML_STATUS_FAILED;
+    }
     std::unique_ptr<Layer> &layer = b.layers[key];
     if (!layer) layer.reset(new Layer);
     layer->index = index, layer->cells = tensor->ne[1], layer->streams = tensor->ne[2];

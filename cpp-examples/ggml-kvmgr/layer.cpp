@@ -81,7 +81,7 @@ bool Layer::shape(const ggml_tensor *attention) {
     if (key_dim && (q_heads != q->ne[2] || kv_heads != k->ne[2] || key_dim != k->ne[0] || value_dim != v->ne[0]))
         return report("layer %d is used with two shapes", index), false;
     if (k->ne[0] * k->ne[2] != key.width || v->ne[0] * v->ne[2] != value.width || v->ne[2] != k->ne[2])
-        return report("layer %d: keys and values do not share rows (MLA?): only KVMGR_MODE=transparent serves this model", index), false;
+        return report("layer %d: keys and values do not share rows: only KVMGR_MODE=transparent serves this model", index), false;
     q_heads = q->ne[2], kv_heads = k->ne[2], key_dim = k->ne[0], value_dim = v->ne[0];
     return true;
 }

@@ -58,10 +58,10 @@ def post(path, body):
 
 
 @contextlib.contextmanager
-def server(plugin, spec, *args):
+def server(plugin, spec, *args, model=MODEL):
     """A running llama-server."""
     env = environment(plugin, spec)
-    command = [os.path.join(BUILD, "bin", "llama-server"), "-m", MODEL, "-t", "1", "-fa", "on", "--port",
+    command = [os.path.join(BUILD, "bin", "llama-server"), "-m", model, "-t", "1", "-fa", "on", "--port",
                str(PORT), "--no-webui", *args]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
