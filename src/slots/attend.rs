@@ -348,8 +348,8 @@ mod tests {
                     most = most.max(count);
                 }
                 assert!(seen.iter().all(|n| *n == 1));
-                let tile = num_queries.min(16);
-                assert!(most <= (seen.len() / tile).div_ceil(num_workers) * tile, "{num_workers}");
+                let shares = num_queries.div_ceil(16) * num_heads * num_parts;
+                assert!(most <= shares.div_ceil(num_workers) * num_queries.min(16));
             }
         }
     }
