@@ -95,8 +95,11 @@ impl Call<'_> {
     ) {
         self.attend(job, query, scratch);
         let Task { part, num_parts, split, .. } = job.task;
-        if num_parts > 1 && !self.plan.splits[split].arrive(self.layer, part, &mut scratch.total) {
-            return;
+        if num_parts > 1 {
+            let split = &self.plan.splits[split];
+            if !split.arrive(self.layer, part, num_parts, &mut scratch.total) {
+                return;
+            }
         }
         self.finish(job, scratch);
         write_out(job, scratch, output, lse);

@@ -27,7 +27,7 @@ mod plan;
 mod received;
 pub mod reference;
 mod replay;
-mod split;
+pub(crate) mod split;
 mod state;
 mod walk;
 mod write;
