@@ -204,6 +204,8 @@ fn step(budget: usize, rounds: usize, threads: usize) {
     let policies = [
         format!("decode: h2o(recent=64) | keep_tokens({budget})"),
         format!("decode: tova | keep_tokens({budget})"),
+        format!("decode: every(16) | h2o(recent=64) | keep_tokens({budget})"),
+        format!("decode: every(16) | tova | keep_tokens({budget})"),
     ];
     for spec in policies {
         let mut engines =
