@@ -261,8 +261,9 @@ impl Plan {
         }
         let lanes = &self.lanes[sequence.first_lane..][..num_lanes];
         let longest = lanes.iter().map(|lane| lane.len).max().unwrap_or(0);
-        let layers = self.selections.len().max(1) - 1;
-        let read = sequence.selector(layers).map(|selector| selector.reach().limit(longest));
+        // Leading layers may read all; most do as the last.
+        let last = cache.config().shape.num_layers - 1;
+        let read = sequence.selector(last).map(|selector| selector.reach().limit(longest));
         split::num_parts(read.unwrap_or(longest), sequence.num_queries)
     }
 
