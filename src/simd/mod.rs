@@ -8,15 +8,15 @@
 //! CPU first, so holding one proves that its instructions exist. Its methods check every length
 //! before they enter a loop.
 //!
-//! The environment variable `KVMGR_CPU` (`scalar`, `avx2`, `avx512`) forces a level, to reproduce a result or
-//! to measure. A value that this build or this CPU cannot honour does not stop the library:
+//! The environment variable `KVMGR_CPU` (`scalar`, `avx2`, `avx512`) forces a level, to reproduce a
+//! result or to measure. A value that this build or this CPU cannot honour does not stop the library:
 //! [`active`] is then the best level, and [`forced_error`] says what was wrong, for the caller to
 //! report.
 //!
 //! What must agree between levels: encoded bytes and decoded values, bit for bit, so that blocks
 //! may move between machines. Sums ([`Kernels::dot`], [`Kernels::axpy`], [`Kernels::exp_sub`]) agree
 //! up to rounding: of f32 for raw rows, and for rows of integers, whose queries and weights a level
-//! may turn into integers too, of 2^-15 of the largest query or weight.
+//! may turn into integers too, of 2^-15 of the largest query or weight (2^-13 for `tq`).
 //!
 //! To add a level: one module with a static `Kernels`, and one word in `ALL`.
 

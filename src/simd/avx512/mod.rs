@@ -3,9 +3,14 @@
 
 #![expect(unsafe_code, reason = "intrinsics and raw loads")]
 
+mod axpy;
 mod codebook;
+mod dot;
+mod fifth;
+mod formats;
 mod integer;
 mod math;
+mod queries;
 mod raw;
 mod turn;
 mod words;
@@ -27,12 +32,12 @@ macro_rules! words {
             // SAFETY: as for `raw_kernels`.
             dot: |rows, queries, scores| unsafe {
                 let plain = (Format::$format, &avx2::KERNELS.rows[Format::$format as usize]);
-                integer::dot::<$type>(plain, rows, queries, scores);
+                dot::dot::<$type>(plain, rows, queries, scores);
             },
             // SAFETY: as above.
             axpy: |rows, weights, outputs| unsafe {
                 let plain = (Format::$format, &avx2::KERNELS.rows[Format::$format as usize]);
-                integer::axpy::<$type>(plain, rows, weights, outputs);
+                axpy::axpy::<$type>(plain, rows, weights, outputs);
             },
             decode: plain(Format::$format).decode,
         }
