@@ -1,6 +1,5 @@
 //! Queries as integers.
 
-
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
