@@ -168,7 +168,7 @@ impl Plan {
         let shape = &cache.config().shape;
         for (i, sequence) in self.sequences.iter().enumerate() {
             let n = sequence.num_queries;
-            let num_parts = self.num_parts(sequence, cache.config().num_lanes());
+            let num_parts = self.num_parts(cache, sequence);
             for kv_head in 0..shape.num_kv_heads {
                 for first_query in (0..n).step_by(TILE) {
                     let num_queries = TILE.min(n - first_query);
@@ -251,7 +251,7 @@ impl Plan {
 
     /// Parts of the rows of each head of a sequence: by its longest lane, so that all layers have
     /// the same tasks.
-    fn num_parts(&self, sequence: &Planned, num_lanes: usize) -> usize {
+    fn num_parts(&self, cache: &Cache, sequence: &Planned) -> usize {
         let observation = sequence.observation.as_ref();
         let whole = Needs::COLUMN_SUM.union(Needs::LAST_ROW).union(Needs::LOW_COUNT);
         let sums = observation.is_some_and(|seen| seen.needs().0 & whole.0 != 0);
@@ -259,7 +259,7 @@ impl Plan {
             // Probabilities need the log-sum-exp of all rows, and who has it looks back at them.
             return 1;
         }
-        let lanes = &self.lanes[sequence.first_lane..][..num_lanes];
+        let lanes = &self.lanes[sequence.first_lane..][..cache.config().num_lanes()];
         let longest = lanes.iter().map(|lane| lane.len).max().unwrap_or(0);
         // Leading layers may read all; most do as the last.
         let last = cache.config().shape.num_layers - 1;
