@@ -12,6 +12,7 @@
 //! `cargo bench --bench policy_cost [-- prompt|step|select]`; medians, and the least and most of them.
 
 #![expect(unsafe_code, reason = "the clock of the process")]
+#![expect(clippy::print_stdout, reason = "a program that prints a table")]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
