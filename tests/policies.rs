@@ -239,3 +239,23 @@ fn a_pipeline_is_due_when_triggered_and_over_budget() {
     assert!(!due("decode: h2o | keep(0.5)", Event::Step, 1, 500, 1000));
     assert!(due("decode: h2o | keep(0.5)", Event::Step, 1, 501, 1000));
 }
+
+#[test]
+fn what_an_engine_cannot_hand_over_is_refused_with_its_column() {
+    use kvmgr::manager::Manager;
+    use kvmgr::shape::ModelShape;
+    let shape = ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+    let refused = |spec: &str, width: Option<LaneWidth>| {
+        let mut config = common::config(shape, spec);
+        (config.rope, config.lane_width) = (None, width);
+        let error = Manager::new(config).expect_err(spec);
+        assert_eq!(error.kind(), Kind::Unsupported, "{spec}: {error}");
+        error.message().to_string()
+    };
+    let message = refused("prefill: expected | keep(0.5)", None);
+    assert!(message.starts_with("column 10: expected needs ROPE"), "{message}");
+    let message = refused("stream(4, 60) | pos(cache_relative)", None);
+    assert!(message.starts_with("column 17: pos needs ROPE"), "{message}");
+    let message = refused("stream(4, 60) | adakv", Some(LaneWidth::Layer));
+    assert!(message.starts_with("column 17: adakv needs lanes of width Head"), "{message}");
+}

@@ -443,6 +443,12 @@ fn selection_survives_rollback_fork_and_preemption() {
         check(&mut child);
         check(&mut session);
     }
+    // Bounds of both sides in f16, for each of the sealed blocks of all heads.
+    let known = session.sequence().observation().unwrap().selector_bytes();
+    let sealed = session.sequence().lanes()[0].spans.iter().filter(|span| span.sealed).count();
+    // The last of them may have been sealed since.
+    let bytes = |blocks: usize| blocks * 4 * 2 * 32 * 2;
+    assert!(known == bytes(sealed) || known == bytes(sealed - 1), "{known} of {sealed} blocks");
     let store = kvmgr::store::create("host").unwrap();
     child.preempt(store).unwrap();
     child.resume().unwrap();

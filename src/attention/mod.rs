@@ -73,7 +73,8 @@ impl Attention {
     }
 
     /// Plans one step: sequence `i` contributes its last `num_queries` tokens, reserved ones
-    /// included. The only call that allocates. On failure the previous plan is gone.
+    /// included. The only call that allocates, but for the indexes of selectors, which grow in the first
+    /// run after a block was sealed. On failure the previous plan is gone.
     pub fn plan(&mut self, batch: &[(&Sequence, usize)]) -> Result<()> {
         self.plan.clear();
         let result = self.plan.fill(&self.cache, batch);

@@ -84,7 +84,8 @@ pub extern "C" fn kvmgr_attention_destroy(attention: *mut kvmgr_attention) {
 /// Plans one step: a snapshot of the block tables. Sequence i contributes its last num_queries[i]
 /// tokens, reserved ones included; their rows follow each other in Q, K, V, O and LSE. If one of
 /// the sequences changes afterwards, append and run answer KVMGR_INVALID_STATE. On failure the
-/// previous plan is gone. This is the only call that allocates.
+/// previous plan is gone. This is the only call that allocates, but for a selector in the spec: the first
+/// run after a block was sealed grows what it knows of the blocks.
 ///
 /// @param sequences num_sequences different sequences of the handle's cache
 /// @param num_queries num_sequences numbers, each at least 1

@@ -97,6 +97,13 @@ impl Observation {
         self.selector.as_ref()
     }
 
+    /// Bytes of what the selector knows of the blocks.
+    pub fn selector_bytes(&self) -> usize {
+        let bytes =
+            |head: &Mutex<HeadObservation>| head.lock().index.as_ref().map_or(0, BlockIndex::bytes);
+        self.heads.iter().map(bytes).sum()
+    }
+
     /// Queries of each call that count.
     pub fn history(&self) -> usize {
         self.history
