@@ -10,9 +10,11 @@ import re
 import struct
 import tempfile
 
-from llama import post, server, text
+from llama import held_mib, post, server, text
 
 DEPTH = 32768
+CELLS = DEPTH + 256
+KV_BYTES = 4 * 2 * 8 * 128 * 2  # of a token in f16, with the model of `model.py deep`
 ANSWER = 16  # tokens of a measured request
 ROUNDS = 2
 
@@ -64,8 +66,8 @@ def resident_mib(process):
 
 
 def measure(plugin, spec, *cache):
-    """Tokens/s of the best of some answers at the depth, and how many MiB more are resident than in a
-    server whose context is a prompt of 500 tokens."""
+    """Of a server at the depth: tokens/s of the best answer, how many MiB more are resident than in one
+    with a prompt of 500 tokens, and what the plugin says that it held at the end, or None."""
     options = ["-np", "1", "-t", "2", "--cache-ram", "0", *cache]
     body = {"temperature": 0, "ignore_eos": True, "cache_prompt": True}
     prompt = {**body, "prompt": text()[:500], "n_predict": 1}
@@ -73,7 +75,7 @@ def measure(plugin, spec, *cache):
         post("/completion", prompt)
         short = resident_mib(process)
     with tempfile.TemporaryDirectory() as folder, \
-            server(plugin, spec, "-c", str(DEPTH + 256), "--slot-save-path", folder, *options) as process:
+            server(plugin, spec, "-c", str(CELLS), "--slot-save-path", folder, *options) as process:
         post("/completion", prompt)
         post("/slots/0?action=save", {"filename": "state"})
         tokens = deepen(os.path.join(folder, "state"))
@@ -83,17 +85,22 @@ def measure(plugin, spec, *cache):
             answer = post("/completion", {**body, "prompt": tokens + [65 + i], "n_predict": ANSWER})
             assert answer["timings"]["cache_n"] == DEPTH, answer["timings"]
             speeds.append(answer["timings"]["predicted_per_second"])
-        return max(speeds), resident_mib(process) - short
+        grown = resident_mib(process) - short
+    return max(speeds), grown, held_mib(process.output) if spec else None
 
 
 def depth(specs):
-    """The table; stock f16 is what the others are compared with."""
-    rows = {f"stock {kind}": measure(False, None, "-ctk", kind, "-ctv", kind) for kind in ("f16", "q8_0", "q4_0")}
-    rows["plugin, transparent"] = measure(True, None)
+    """The table. What stock caches hold is what they allocate, for all cells at the start."""
+    f16 = CELLS * KV_BYTES / 2**20
+    rows = {}
+    for kind, bits in (("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5)):
+        speed, grown, _ = measure(False, None, "-ctk", kind, "-ctv", kind)
+        rows[f"stock {kind}"] = speed, grown, f16 * bits / 16
+    speed, grown, _ = measure(True, None)
+    rows["plugin, transparent"] = speed, grown, f16
     rows |= {"`" + spec.replace("|", "\\|") + "`": measure(True, spec) for spec in specs}
-    print("| cache | tokens/s | against stock f16 | against stock q4_0 | KV MiB resident | share of f16 |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    f16, q4_0 = rows["stock f16"], rows["stock q4_0"]
-    for name, (speed, held) in rows.items():
-        print(f"| {name} | {speed:.2f} | {speed / f16[0]:.2f} | {speed / q4_0[0]:.2f} | {held:.0f} | "
-              f"{held / f16[1]:.3f} |")
+    print("| cache | tokens/s | against stock f16 | against stock q4_0 | KV MiB held | share of f16 | RSS grown, MiB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, (speed, grown, held) in rows.items():
+        print(f"| {name} | {speed:.2f} | {speed / rows['stock f16'][0]:.2f} | {speed / rows['stock q4_0'][0]:.2f} "
+              f"| {held:.0f} | {held / f16:.3f} | {grown:.0f} |")

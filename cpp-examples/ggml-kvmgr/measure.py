@@ -20,7 +20,7 @@ import urllib.request
 
 import depth
 from depth import resident_mib
-from llama import MODEL, PORT, TEXT, post, run, server, text
+from llama import MODEL, PORT, TEXT, held_mib, post, run, server, text
 
 POLICY = ("snapkv(w=16)", "snapkv(w=16) | adakv(0.2)", "stream(sink=4)")
 SPECS = ["full", "quant(q8_0)", "quant(k=had+q4_0, v=q4_0)", "quant(tq4)", "quant(tq3)", "quant(kivi4)", "quant(kivi2)",
@@ -55,7 +55,7 @@ def table():
         rows, lossless = [], None
         for spec in SPECS:
             kld, same, speed, output = divergence(base, spec=spec, KVMGR_STATS="1", KVMGR_COMPRESS="piece")
-            held = float(re.search(r"([0-9.]+) MiB of KV held", output).group(1))
+            held = held_mib(output)
             lossless = lossless or held
             name = spec.replace("|", "\\|")
             rows.append(f"| `{name}` | {held:.3f} | {kld:.5f} | {same:.2f} | {speed:.0f} |")
