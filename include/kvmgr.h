@@ -1577,16 +1577,16 @@ uint32_t kvmgr_version(void);
 const char *kvmgr_version_string(void);
 
 /**
- * Whether the loaded library can do something on this machine: "avx2" (kernels for this CPU),
- * "cuda" (a device path). Unknown names are false. The exported symbols never depend on features.
+ * Whether the loaded library can do something on this machine: "avx2" or "avx512" (kernels for this
+ * CPU), "cuda" (a device path). Unknown names are false. The exported symbols never depend on features.
  *
  * @param name a NUL-terminated string
  */
 bool kvmgr_has_feature(const char *name);
 
 /**
- * The instruction set of the CPU kernels in use: "scalar" or "avx2". Static. The environment
- * variable KVMGR_CPU forces one; a value that cannot be honoured is logged by
+ * The instruction set of the CPU kernels in use: "scalar", "avx2" or "avx512". Static. The
+ * environment variable KVMGR_CPU forces one; a value that cannot be honoured is logged by
  * kvmgr_cache_create and ignored.
  */
 const char *kvmgr_cpu_level(void);
