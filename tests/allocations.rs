@@ -1,7 +1,6 @@
 //! Attention by slot allocates nothing once its buffers have grown.
 
 #![expect(unsafe_code, reason = "an allocator that counts")]
-#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod common;
 
