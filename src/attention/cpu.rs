@@ -157,7 +157,7 @@ impl Call<'_> {
                 continue;
             }
             let key = self.cache.formats()[this].side(Side::Key);
-            let next = self.keys_of_stop(job, i + 1);
+            let next = |side| self.bytes_of_stop(job, i + 1, side);
             let shift = job.shift(span);
             for piece in job.pieces(stop, self.options.sliding_window) {
                 if ready != Some((this, shift)) {
@@ -172,7 +172,7 @@ impl Call<'_> {
                 scores.resize(piece.queries.len() * job.group * piece.rows.len(), 0.0);
                 let view = &span.block.view;
                 let mut cell = self.cache.cell(view, job.cell, Side::Key, piece.rows.clone());
-                cell.ahead = self.cache.cell(view, job.cell, Side::Value, 0..0).bytes;
+                cell.ahead = next(Side::Key);
                 if decodes(job, &piece, this) {
                     let rows = decode(key, &cell, decoded);
                     simd::active().dot(Format::F32, &rows, queries, scores);
@@ -180,17 +180,17 @@ impl Call<'_> {
                     key.dot(&cell, queries, scores);
                 }
                 self.shape_logits(job, &piece, scores);
-                each(&piece, next, scores, decoded);
+                each(&piece, next(Side::Value), scores, decoded);
             }
         }
     }
 
-    /// The keys at a stop of the walk, if there is one.
-    fn keys_of_stop<'a>(&'a self, job: &Job<'a>, i: usize) -> &'a [u8] {
+    /// One side of what is at a stop of the walk, if there is one.
+    fn bytes_of_stop<'a>(&'a self, job: &Job<'a>, i: usize, side: Side) -> &'a [u8] {
         if i >= job.walk.num_stops() {
             return &[];
         }
-        self.cache.cell(&job.walk.stop(i).span.block.view, job.cell, Side::Key, 0..0).bytes
+        self.cache.cell(&job.walk.stop(i).span.block.view, job.cell, side, 0..0).bytes
     }
 
     /// Queries turned back by `shift` positions.
