@@ -114,9 +114,7 @@ impl Call<'_> {
         let value = self.cache.formats()[format].side(Side::Value);
         self.visit(job, Some(format), queries, rows, |piece, next, scores, decoded| {
             let first = piece.queries.start * job.group;
-            for (row, scores) in scores.chunks_exact_mut(piece.rows.len()).enumerate() {
-                part.weigh(first + row, scores, kernels);
-            }
+            part.weigh(first, piece.rows.len(), scores, kernels);
             let view = &piece.span.block.view;
             let mut cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
             cell.ahead = next;

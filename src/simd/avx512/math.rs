@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use crate::simd::{Softmax, softmax};
+
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
 
@@ -67,6 +69,11 @@ pub(super) fn exp_sub(scores: &mut [f32], max: f32) -> f32 {
         sum = _mm512_mask_add_ps(sum, mask(x.len()), sum, e);
     }
     _mm512_reduce_add_ps(sum)
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn weigh(scores: &mut [f32], softmax: &mut Softmax<'_>) {
+    softmax::weigh!(scores, softmax, max, exp_sub);
 }
 
 /// `e^x` within 2 units in the last place: `x = n ln 2 + r` with `|r| <= ln 2 / 2`, and the
@@ -160,7 +167,11 @@ pub(super) struct Ahead {
 impl Ahead {
     #[inline(always)]
     pub(super) fn new(bytes: &[u8], parts: usize) -> Self {
-        Self { at: bytes.as_ptr(), rest: bytes.len(), step: bytes.len().div_ceil(LINE).div_ceil(parts) * LINE }
+        Self {
+            at: bytes.as_ptr(),
+            rest: bytes.len(),
+            step: bytes.len().div_ceil(LINE).div_ceil(parts) * LINE,
+        }
     }
 
     /// Asks memory for one part more.

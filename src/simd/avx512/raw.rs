@@ -5,6 +5,7 @@
 
 use std::arch::x86_64::*;
 
+use super::many::{self, MANY, MAX_DIM};
 use super::math::{Ahead, LANES, mask, sum_each};
 use crate::simd::rows::Rows;
 
@@ -67,6 +68,9 @@ impl Raw for Bf16 {
 pub(super) fn dot<F: Raw>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]) {
     if rows.count == 0 {
         return;
+    }
+    if queries.len() / rows.dim >= MANY && rows.dim <= MAX_DIM {
+        return many::dot::<F>(rows, queries, scores);
     }
     let batches = queries.chunks(BATCH * rows.dim).zip(scores.chunks_mut(BATCH * rows.count));
     for (queries, scores) in batches {
