@@ -46,6 +46,7 @@ test: examples test-install
 	RUSTDOCFLAGS=-Dwarnings $(CARGO) doc --no-deps --quiet
 	KVMGR_EXAMPLES=$(abspath $(OUT)) KVMGR_SHIP=$(abspath $(TARGET))/release $(CARGO) test
 	KVMGR_CPU=scalar $(CARGO) test --quiet --test attention --test quantizer_golden
+	KVMGR_CPU=avx2 $(CARGO) test --quiet --test attention
 	$(CARGO) bench --quiet -- --test
 
 # What an engine does with an installation: the shared and the static library, by plain flags.
