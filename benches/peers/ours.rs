@@ -172,8 +172,13 @@ pub fn w5(n: usize) -> Costs {
     let (alloc, blocks) =
         time(n, || (0..n).map(|_| pool.take().expect("room")).collect::<Vec<_>>());
     let (register, ()) = time(n, || {
-        for (i, digest) in digests.iter().enumerate() {
-            assert!(pool.register_one(digest, 0, i as u32 % 256, blocks[i].0).is_none());
+        for (chain, blocks) in digests.chunks(256).zip(blocks.chunks(256)) {
+            for (digest, block) in chain.iter().zip(blocks) {
+                pool.anticipate(digest, 0, block.0);
+            }
+            for (depth, (digest, block)) in chain.iter().zip(blocks).enumerate() {
+                assert!(pool.register_one(digest, 0, depth as u32, block.0).is_none());
+            }
         }
     });
     let mut out = Vec::with_capacity(n);
@@ -183,9 +188,7 @@ pub fn w5(n: usize) -> Costs {
     assert_eq!(out.len(), n);
     let blocks: Vec<u32> = blocks.into_iter().map(|block| block.0).collect();
     let release = |pool: &mut BlockPool, blocks: &[u32]| {
-        for chain in blocks.chunks(256) {
-            chain.iter().rev().for_each(|block| pool.unshare(*block));
-        }
+        blocks.chunks(256).for_each(|chain| pool.unshare_run(chain));
     };
     release(&mut pool, &out);
     let (idle, ()) = time(n, || release(&mut pool, &blocks));

@@ -1,6 +1,7 @@
 //! Blocks: fixed-size runs of tokens, reference counted, shared through a prefix index.
 
 mod counts;
+mod entries;
 pub mod events;
 pub mod groups;
 mod index;

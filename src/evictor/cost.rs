@@ -10,6 +10,7 @@
 
 use super::{Entry, Evictor, Idle};
 use crate::registry::{Domain, Param};
+use crate::simd::prefetch;
 
 pub(super) static ENTRY: Entry = Entry {
     name: "cost",
@@ -147,6 +148,11 @@ impl Evictor for Cost {
             self.settle(at as usize);
         }
         true
+    }
+
+    fn prefetch(&self, slot: u32) {
+        prefetch(&self.keys, slot as usize);
+        prefetch(&self.place, slot as usize);
     }
 
     fn bytes(&self) -> usize {

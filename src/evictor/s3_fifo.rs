@@ -98,6 +98,10 @@ impl Evictor for S3Fifo {
         }
     }
 
+    fn prefetch(&self, slot: u32) {
+        self.lists.prefetch(slot);
+    }
+
     fn bytes(&self) -> usize {
         self.lists.bytes() + self.uses.len() + (self.tags.len() + self.ghosts.len()) * 4
     }

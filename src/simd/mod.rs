@@ -20,6 +20,7 @@
 //!
 //! To add a level: one module with a static `Kernels`, and one word in `ALL`.
 
+mod ahead;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod encode;
@@ -27,10 +28,12 @@ mod encode_affine;
 mod rows;
 mod scalar;
 mod scalar_levels;
+pub mod sha256;
 
 use std::sync::OnceLock;
 
 use crate::error::{Error, Result, bail};
+pub use ahead::prefetch;
 use rows::RowKernels;
 pub use rows::{BLOCK, Format, Rows};
 

@@ -157,7 +157,7 @@ impl Tables {
     fn take_prefix(&mut self, pool: &mut BlockPool, slot: usize, usable: usize) -> (usize, Miss) {
         let blocks = &mut self.sequences[slot].blocks;
         let (chunks, limiting) = if let [Group::Full | Group::Latent] = self.config.groups[..] {
-            let chunks = pool.find_run(&self.digests[..usable], 0, blocks);
+            let chunks = pool.take_run(&self.digests[..usable], 0, blocks);
             (chunks, (chunks < usable).then_some(0))
         } else {
             let has =
@@ -173,11 +173,11 @@ impl Tables {
                     blocks.push(block.unwrap_or(NO_BLOCK));
                 }
             }
+            for block in blocks.iter().filter(|block| **block != NO_BLOCK) {
+                pool.revive(*block);
+            }
             found
         };
-        for block in blocks.iter().filter(|block| **block != NO_BLOCK) {
-            pool.revive(*block);
-        }
         let Some(group) = limiting else { return (chunks, Miss::default()) };
         let reason = match self.config.groups[group] {
             Group::Window(_) => Reason::Window,

@@ -1,6 +1,9 @@
 //! Digests of chunks: of a whole prompt at once, or of one chunk that became full.
 
+use std::ops::Range;
+
 use super::{Extra, OwnedExtra, Request, Sequence, Tables};
+use crate::block::pool::BlockPool;
 use crate::block::prefix::{self, Digest, Hash};
 
 impl Tables {
@@ -23,21 +26,115 @@ impl Tables {
         }
         &self.digests
     }
+
+    /// The digests of `chunks` of a sequence, which follow the chunk that its digest names, into
+    /// `self.digests`; asks memory for the places of the entries to come.
+    pub(super) fn hash_chunks(&mut self, pool: &BlockPool, slot: usize, chunks: Range<usize>) {
+        let (size, hash) = (self.config.block_size, self.config.hash);
+        let sequence = &self.sequences[slot];
+        self.digests.clear();
+        for chunk in chunks.clone() {
+            let Some(digest) = sequence.pending_digest(chunk) else { break };
+            self.digests.push(*digest);
+        }
+        let rest = chunks.start + self.digests.len()..chunks.end;
+        if sequence.extra.is_empty() && hash == Hash::Native {
+            let parent = *self.digests.last().unwrap_or(&sequence.digest);
+            let tokens = &sequence.ids[rest.start * size..rest.end * size];
+            prefix::extend_run(&parent, tokens, size, &mut self.digests);
+        } else {
+            for chunk in rest {
+                let parent = self.digests.last().unwrap_or(&sequence.digest);
+                let digest = sequence.next_digest(hash, parent, chunk, size);
+                self.digests.push(digest);
+            }
+        }
+        let groups = self.config.groups.len();
+        for (digest, blocks) in
+            self.digests.iter().zip(sequence.blocks[chunks.start * groups..].chunks(groups))
+        {
+            anticipate(pool, digest, blocks);
+        }
+    }
+
+    /// The digests of the chunks that became full in `slots`, two sequences at a time, into
+    /// `self.digests`: as many as slots, zeros for those whose chunk is still open.
+    pub(super) fn hash_filled(&mut self, pool: &BlockPool, slots: &[u32]) {
+        self.digests.clear();
+        let mut rest = slots;
+        while let [first, tail @ ..] = rest {
+            let pair = tail.first().map(|second| [*first, *second]);
+            match pair.filter(|pair| pair.iter().all(|slot| self.is_plain(*slot))) {
+                Some(pair) => {
+                    let [a, b] = pair.map(|slot| &self.sequences[slot as usize]);
+                    let size = self.config.block_size;
+                    let tokens = [a, b].map(|it| &it.ids[it.committed as usize - size..][..size]);
+                    let both = prefix::extend_pair([&a.digest, &b.digest], tokens);
+                    self.digests.extend(both);
+                    rest = &tail[1..];
+                }
+                None => {
+                    let digest = self.hash_one(*first);
+                    self.digests.push(digest);
+                    rest = tail;
+                }
+            }
+        }
+        let (size, groups) = (self.config.block_size, self.config.groups.len());
+        for (slot, digest) in slots.iter().zip(&self.digests) {
+            let sequence = &self.sequences[*slot as usize];
+            if self.is_full(sequence.committed) {
+                let chunk = sequence.committed as usize / size - 1;
+                anticipate(pool, digest, &sequence.blocks[chunk * groups..][..groups]);
+            }
+        }
+    }
+
+    /// Whether the chunk that ends with the last committed token is full and named by its tokens
+    /// alone.
+    fn is_plain(&self, slot: u32) -> bool {
+        let sequence = &self.sequences[slot as usize];
+        self.is_full(sequence.committed)
+            && self.config.hash == Hash::Native
+            && sequence.extra.is_empty()
+            && sequence.pending.is_empty()
+    }
+
+    fn hash_one(&self, slot: u32) -> Digest {
+        let sequence = &self.sequences[slot as usize];
+        let size = self.config.block_size;
+        if !self.is_full(sequence.committed) {
+            return [0; 32];
+        }
+        let chunk = sequence.committed as usize / size - 1;
+        match sequence.pending_digest(chunk) {
+            Some(digest) => *digest,
+            None => sequence.next_digest(self.config.hash, &sequence.digest, chunk, size),
+        }
+    }
+}
+
+/// Asks memory for what registering the blocks of a chunk will touch.
+fn anticipate(pool: &BlockPool, digest: &Digest, blocks: &[u32]) {
+    for (group, block) in blocks.iter().enumerate() {
+        pool.anticipate(digest, group as u8, *block);
+    }
 }
 
 impl Sequence {
-    /// The digest of `chunk`, which follows the chunk that `self.digest` names.
-    pub(super) fn next_digest(&self, hash: Hash, chunk: usize, size: usize) -> Digest {
-        let pending = chunk.checked_sub(self.pending_from as usize);
-        if let Some(digest) = pending.and_then(|at| self.pending.get(at)) {
-            return *digest;
-        }
+    /// The digest of `chunk`, if it came with the prompt.
+    fn pending_digest(&self, chunk: usize) -> Option<&Digest> {
+        self.pending.get(chunk.checked_sub(self.pending_from as usize)?)
+    }
+
+    /// The digest of `chunk` behind `parent`.
+    fn next_digest(&self, hash: Hash, parent: &Digest, chunk: usize, size: usize) -> Digest {
         let tokens = &self.ids[chunk * size..][..size];
         if self.extra.is_empty() && hash == Hash::Native {
-            return prefix::extend(&self.digest, tokens);
+            return prefix::extend(parent, tokens);
         }
         let keys = self.extra.iter().filter_map(|it| it.view().key_of(hash, chunk * size, size));
-        extend(hash, &self.digest, tokens, &keys.collect::<Vec<_>>())
+        extend(hash, parent, tokens, &keys.collect::<Vec<_>>())
     }
 }
 

@@ -143,7 +143,7 @@ impl Tables {
         sequence.pending_from = 0;
         for chunk in sequence.blocks.chunks(groups).take(committed / size) {
             let block = chunk.iter().find(|block| **block != NO_BLOCK);
-            let digest = block.map_or([0; 32], |block| pool.digests[*block as usize]);
+            let digest = block.map_or([0; 32], |block| pool.records[*block as usize].digest);
             sequence.pending.push(digest);
         }
         let placements = placements(&sequence.blocks);
@@ -188,7 +188,7 @@ impl Tables {
                 found[place] = fresh.0;
                 missing.push(Placement { place: place as u32, block: fresh });
                 if place / groups < full {
-                    pool.digests[fresh.0 as usize] = sequence.pending[place / groups];
+                    pool.records[fresh.0 as usize].digest = sequence.pending[place / groups];
                 }
             }
             *block = found[place];

@@ -86,11 +86,17 @@ pub struct Tables {
     free: Vec<u32>,
     copies: Vec<Copy>,
     batch: u64,
-    /// Digests of the prompt at hand.
+    /// 2^64 / block_size, rounded up: see [`Tables::is_full`].
+    inverse: u64,
+    /// Digests of the prompt at hand, or of the chunks that are being closed.
     digests: Vec<Digest>,
+    /// Slots of the sequences whose open chunk a step has filled.
+    filled: Vec<u32>,
 }
 
+/// The first cache line is all that a token touches unless it fills a block.
 #[derive(Debug, Default)]
+#[repr(C, align(64))]
 struct Sequence {
     generation: u32,
     live: bool,
@@ -106,6 +112,7 @@ struct Sequence {
     batch: u64,
     /// Every token that is known: at least the committed ones, more while a prompt is computed.
     ids: Vec<i32>,
+    /// The table: one block for each chunk and group.
     blocks: Vec<u32>,
     root: Digest,
     /// The digest of the full committed chunks.
@@ -137,8 +144,9 @@ impl Tables {
         );
         config.groups.iter().try_for_each(|group| group.validate())?;
         let (sequences, free) = (Vec::new(), Vec::new());
-        let (copies, digests) = (Vec::new(), Vec::new());
-        Ok(Self { config, sequences, free, copies, batch: 0, digests })
+        let (copies, digests, filled) = (Vec::new(), Vec::new(), Vec::new());
+        let inverse = (u64::MAX / config.block_size as u64).wrapping_add(1);
+        Ok(Self { config, sequences, free, copies, batch: 0, inverse, digests, filled })
     }
 
     /// What they were made from.
@@ -241,21 +249,31 @@ impl Tables {
         SequenceId(u64::from(self.sequences[slot].generation) << 32 | slot as u64)
     }
 
+    /// Whether `num_tokens` end at the end of a block, without a division.
+    ///
+    /// Paper: Lemire, Kaser, Kurz, "Faster remainder by direct computation", 2019.
+    fn is_full(&self, num_tokens: u32) -> bool {
+        u64::from(num_tokens).wrapping_mul(self.inverse) <= self.inverse.wrapping_sub(1)
+    }
+
     /// Starts a batch: no sequence may occur twice, and each must be there.
     fn begin_batch(&mut self, ids: &[SequenceId]) -> Result<()> {
         self.batch += 1;
-        for id in ids {
-            let slot = self.slot(*id)?;
-            let sequence = &mut self.sequences[slot];
-            ensure!(
-                sequence.batch != self.batch,
-                InvalidArgument,
-                "sequence {:#x} occurs twice in the batch",
-                id.0
-            );
-            sequence.batch = self.batch;
-        }
-        Ok(())
+        ids.iter().try_for_each(|id| self.join_batch(*id).map(|_| ()))
+    }
+
+    /// The slot of a live sequence that is not in this batch yet.
+    fn join_batch(&mut self, id: SequenceId) -> Result<usize> {
+        let slot = self.slot(id)?;
+        let sequence = &mut self.sequences[slot];
+        ensure!(
+            sequence.batch != self.batch,
+            InvalidArgument,
+            "sequence {:#x} occurs twice in the batch",
+            id.0
+        );
+        sequence.batch = self.batch;
+        Ok(slot)
     }
 
     /// An empty slot that is in no list; it becomes live when its sequence is complete.
@@ -279,8 +297,7 @@ impl Sequence {
     /// Gives up the blocks from index `first` on, the last one first, so that leaves are
     /// reclaimed before their parents.
     fn drop_blocks(&mut self, pool: &mut BlockPool, first: usize) {
-        for block in self.blocks.drain(first..).rev().filter(|block| *block != NO_BLOCK) {
-            pool.unshare(block);
-        }
+        pool.unshare_run(&self.blocks[first..]);
+        self.blocks.truncate(first);
     }
 }

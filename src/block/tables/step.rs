@@ -3,6 +3,7 @@
 use super::{Copy, NO_BLOCK, SequenceId, Tables};
 use crate::block::groups::Group;
 use crate::block::pool::{BlockId, BlockPool, DEFAULT_PRIORITY};
+use crate::block::prefix::Digest;
 use crate::error::{Result, bail, ensure};
 
 impl Tables {
@@ -86,12 +87,60 @@ impl Tables {
         tokens: &[i32],
     ) -> Result<()> {
         check_len("tokens", tokens.len(), ids.len())?;
-        self.begin_batch(ids)?;
-        let size = self.config.block_size as u32;
+        let needed = self.check_append(pool, ids)?;
+        ensure_available(pool, needed)?;
+        self.filled.clear();
+        for (id, token) in ids.iter().zip(tokens) {
+            let sequence = &mut self.sequences[id.0 as u32 as usize];
+            sequence.ids.push(*token);
+            sequence.committed += 1;
+            let (committed, is_last) =
+                (sequence.committed, sequence.committed == sequence.reserved);
+            let is_shared = is_last && sequence.tail_shared;
+            if is_shared || self.is_full(committed) {
+                self.filled.push(id.0 as u32);
+            } else if is_last {
+                self.sequences[id.0 as u32 as usize].reserved += 1;
+            }
+        }
+        self.finish_append(pool)
+    }
+
+    /// What an append does beyond counting: closes the chunks that became full, and finds blocks
+    /// for tokens that have no row.
+    fn finish_append(&mut self, pool: &mut BlockPool) -> Result<()> {
+        let filled = std::mem::take(&mut self.filled);
+        if self.config.prefix {
+            self.hash_filled(pool, &filled);
+        }
+        let size = self.config.block_size;
+        for (i, slot) in filled.iter().enumerate() {
+            let slot = *slot as usize;
+            let committed = self.sequences[slot].committed;
+            if self.is_full(committed) {
+                let committed = committed as usize;
+                if self.config.prefix {
+                    let digest = self.digests[i];
+                    self.close(pool, slot, committed / size - 1, &digest);
+                }
+                self.slide(pool, slot, committed - size, committed);
+            }
+            if self.sequences[slot].reserved == committed {
+                self.grow(pool, slot, committed as usize + 1)?;
+            }
+        }
+        self.filled = filled;
+        Ok(())
+    }
+
+    /// Checks a batch of sequences that are to grow by one token each. Answers the blocks it takes.
+    fn check_append(&mut self, pool: &BlockPool, ids: &[SequenceId]) -> Result<usize> {
+        self.batch += 1;
         let mut needed = 0;
         for id in ids {
-            let slot = self.present(*id)?;
+            let slot = self.join_batch(*id)?;
             let sequence = &self.sequences[slot];
+            ensure!(!sequence.parked, InvalidState, "sequence {:#x} is parked", id.0);
             let (committed, reserved) = (sequence.committed, sequence.reserved);
             ensure!(
                 committed < reserved && sequence.ids.len() == committed as usize,
@@ -101,32 +150,11 @@ impl Tables {
                 id.0,
                 sequence.ids.len()
             );
-            if committed + 1 == reserved && (reserved.is_multiple_of(size) || sequence.tail_shared)
-            {
+            if committed + 1 == reserved && (self.is_full(reserved) || sequence.tail_shared) {
                 needed += self.needed(pool, slot, reserved as usize, reserved as usize + 1);
             }
         }
-        ensure_available(pool, needed)?;
-        for (id, token) in ids.iter().zip(tokens) {
-            let slot = id.0 as u32 as usize;
-            let sequence = &mut self.sequences[slot];
-            sequence.ids.push(*token);
-            let committed = sequence.committed + 1;
-            if committed.is_multiple_of(size) {
-                self.advance(pool, slot, committed as usize);
-            } else {
-                sequence.committed = committed;
-            }
-            let sequence = &mut self.sequences[slot];
-            if sequence.reserved == committed {
-                if committed.is_multiple_of(size) || sequence.tail_shared {
-                    self.grow(pool, slot, committed as usize + 1)?;
-                } else {
-                    sequence.reserved = committed + 1;
-                }
-            }
-        }
-        Ok(())
+        Ok(needed)
     }
 
     /// Forgets the committed tokens from `num_tokens` on and every reservation.
@@ -156,7 +184,7 @@ impl Tables {
                     let Some(block) = chunk.iter().find(|block| **block != NO_BLOCK) else {
                         bail!(InvalidState, "no block of chunk {} is left to go back to", full - 1);
                     };
-                    pool.digests[*block as usize]
+                    pool.records[*block as usize].digest
                 }
             };
         }
@@ -269,8 +297,10 @@ impl Tables {
         let from = self.sequences[slot].committed as usize;
         self.sequences[slot].committed = end as u32;
         if self.config.prefix {
-            for chunk in from / size..end / size {
-                self.close(pool, slot, chunk);
+            self.hash_chunks(pool, slot, from / size..end / size);
+            for (i, chunk) in (from / size..end / size).enumerate() {
+                let digest = self.digests[i];
+                self.close(pool, slot, chunk, &digest);
             }
             let sequence = &mut self.sequences[slot];
             if end / size >= sequence.pending_from as usize + sequence.pending.len() {
@@ -281,19 +311,17 @@ impl Tables {
     }
 
     /// A chunk is full: names it and makes its blocks entries.
-    fn close(&mut self, pool: &mut BlockPool, slot: usize, chunk: usize) {
+    fn close(&mut self, pool: &mut BlockPool, slot: usize, chunk: usize, digest: &Digest) {
         let size = self.config.block_size;
         let groups = self.config.groups.len();
         let sequence = &mut self.sequences[slot];
-        let parent = sequence.digest;
-        sequence.digest = sequence.next_digest(self.config.hash, chunk, size);
+        let parent = std::mem::replace(&mut sequence.digest, *digest);
         let tokens = &sequence.ids[chunk * size..][..size];
         for (index, group) in self.config.groups.iter().enumerate() {
             let block = &mut sequence.blocks[chunk * groups + index];
             if *block == NO_BLOCK || !group.is_kept(chunk) {
                 continue;
             }
-            let digest = &sequence.digest;
             match pool.register_one(digest, index as u8, chunk as u32 + 1, *block) {
                 None => {
                     if let Some(partial) = &mut pool.partial {
@@ -312,13 +340,21 @@ impl Tables {
                     pool.unshare(std::mem::replace(block, known));
                 }
                 // A duplicate carries its digest too, so that a rollback finds it.
-                Some(_) => pool.digests[*block as usize] = *digest,
+                Some(_) => pool.records[*block as usize].digest = *digest,
             }
         }
     }
 
     /// Gives up blocks that the token at `from` needed and the one at `end` does not.
     fn slide(&mut self, pool: &mut BlockPool, slot: usize, from: usize, end: usize) {
+        if !self
+            .config
+            .groups
+            .iter()
+            .any(|group| matches!(group, Group::Window(_) | Group::Recurrent(_)))
+        {
+            return;
+        }
         let size = self.config.block_size;
         let groups = self.config.groups.len();
         let sequence = &mut self.sequences[slot];
