@@ -8,6 +8,7 @@ use std::collections::HashSet;
 
 use common::Random;
 use kvmgr::block::groups::Reason;
+use kvmgr::block::keys::{Key, Kind};
 use kvmgr::block::prefix::{self, Hash};
 use kvmgr::block::{BlockId, BlockPool, Request, Tables, TablesConfig};
 use kvmgr::evictor::{self, EVICTORS, Idle};
@@ -175,11 +176,21 @@ fn vllm_digests_are_vllms() {
     let root = prefix::vllm_root("0");
     assert_eq!(hex(&root), "4e1195df020de59e0d65a33a4279f1183e7ae4e5d980e309f8b55adff2e61c3e");
     let tokens: Vec<i32> = (0..16).collect();
-    let first = prefix::extend_with(Hash::VllmCbor, &root, &tokens, &[]);
+    let first = prefix::extend_with(Hash::VllmCbor, &root, &tokens, "", &[]);
     assert_eq!(hex(&first), "d830de3d42c00f25a2949b5d12d98642664a44872c1614c5b0147556276afc9c");
     let tokens =
         [23, 24, 255, 256, 65535, 65536, i32::MAX, 100, 101, 102, 103, 104, 105, 106, 107, 108];
-    let keys: [&[u8]; 2] = [b"lora-a", b"salt"];
-    let second = prefix::extend_with(Hash::VllmCbor, &first, &tokens, &keys);
+    let key = |kind, bytes, offset| Key { kind, bytes, offset };
+    let salt = key(Kind::Text, b"salt", 0);
+    let second = prefix::extend_with(Hash::VllmCbor, &first, &tokens, "lora-a", &[salt]);
     assert_eq!(hex(&second), "54a5a760d5637c5f122f056c9d99adc0681b26bccf7df6aac30c4773a7a06241");
+    let embeddings: Vec<u8> = (0..32).collect();
+    let keys = [
+        key(Kind::Item, b"image-1", 3),
+        key(Kind::Item, b"image-0", -40),
+        salt,
+        key(Kind::Bytes, &embeddings, 0),
+    ];
+    let all = prefix::extend_with(Hash::VllmCbor, &first, &tokens, "lora-a", &keys);
+    assert_eq!(hex(&all), "10dc2c1fa6bc8e4f04ca8dcde66915af42257c0c03f23e06b07fef64d5d7b165");
 }

@@ -5,6 +5,7 @@ mod entries;
 pub mod events;
 pub mod groups;
 mod index;
+pub mod keys;
 pub mod manager;
 mod partial;
 pub mod pool;

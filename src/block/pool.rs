@@ -75,6 +75,8 @@ pub struct BlockPool {
     pub(super) journal: Option<Box<Journal>>,
     /// Tokens of entries, if blocks are reused in part.
     pub(super) partial: Option<Box<Partial>>,
+    /// Blocks handed out that somebody had before, if somebody wants to wipe them.
+    recycled: Option<Vec<u32>>,
 }
 
 /// What is known of a block, in one cache line.
@@ -136,7 +138,24 @@ impl BlockPool {
             evicted: vec![0; num_blocks / 4 + 64],
             journal: None,
             partial: None,
+            recycled: None,
         }
+    }
+
+    /// Writes down from now on which blocks are handed out with the bytes of somebody before.
+    pub fn watch_recycled(&mut self) {
+        self.recycled = Some(Vec::new());
+    }
+
+    /// The blocks handed out since the last call whose bytes are those of somebody before, if
+    /// [`Self::watch_recycled`] was called; in order, and twice if they went back meanwhile.
+    pub fn take_recycled(&mut self) -> Option<Vec<u32>> {
+        self.recycled.as_mut().map(std::mem::take)
+    }
+
+    /// How many blocks [`Self::take_recycled`] would answer.
+    pub fn num_recycled(&self) -> Option<usize> {
+        self.recycled.as_ref().map(Vec::len)
     }
 
     /// Writes down from now on which entries come and go, for [`Self::publish`].
@@ -252,6 +271,11 @@ impl BlockPool {
         let id = self.free.pop()?;
         let record = &mut self.records[id as usize];
         record.counts.set(Snapshot { refs: 1, holders: 0 });
+        if let Some(recycled) = &mut self.recycled
+            && record.generation > 0
+        {
+            recycled.push(id);
+        }
         Some(BlockId(id))
     }
 

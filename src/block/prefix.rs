@@ -3,7 +3,7 @@
 //! ```text
 //! root   = H("kvmgr prefix v2" | block_size | salt | scope)         H is all of SHA-256
 //! next   = compress(parent, tokens as little-endian i32)            64 bytes a compression
-//! keys   = H("kvmgr keys v2" | next | number | size, bytes of each) where keys distinguish tokens
+//! keys   = H("kvmgr keys v2" | next | number | kind, offset, size, bytes of each), if there are any
 //! ```
 //!
 //! `compress` is SHA-256's own, so a digest is the state of one long SHA-256 computation that
@@ -22,11 +22,13 @@
 //!
 //! ```text
 //! root   = H(cbor(seed text))
-//! next   = H(cbor([parent bytes, [tokens], extra])), extra null or an array of texts
+//! next   = H(cbor([parent bytes, [tokens], extra])), extra null or an array of the adapter's name,
+//!          [identifier, offset] of each image, the salt (first block only), bytes of embeddings
 //! ```
 
 use sha2::{Digest as _, Sha256};
 
+use super::keys::{Key, Kind};
 use crate::simd::sha256;
 
 /// The digest of a prefix that ends at a block boundary.
@@ -54,25 +56,33 @@ pub fn root(block_size: usize, salt: u64, scope: &[u8]) -> Digest {
     hash.finalize().into()
 }
 
-/// The digest of the empty prefix of one tenant or adapter below `root`: `salt` is hashed with its
-/// length and apart from every token, so no prompt can imitate it.
+/// The digest of the empty prefix of one tenant below `root`: `salt` is hashed with its length and
+/// apart from every token, so no prompt can imitate it.
 pub fn tenant_root(root: &Digest, salt: &[u8]) -> Digest {
-    if salt.is_empty() {
+    below(root, b"kvmgr tenant v2", salt)
+}
+
+/// The digest of the empty prefix of the model with an adapter, told apart from every tenant.
+pub fn adapter_root(root: &Digest, adapter: &str) -> Digest {
+    below(root, b"kvmgr adapter v2", adapter.as_bytes())
+}
+
+fn below(root: &Digest, domain: &[u8], name: &[u8]) -> Digest {
+    if name.is_empty() {
         return *root;
     }
     let mut hash = Sha256::new();
-    hash.update(b"kvmgr tenant v2");
+    hash.update(domain);
     hash.update(root);
-    hash.update((salt.len() as u64).to_le_bytes());
-    hash.update(salt);
+    hash.update((name.len() as u64).to_le_bytes());
+    hash.update(name);
     hash.finalize().into()
 }
 
 /// The root of vLLM's chain: the hash of the text of `PYTHONHASHSEED`.
 pub fn vllm_root(seed: &str) -> Digest {
     let mut bytes = Vec::with_capacity(seed.len() + 9);
-    cbor_head(&mut bytes, 3, seed.len() as u64);
-    bytes.extend_from_slice(seed.as_bytes());
+    cbor_bytes(&mut bytes, 3, seed.as_bytes());
     Sha256::digest(&bytes).into()
 }
 
@@ -125,41 +135,68 @@ fn extend_chunks(root: &Digest, tokens: &[i32], size: usize, out: &mut [Digest])
     }
 }
 
-/// The digest of `parent` extended by one full block of tokens that `extra` distinguishes: the
-/// adapter, or the hash and offset of an image in the block. No extra keys are [`extend`].
-pub fn extend_with(hash: Hash, parent: &Digest, tokens: &[i32], extra: &[&[u8]]) -> Digest {
+/// The digest of `parent` extended by one full block of tokens that `keys` distinguish, and with
+/// vLLM's hash the name of an adapter; the library's own has that in its root. No keys are
+/// [`extend`].
+pub fn extend_with(
+    hash: Hash,
+    parent: &Digest,
+    tokens: &[i32],
+    adapter: &str,
+    keys: &[Key<'_>],
+) -> Digest {
     match hash {
-        Hash::Native if extra.is_empty() => extend(parent, tokens),
+        Hash::Native if keys.is_empty() => extend(parent, tokens),
         Hash::Native => {
             let mut hash = Sha256::new();
             hash.update(b"kvmgr keys v2");
             hash.update(extend(parent, tokens));
-            hash.update((extra.len() as u64).to_le_bytes());
-            for key in extra {
-                hash.update((key.len() as u64).to_le_bytes());
-                hash.update(key);
+            hash.update((keys.len() as u64).to_le_bytes());
+            for key in keys {
+                hash.update([key.kind as u8]);
+                hash.update(key.offset.to_le_bytes());
+                hash.update((key.bytes.len() as u64).to_le_bytes());
+                hash.update(key.bytes);
             }
             hash.finalize().into()
         }
-        Hash::VllmCbor => {
-            let mut bytes = Vec::with_capacity(64 + 5 * tokens.len());
-            cbor_head(&mut bytes, 4, 3);
-            cbor_head(&mut bytes, 2, parent.len() as u64);
-            bytes.extend_from_slice(parent);
-            cbor_head(&mut bytes, 4, tokens.len() as u64);
-            tokens.iter().for_each(|token| cbor_int(&mut bytes, i64::from(*token)));
-            if extra.is_empty() {
-                bytes.push(0xF6);
-            } else {
-                cbor_head(&mut bytes, 4, extra.len() as u64);
-                for key in extra {
-                    cbor_head(&mut bytes, 3, key.len() as u64);
-                    bytes.extend_from_slice(key);
-                }
+        Hash::VllmCbor => Sha256::digest(cbor_block(parent, tokens, adapter, keys)).into(),
+    }
+}
+
+fn cbor_block(parent: &Digest, tokens: &[i32], adapter: &str, keys: &[Key<'_>]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(64 + 5 * tokens.len());
+    cbor_head(&mut out, 4, 3);
+    cbor_bytes(&mut out, 2, parent);
+    cbor_head(&mut out, 4, tokens.len() as u64);
+    tokens.iter().for_each(|token| cbor_int(&mut out, i64::from(*token)));
+    let count = keys.len() + usize::from(!adapter.is_empty());
+    if count == 0 {
+        out.push(0xF6);
+        return out;
+    }
+    cbor_head(&mut out, 4, count as u64);
+    if !adapter.is_empty() {
+        cbor_bytes(&mut out, 3, adapter.as_bytes());
+    }
+    for key in keys {
+        match key.kind {
+            Kind::Item => {
+                cbor_head(&mut out, 4, 2);
+                cbor_bytes(&mut out, 3, key.bytes);
+                cbor_int(&mut out, key.offset);
             }
-            Sha256::digest(&bytes).into()
+            Kind::Text => cbor_bytes(&mut out, 3, key.bytes),
+            Kind::Bytes => cbor_bytes(&mut out, 2, key.bytes),
         }
     }
+    out
+}
+
+/// Bytes (`major` 2) or a text (3).
+fn cbor_bytes(out: &mut Vec<u8>, major: u8, bytes: &[u8]) {
+    cbor_head(out, major, bytes.len() as u64);
+    out.extend_from_slice(bytes);
 }
 
 /// The head of a CBOR item in its shortest form.
@@ -215,10 +252,15 @@ mod tests {
             assert_eq!(parent, *digest);
         }
         assert_eq!(run.len(), 4);
-        let with = |extra: &[&[u8]]| extend_with(Hash::Native, &base, &[1, 2], extra);
+        let with = |keys: &[Key<'_>]| extend_with(Hash::Native, &base, &[1, 2], "", keys);
+        let key = |bytes: &'static str, offset, kind| Key { bytes: bytes.as_bytes(), offset, kind };
         assert_eq!(with(&[]), extend(&base, &[1, 2]));
-        assert_ne!(with(&[b"ab", b"c"]), with(&[b"a", b"bc"]));
-        assert_ne!(with(&[b""]), with(&[]));
+        let text = |bytes| key(bytes, 0, Kind::Text);
+        assert_ne!(with(&[text("ab"), text("c")]), with(&[text("a"), text("bc")]));
+        assert_ne!(with(&[text("")]), with(&[]));
+        assert_ne!(with(&[text("a")]), with(&[key("a", 0, Kind::Item)]));
+        assert_ne!(with(&[key("a", 1, Kind::Item)]), with(&[key("a", 0, Kind::Item)]));
+        assert_ne!(adapter_root(&base, "a"), tenant_root(&base, b"a"));
         assert_ne!(tenant_root(&base, b"a"), tenant_root(&base, b"b"));
         assert_eq!(tenant_root(&base, b""), base);
     }

@@ -151,6 +151,9 @@ pub const KVMGR_POOL_PARTIAL: u32 = 4;
 /// Flag: operations and decisions are recorded, see kvmgr_pool_take_log. Lookups then wait for one
 /// another.
 pub const KVMGR_POOL_LOG: u32 = 8;
+/// Flag: blocks that are handed out with the bytes of a sequence before are listed, so that the
+/// engine can wipe or poison them first: kvmgr_pool_take_recycled.
+pub const KVMGR_POOL_RECYCLED: u32 = 16;
 
 /// How prefixes are named.
 #[repr(transparent)]
@@ -195,7 +198,7 @@ pub struct kvmgr_pool_config {
     pub num_blocks: u64,
     /// Tokens of a block, 1 to 1024; 0 means 16.
     pub block_size: u32,
-    /// KVMGR_POOL_PREFIX, _DEDUP, _PARTIAL, _LOG or 0.
+    /// KVMGR_POOL_PREFIX, _DEDUP, _PARTIAL, _LOG, _RECYCLED or 0.
     pub flags: u32,
     /// The evictor's spec; NULL means "lru".
     pub evictor: *const c_char,
@@ -282,7 +285,11 @@ pub unsafe extern "C" fn kvmgr_pool_create(
         let out = unsafe { convert::handle_output(out_pool, "out_pool") }?;
         // SAFETY: the caller passes NULL or a struct that starts with its size.
         let config = unsafe { convert::config(config, "kvmgr_pool_config") }?;
-        let known = KVMGR_POOL_PREFIX | KVMGR_POOL_DEDUP | KVMGR_POOL_PARTIAL | KVMGR_POOL_LOG;
+        let known = KVMGR_POOL_PREFIX
+            | KVMGR_POOL_DEDUP
+            | KVMGR_POOL_PARTIAL
+            | KVMGR_POOL_LOG
+            | KVMGR_POOL_RECYCLED;
         let unknown = config.flags & !known;
         ensure!(unknown == 0, InvalidArgument, "flags has unknown bits {unknown:#x}");
         // SAFETY: the caller passes strings and groups.
@@ -359,6 +366,7 @@ unsafe fn block_config(config: &kvmgr_pool_config) -> Result<BlockConfig> {
         tables: TablesConfig { block_size, groups, hash, prefix, dedup, watermark },
         root,
         partial: has(KVMGR_POOL_PARTIAL),
+        recycled: has(KVMGR_POOL_RECYCLED),
     })
 }
 

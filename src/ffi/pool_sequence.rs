@@ -1,16 +1,19 @@
 //! Sequences of a pool: numbers, not handles, so that one call takes a whole batch.
 
+use std::ffi::c_char;
+
 use super::convert;
 use super::guard::guard;
 use super::pool::{digests, kvmgr_pool, write};
 use super::types::kvmgr_status;
 use crate::block::groups::Reason;
+use crate::block::keys::{Extra, Kind};
 use crate::block::manager::{BlockManager, Keep};
 use crate::block::pool::DEFAULT_PRIORITY;
 use crate::block::prefix::Hash;
-use crate::block::tables::{Extra, NO_BLOCK, Placement, Request};
+use crate::block::tables::{NO_BLOCK, Placement, Request};
 use crate::block::{Admission, SequenceId};
-use crate::error::{Kind, Result, ensure};
+use crate::error::{self, Result, bail, ensure};
 
 /// Names a sequence of a pool. Never 0; a number whose sequence has ended, or of another pool, is
 /// an error wherever it is used.
@@ -34,8 +37,21 @@ pub const KVMGR_MISS_WINDOW: kvmgr_miss = kvmgr_miss(3);
 /// A recurrent group has no state at a usable place.
 pub const KVMGR_MISS_CHECKPOINT: kvmgr_miss = kvmgr_miss(4);
 
+/// What an extra key is.
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct kvmgr_key_kind(pub u32);
+/// The identifier of an image or another input behind placeholder tokens. Its distance from the
+/// start of the block is hashed with it, which tells its parts apart.
+pub const KVMGR_KEY_ITEM: kvmgr_key_kind = kvmgr_key_kind(0);
+/// A text.
+pub const KVMGR_KEY_TEXT: kvmgr_key_kind = kvmgr_key_kind(1);
+/// Bytes: the hash of prompt embeddings.
+pub const KVMGR_KEY_BYTES: kvmgr_key_kind = kvmgr_key_kind(2);
+
 /// What distinguishes equal tokens of a prompt: the hash of the image behind placeholder tokens. It
-/// becomes part of the hash of every block that the tokens touch. With KVMGR_HASH_VLLM it is a text.
+/// becomes part of the hash of every block that the tokens touch, and events tell it. With
+/// KVMGR_HASH_VLLM items and texts are UTF-8.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct kvmgr_extra_key {
@@ -47,6 +63,10 @@ pub struct kvmgr_extra_key {
     pub key: *const u8,
     /// Bytes of the key.
     pub key_size: usize,
+    /// KVMGR_KEY_ITEM, _TEXT or _BYTES.
+    pub kind: kvmgr_key_kind,
+    /// Must be 0.
+    pub reserved: u32,
 }
 
 /// A prompt that wants to become a sequence. Zero the struct; every zero but tokens is a default.
@@ -62,8 +82,8 @@ pub struct kvmgr_pool_request {
     pub hashes: *const u8,
     /// 0, or the full blocks of the prompt.
     pub num_hashes: usize,
-    /// The operator's secret for this tenant, or the name of an adapter: prompts with different
-    /// salts share nothing and learn nothing of one another. NULL for none.
+    /// The operator's secret for this tenant: prompts with different salts share nothing and learn
+    /// nothing of one another. NULL for none.
     pub salt: *const u8,
     /// Bytes of the salt.
     pub salt_size: usize,
@@ -71,6 +91,9 @@ pub struct kvmgr_pool_request {
     pub extra_keys: *const kvmgr_extra_key,
     /// How many.
     pub num_extra_keys: usize,
+    /// The name of the adapter (LoRA) that computes the sequence, which shares nothing with others.
+    /// Events tell it. NULL or "" for none.
+    pub adapter: *const c_char,
     /// Microseconds after the sequence ends until its entries are reclaimed before all others; 0
     /// for never.
     pub ttl: u64,
@@ -141,7 +164,9 @@ pub unsafe extern "C" fn kvmgr_pool_admit(
             for parsed in &requests {
                 match parsed.with(manager, |manager, request| manager.admit(request, parsed.keep)) {
                     Ok(admission) => admitted.push(admission),
-                    Err(error) if error.kind() == Kind::OutOfBlocks && !admitted.is_empty() => {
+                    Err(error)
+                        if error.kind() == error::Kind::OutOfBlocks && !admitted.is_empty() =>
+                    {
                         break;
                     }
                     Err(error) => {
@@ -254,8 +279,9 @@ pub unsafe extern "C" fn kvmgr_pool_append(
     })
 }
 
-/// Forgets the committed tokens from num_tokens on and every reservation. KVMGR_INVALID_STATE where
-/// a window has left those tokens, KVMGR_UNSUPPORTED where a state would have to go back.
+/// Forgets the committed tokens from num_tokens on and every reservation. A recurrent group goes back
+/// to a cached state, which there is after every `value` blocks: KVMGR_UNSUPPORTED elsewhere,
+/// KVMGR_INVALID_STATE if it has been reclaimed or where a window has left those tokens.
 #[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_pool_truncate(
@@ -372,6 +398,7 @@ pub(super) struct Parsed<'a> {
     digests: &'a [crate::block::prefix::Digest],
     salt: &'a [u8],
     extra: Vec<Extra<'a>>,
+    adapter: &'a str,
     keep: Keep,
 }
 
@@ -399,10 +426,21 @@ impl<'a> Parsed<'a> {
             // SAFETY: the caller promises the key.
             let key = unsafe { convert::slice(it.key, it.key_size, "extra_keys.key") }?;
             let limit = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
-            extra.push(Extra { start: limit(it.start), end: limit(it.end), key });
+            ensure!(
+                it.reserved == 0,
+                InvalidArgument,
+                "reserved of an extra key is {}, must be 0",
+                it.reserved
+            );
+            let Some(kind) = Kind::ALL.get(it.kind.0 as usize) else {
+                bail!(InvalidArgument, "kind is {}, not a kvmgr_key_kind", it.kind.0);
+            };
+            extra.push(Extra { start: limit(it.start), end: limit(it.end), kind: *kind, key });
         }
+        // SAFETY: the caller promises NULL or a string.
+        let adapter = unsafe { convert::text(request.adapter, "adapter") }?.unwrap_or("");
         let keep = keep(request.priority, request.ttl, request.session)?;
-        Ok(Self { tokens, digests, salt, extra, keep })
+        Ok(Self { tokens, digests, salt, extra, adapter, keep })
     }
 
     /// The request below the root of its tenant.
@@ -411,19 +449,21 @@ impl<'a> Parsed<'a> {
         manager: &mut BlockManager,
         body: impl FnOnce(&mut BlockManager, &Request<'_>) -> Result<R>,
     ) -> Result<R> {
-        let root = manager.root(self.salt);
+        let root = manager.root(self.salt, self.adapter);
         let mut extra = self.extra.clone();
         if manager.config().tables.hash == Hash::VllmCbor {
-            for key in extra.iter().map(|it| it.key).chain([self.salt]) {
+            let texts = extra.iter().filter(|it| it.kind != Kind::Bytes).map(|it| it.key);
+            for key in texts.chain([self.salt]) {
                 let is_text = std::str::from_utf8(key).is_ok();
                 ensure!(is_text, InvalidArgument, "salts and extra keys of vLLM are UTF-8 texts");
             }
             if !self.salt.is_empty() && !self.tokens.is_empty() {
-                extra.push(Extra { start: 0, end: 1, key: self.salt });
+                extra.push(Extra { start: 0, end: 1, kind: Kind::Text, key: self.salt });
             }
         }
+        let (digests, adapter) = (self.digests, self.adapter);
         let request =
-            Request { digests: self.digests, extra: &extra, ..Request::new(self.tokens, root) };
+            Request { digests, extra: &extra, adapter, ..Request::new(self.tokens, root) };
         body(manager, &request)
     }
 }

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::{Extra, OwnedExtra, Request, Sequence, Tables};
+use super::{Request, Sequence, Tables};
+use crate::block::keys;
 use crate::block::pool::BlockPool;
 use crate::block::prefix::{self, Digest, Hash};
 
@@ -18,9 +19,8 @@ impl Tables {
         } else {
             let mut parent = request.root;
             for (chunk, tokens) in request.tokens.chunks_exact(size).enumerate() {
-                let keys =
-                    request.extra.iter().filter_map(|it| it.key_of(hash, chunk * size, size));
-                parent = extend(hash, &parent, tokens, &keys.collect::<Vec<_>>());
+                let keys = keys::of_block(request.extra.iter().copied(), chunk * size, size);
+                parent = prefix::extend_with(hash, &parent, tokens, request.adapter, &keys);
                 self.digests.push(parent);
             }
         }
@@ -38,7 +38,7 @@ impl Tables {
             self.digests.push(*digest);
         }
         let rest = chunks.start + self.digests.len()..chunks.end;
-        if sequence.extra.is_empty() && hash == Hash::Native {
+        if sequence.is_plain(hash) {
             let parent = *self.digests.last().unwrap_or(&sequence.digest);
             let tokens = &sequence.ids[rest.start * size..rest.end * size];
             prefix::extend_run(&parent, tokens, size, &mut self.digests);
@@ -95,8 +95,7 @@ impl Tables {
     fn is_plain(&self, slot: u32) -> bool {
         let sequence = &self.sequences[slot as usize];
         self.is_full(sequence.committed)
-            && self.config.hash == Hash::Native
-            && sequence.extra.is_empty()
+            && sequence.is_plain(self.config.hash)
             && sequence.pending.is_empty()
     }
 
@@ -130,38 +129,17 @@ impl Sequence {
     /// The digest of `chunk` behind `parent`.
     fn next_digest(&self, hash: Hash, parent: &Digest, chunk: usize, size: usize) -> Digest {
         let tokens = &self.ids[chunk * size..][..size];
-        if self.extra.is_empty() && hash == Hash::Native {
-            return prefix::extend(parent, tokens);
+        match &self.keys {
+            None => prefix::extend_with(hash, parent, tokens, "", &[]),
+            Some(keys) => {
+                let of_block = keys.of_block(chunk * size, size);
+                prefix::extend_with(hash, parent, tokens, &keys.adapter, &of_block)
+            }
         }
-        let keys = self.extra.iter().filter_map(|it| it.view().key_of(hash, chunk * size, size));
-        extend(hash, parent, tokens, &keys.collect::<Vec<_>>())
-    }
-}
-
-impl Extra<'_> {
-    pub(super) fn owned(&self) -> OwnedExtra {
-        OwnedExtra { start: self.start, end: self.end, key: self.key.to_vec() }
     }
 
-    /// What goes into the digest of the block that starts at token `start`, if the key touches it.
-    /// The distance tells the parts of one image apart; vLLM hashes plain texts.
-    fn key_of(&self, hash: Hash, start: usize, size: usize) -> Option<Vec<u8>> {
-        let touches = self.start < start + size && self.end > start;
-        let offset = (self.start as i64 - start as i64).to_le_bytes();
-        touches.then(|| match hash {
-            Hash::Native => [self.key, &offset].concat(),
-            Hash::VllmCbor => self.key.to_vec(),
-        })
+    /// Whether chunks are named by their tokens alone.
+    fn is_plain(&self, hash: Hash) -> bool {
+        hash == Hash::Native && self.keys.as_ref().is_none_or(|keys| keys.is_plain())
     }
-}
-
-impl OwnedExtra {
-    fn view(&self) -> Extra<'_> {
-        Extra { start: self.start, end: self.end, key: &self.key }
-    }
-}
-
-fn extend(hash: Hash, parent: &Digest, tokens: &[i32], keys: &[Vec<u8>]) -> Digest {
-    let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
-    prefix::extend_with(hash, parent, tokens, &keys)
 }

@@ -46,7 +46,7 @@ impl Tables {
         sequence.ids.clear();
         sequence.ids.extend_from_slice(&parent.ids);
         sequence.pending.clear();
-        sequence.extra.clone_from(&parent.extra);
+        sequence.keys.clone_from(&parent.keys);
         (sequence.root, sequence.digest) = (parent.root, parent.digest);
         (sequence.committed, sequence.reserved) = (parent.committed, parent.committed);
         (sequence.live, sequence.parked, sequence.priority) = (true, false, parent.priority);

@@ -23,11 +23,12 @@ mod fork;
 mod step;
 
 use super::groups::{Group, MAX_GROUPS};
+use super::keys::{Keys, Range};
 use super::pool::{BlockId, BlockPool};
 use super::prefix::{Digest, Hash};
 use crate::error::{Result, bail, ensure};
 
-pub use admit::{Admission, Extra, Request};
+pub use admit::{Admission, Request};
 pub use fork::Placement;
 
 /// Where a table has no block.
@@ -120,16 +121,8 @@ struct Sequence {
     /// Digests of the prompt's chunks from `pending_from` on; of all chunks while parked.
     pending: Vec<Digest>,
     pending_from: u32,
-    /// What distinguishes equal tokens of the prompt.
-    extra: Vec<OwnedExtra>,
-}
-
-/// An [`Extra`] that outlives the request.
-#[derive(Debug, Clone)]
-struct OwnedExtra {
-    start: usize,
-    end: usize,
-    key: Vec<u8>,
+    /// What the request or the engine said besides, if anything.
+    keys: Option<Box<Keys>>,
 }
 
 impl Tables {
@@ -198,6 +191,47 @@ impl Tables {
             pool.set_priority(BlockId(*block), priority);
         }
         Ok(())
+    }
+
+    /// Gives the entries of the blocks that a part of a sequence touches another priority, now and
+    /// when they are made; says how long they stay, see [`Self::ranges`]. What is said later counts.
+    pub fn set_range(&mut self, pool: &mut BlockPool, id: SequenceId, range: Range) -> Result<()> {
+        let slot = self.present(id)?;
+        ensure!(
+            range.start < range.end,
+            InvalidArgument,
+            "the range is {}..{}, must not be empty",
+            range.start,
+            range.end
+        );
+        let (size, groups) = (self.config.block_size, self.config.groups.len());
+        let sequence = &mut self.sequences[slot];
+        let chunks = range.start / size..range.end.div_ceil(size);
+        for block in sequence.blocks.chunks(groups).take(chunks.end).skip(chunks.start).flatten() {
+            if *block != NO_BLOCK {
+                pool.set_priority(BlockId(*block), range.priority);
+            }
+        }
+        let ranges = &mut sequence.keys.get_or_insert_default().ranges;
+        ranges.retain(|old| old.start < range.start || old.end > range.end);
+        ranges.push(range);
+        Ok(())
+    }
+
+    /// For each block of the table what [`Self::set_range`] said last about its tokens.
+    pub fn ranges(&self, id: SequenceId) -> Result<impl Iterator<Item = Option<&Range>>> {
+        let sequence = &self.sequences[self.slot(id)?];
+        let (size, groups) = (self.config.block_size, self.config.groups.len());
+        let of = move |place: usize| {
+            sequence.keys.as_ref().and_then(|keys| keys.range_of(place / groups * size, size))
+        };
+        Ok((0..sequence.blocks.len()).map(of))
+    }
+
+    /// Whether [`Self::set_range`] was called for a sequence.
+    pub fn has_ranges(&self, id: SequenceId) -> Result<bool> {
+        let sequence = &self.sequences[self.slot(id)?];
+        Ok(sequence.keys.as_ref().is_some_and(|keys| !keys.ranges.is_empty()))
     }
 
     /// The digest of the full committed chunks of a sequence.

@@ -1,6 +1,7 @@
 //! A step: reserve slots, commit what was written, append one token to each of many, truncate.
 
 use super::{Copy, NO_BLOCK, SequenceId, Tables};
+use crate::block::events::Stored;
 use crate::block::groups::Group;
 use crate::block::pool::{BlockId, BlockPool, DEFAULT_PRIORITY};
 use crate::block::prefix::Digest;
@@ -157,7 +158,9 @@ impl Tables {
         Ok(needed)
     }
 
-    /// Forgets the committed tokens from `num_tokens` on and every reservation.
+    /// Forgets the committed tokens from `num_tokens` on and every reservation. A recurrent group
+    /// goes back to a state that is still cached: one at the end of a block, as often as its
+    /// interval says.
     pub fn truncate(
         &mut self,
         pool: &mut BlockPool,
@@ -172,26 +175,31 @@ impl Tables {
             InvalidArgument,
             "num_tokens is {num_tokens}, only {committed} are committed"
         );
-        self.check_rollback(slot, num_tokens)?;
+        self.check_windows(slot, num_tokens)?;
         let (full, was_full) = (num_tokens / size, committed / size);
+        let digest = match (self.config.prefix && full < was_full, full) {
+            (false, _) => self.sequences[slot].digest,
+            (true, 0) => self.sequences[slot].root,
+            (true, full) => self.digest_of(pool, slot, full - 1)?,
+        };
+        let states = self.states_at(pool, slot, num_tokens, &digest)?;
         let groups = self.config.groups.len();
+        let has_states =
+            self.config.groups.iter().any(|group| matches!(group, Group::Recurrent(_)));
         let sequence = &mut self.sequences[slot];
-        if full < was_full && self.config.prefix {
-            sequence.digest = match full {
-                0 => sequence.root,
-                full => {
-                    let chunk = &sequence.blocks[(full - 1) * groups..full * groups];
-                    let Some(block) = chunk.iter().find(|block| **block != NO_BLOCK) else {
-                        bail!(InvalidState, "no block of chunk {} is left to go back to", full - 1);
-                    };
-                    pool.records[*block as usize].digest
-                }
-            };
+        for (index, state) in states {
+            let block = &mut sequence.blocks[(full - 1) * groups + index];
+            if *block == NO_BLOCK {
+                pool.share(state);
+                pool.revive(state);
+                *block = state;
+            }
         }
+        sequence.digest = digest;
         // A block that was full is an entry or may be: whoever writes to it again copies it first.
         sequence.tail_shared |= full < was_full;
-        if !self.config.groups.iter().any(|group| matches!(group, Group::Recurrent(_))) {
-            // A running state may lie in a block that was reserved; such tables keep theirs.
+        // A running state may lie in a block that was reserved; then such tables keep theirs.
+        if !has_states || num_tokens < committed {
             sequence.drop_blocks(pool, num_tokens.div_ceil(size) * groups);
         }
         (sequence.committed, sequence.reserved) = (num_tokens as u32, num_tokens as u32);
@@ -200,22 +208,67 @@ impl Tables {
         Ok(())
     }
 
-    /// Refuses to go back to where a group has no rows or no state any more.
-    fn check_rollback(&self, slot: usize, num_tokens: usize) -> Result<()> {
+    /// The digest of a full chunk, which each of its blocks carries.
+    fn digest_of(&self, pool: &BlockPool, slot: usize, chunk: usize) -> Result<Digest> {
+        let groups = self.config.groups.len();
+        let blocks = &self.sequences[slot].blocks[chunk * groups..][..groups];
+        let Some(block) = blocks.iter().find(|block| **block != NO_BLOCK) else {
+            bail!(InvalidState, "no block of chunk {chunk} is left to go back to");
+        };
+        Ok(pool.records[*block as usize].digest)
+    }
+
+    /// The states of the recurrent groups after `num_tokens` tokens, whose digest is `digest`: their
+    /// groups and blocks. None if the sequence is there already.
+    fn states_at(
+        &self,
+        pool: &BlockPool,
+        slot: usize,
+        num_tokens: usize,
+        digest: &Digest,
+    ) -> Result<Vec<(usize, u32)>> {
+        let (size, groups) = (self.config.block_size, self.config.groups.len());
+        let sequence = &self.sequences[slot];
+        let mut states = Vec::new();
+        if num_tokens == sequence.committed as usize || num_tokens == 0 {
+            return Ok(states);
+        }
+        let chunk = num_tokens / size;
+        for (index, group) in self.config.groups.iter().enumerate() {
+            let Group::Recurrent(interval) = group else { continue };
+            let is_kept = num_tokens.is_multiple_of(size) && chunk > 0 && group.is_kept(chunk - 1);
+            ensure!(
+                is_kept && self.config.prefix,
+                Unsupported,
+                "num_tokens is {num_tokens}: group {index} is recurrent, with a cached state after \
+                 every {} tokens",
+                *interval as usize * size
+            );
+            let own = sequence.blocks[(chunk - 1) * groups + index];
+            let state = if own == NO_BLOCK { pool.find(digest, index as u8) } else { Some(own) };
+            let Some(state) = state else {
+                bail!(
+                    InvalidState,
+                    "num_tokens is {num_tokens}: the state of group {index} there has been reclaimed"
+                );
+            };
+            states.push((index, state));
+        }
+        Ok(states)
+    }
+
+    /// Refuses to go back to where a window group has no rows any more.
+    fn check_windows(&self, slot: usize, num_tokens: usize) -> Result<()> {
         let size = self.config.block_size;
         let sequence = &self.sequences[slot];
         let groups = self.config.groups.len();
         for (index, group) in self.config.groups.iter().enumerate() {
-            let is_state = matches!(group, Group::Recurrent(_));
+            if let Group::Recurrent(_) = group {
+                continue;
+            }
+            let mut needed = group.first_needed(num_tokens, size)..num_tokens.div_ceil(size);
             ensure!(
-                !is_state || num_tokens == sequence.committed as usize,
-                Unsupported,
-                "num_tokens is {num_tokens}: group {index} is recurrent, a state cannot go back"
-            );
-            let needed = group.first_needed(num_tokens, size)..num_tokens.div_ceil(size);
-            let missing = |chunk: &usize| sequence.blocks[chunk * groups + index] == NO_BLOCK;
-            ensure!(
-                is_state || !needed.clone().any(|chunk| missing(&chunk)),
+                needed.all(|chunk| sequence.blocks[chunk * groups + index] != NO_BLOCK),
                 InvalidState,
                 "num_tokens is {num_tokens}: the window of group {index} has left those tokens"
             );
@@ -327,12 +380,23 @@ impl Tables {
                     if let Some(partial) = &mut pool.partial {
                         partial.store(&parent, *block, tokens);
                     }
-                    if sequence.priority != DEFAULT_PRIORITY {
-                        pool.set_priority(BlockId(*block), sequence.priority);
+                    let keys = sequence.keys.as_deref();
+                    let range = keys.and_then(|keys| keys.range_of(chunk * size, size));
+                    let priority = range.map_or(sequence.priority, |range| range.priority);
+                    if priority != DEFAULT_PRIORITY {
+                        pool.set_priority(BlockId(*block), priority);
                     }
                     if let Some(journal) = &mut pool.journal {
                         let parent = (chunk > 0).then_some(&parent);
-                        journal.stored(index as u8, parent, digest, tokens);
+                        let of_block = keys.map(|keys| keys.of_block(chunk * size, size));
+                        journal.stored(&Stored {
+                            group: index as u8,
+                            parent,
+                            digest,
+                            tokens,
+                            adapter: keys.map_or("", |keys| &keys.adapter),
+                            keys: &of_block.unwrap_or_default(),
+                        });
                     }
                 }
                 Some(known) if self.config.dedup && known != *block => {
