@@ -111,19 +111,17 @@ impl Keys {
 
 /// The keys of the block of `size` tokens that starts at token `start`, in vLLM's order.
 pub(super) fn of_block<'a>(
-    extra: impl Iterator<Item = Extra<'a>> + Clone,
+    extra: impl Iterator<Item = Extra<'a>>,
     start: usize,
     size: usize,
 ) -> Vec<Key<'a>> {
-    let mut keys = Vec::new();
-    for kind in Kind::ALL {
-        let touching =
-            |it: &Extra<'_>| it.kind == kind && it.start < start + size && it.end > start;
-        keys.extend(extra.clone().filter(touching).map(|it| Key {
-            kind,
-            bytes: it.key,
-            offset: if kind == Kind::Item { it.start as i64 - start as i64 } else { 0 },
-        }));
-    }
+    let key = |it: Extra<'a>| Key {
+        kind: it.kind,
+        bytes: it.key,
+        offset: if it.kind == Kind::Item { it.start as i64 - start as i64 } else { 0 },
+    };
+    let touching = extra.filter(|it| it.start < start + size && it.end > start);
+    let mut keys: Vec<Key<'_>> = touching.map(key).collect();
+    keys.sort_by_key(|key| key.kind as u8);
     keys
 }

@@ -10,7 +10,7 @@ use crate::block::groups::Reason;
 use crate::block::keys::{Extra, Kind};
 use crate::block::manager::{BlockManager, Keep};
 use crate::block::pool::DEFAULT_PRIORITY;
-use crate::block::prefix::Hash;
+use crate::block::prefix::{Digest, Hash};
 use crate::block::tables::{NO_BLOCK, Placement, Request};
 use crate::block::{Admission, SequenceId};
 use crate::error::{self, Result, bail, ensure};
@@ -161,8 +161,13 @@ pub unsafe extern "C" fn kvmgr_pool_admit(
             requests.iter().map(|it| Parsed::new(it)).collect::<Result<_>>()?;
         write(pool, |manager| {
             let mut admitted: Vec<Admission> = Vec::with_capacity(requests.len());
-            for parsed in &requests {
-                match parsed.with(manager, |manager, request| manager.admit(request, parsed.keep)) {
+            let hashed = hash_pairs(manager, &requests)?;
+            for (parsed, digests) in requests.iter().zip(&hashed) {
+                let admit = |manager: &mut BlockManager, request: &Request<'_>| {
+                    let known = if digests.is_empty() { request.digests } else { digests };
+                    manager.admit(&Request { digests: known, ..*request }, parsed.keep)
+                };
+                match parsed.with(manager, admit) {
                     Ok(admission) => admitted.push(admission),
                     Err(error)
                         if error.kind() == error::Kind::OutOfBlocks && !admitted.is_empty() =>
@@ -392,10 +397,28 @@ pub unsafe extern "C" fn kvmgr_pool_resume(
     })
 }
 
+/// The digests of requests that are hashed two at a time; nothing for those that are not.
+fn hash_pairs(manager: &mut BlockManager, requests: &[Parsed<'_>]) -> Result<Vec<Vec<Digest>>> {
+    let mut digests = vec![Vec::new(); requests.len()];
+    if !manager.config().tables.prefix {
+        return Ok(digests);
+    }
+    for (pair, outs) in requests.chunks_exact(2).zip(digests.chunks_exact_mut(2)) {
+        let [first, second] = outs else { continue };
+        pair[0].with(manager, |manager, a| {
+            pair[1].with(manager, |manager, b| {
+                manager.tables().hash_two([a, b], [first, second]);
+                Ok(())
+            })
+        })?;
+    }
+    Ok(digests)
+}
+
 /// A request whose pointers are checked.
 pub(super) struct Parsed<'a> {
     tokens: &'a [i32],
-    digests: &'a [crate::block::prefix::Digest],
+    digests: &'a [Digest],
     salt: &'a [u8],
     extra: Vec<Extra<'a>>,
     adapter: &'a str,

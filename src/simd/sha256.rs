@@ -27,7 +27,7 @@ pub fn run<const N: usize>(
     states: [&State; N],
     messages: [&[Message]; N],
     every: usize,
-    outs: [&mut [State]; N],
+    mut outs: [&mut [State]; N],
 ) {
     let count = outs.first().map_or(0, |out| out.len());
     assert!(every > 0 && outs.iter().all(|out| out.len() == count), "outs differ in length");
@@ -35,7 +35,7 @@ pub fn run<const N: usize>(
     #[cfg(target_arch = "x86_64")]
     if x86::is_available() {
         // SAFETY: the CPU has the instructions.
-        return unsafe { x86::run(states, messages, every, outs) };
+        return unsafe { x86::run(states, messages, every, &mut outs) };
     }
     for ((state, messages), out) in states.into_iter().zip(messages).zip(outs) {
         portable(state, messages, every, out);
@@ -88,17 +88,17 @@ mod x86 {
         states: [&State; N],
         messages: [&[Message]; N],
         every: usize,
-        outs: [&mut [State]; N],
+        outs: &mut [&mut [State]; N],
     ) {
         let mut halves = [(_mm_setzero_si128(), _mm_setzero_si128()); N];
         for n in 0..N {
             halves[n] = load(states[n]);
         }
         for at in 0..outs[0].len() {
-            for part in at * every..(at + 1) * every {
+            for part in 0..every {
                 let mut next = [&[0; 16]; N];
                 for n in 0..N {
-                    next[n] = &messages[n][part];
+                    next[n] = &messages[n][at * every + part];
                 }
                 compress(&mut halves, next);
             }

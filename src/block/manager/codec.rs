@@ -10,6 +10,9 @@ use crate::error::{Result, bail};
 /// How every log starts.
 pub(super) const MAGIC: &[u8] = b"kvmgr log 2\n";
 
+/// An [`Extra`] as the log has it: start, end, kind, key.
+pub(super) type OwnedExtra = (usize, usize, Kind, Vec<u8>);
+
 /// A writer of log bytes.
 #[derive(Debug, Default)]
 pub(super) struct Words(pub(super) Vec<u8>);
@@ -232,7 +235,7 @@ impl<'a> Reader<'a> {
         Ok(self.take(len)?.to_vec())
     }
 
-    pub(super) fn extra(&mut self) -> Result<Vec<(usize, usize, Kind, Vec<u8>)>> {
+    pub(super) fn extra(&mut self) -> Result<Vec<OwnedExtra>> {
         self.list(|reader| {
             let (start, end, kind) = (reader.size()?, reader.size()?, usize::from(reader.small()?));
             let Some(kind) = Kind::ALL.get(kind) else {

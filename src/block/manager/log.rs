@@ -8,9 +8,9 @@
 //! Numbers are little-endian; lists start with their length as u32. [`replay`] runs the operations
 //! on a new manager and compares every record, decisions included, byte by byte.
 
-use super::codec::{MAGIC, Reader, Words};
+use super::codec::{MAGIC, OwnedExtra, Reader, Words};
 use super::{BlockManager, Keep, LeaseId};
-use crate::block::keys::{Extra, Kind, Range};
+use crate::block::keys::{Extra, Range};
 use crate::block::prefix::Digest;
 use crate::block::tables::{Request, SequenceId};
 use crate::error::{Result, bail, ensure};
@@ -207,7 +207,7 @@ operations! {
         tokens: Vec<i32> [&[i32]] = tokens,
         root: Digest [&Digest] = digest,
         digests: Vec<Digest> [&[Digest]] = digests,
-        extra: Vec<(usize, usize, Kind, Vec<u8>)> [&[Extra<'_>]] = extra,
+        extra: Vec<OwnedExtra> [&[Extra<'_>]] = extra,
         adapter: Vec<u8> [&[u8]] = bytes,
         keep: Keep [Keep] = keep
     };
