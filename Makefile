@@ -74,7 +74,7 @@ test-plugin: lib
 	  $(MAKE) --no-print-directory -C cpp-examples/ggml-kvmgr LLAMA=$(LLAMA) \
 	    KVMGR_LIB=$(abspath $(TARGET))/release KVMGR_INCLUDE=$(abspath include) \
 	    OUT=$(abspath $(OUT))/ggml-kvmgr && \
-	  python3 cpp-examples/ggml-kvmgr/test.py $(LLAMA)/build \
+	  $(LLAMA)/venv/bin/python cpp-examples/ggml-kvmgr/test.py $(LLAMA)/build \
 	    $(abspath $(OUT))/ggml-kvmgr/libggml-kvmgr.so tests/data/tiny.gguf tests/data/heldout.txt; \
 	fi
 

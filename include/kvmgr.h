@@ -23,7 +23,8 @@
  * outputs are NULL, other outputs are untouched, and objects are as they were.
  *
  * Ownership: shared handles (pool, cache, policy, quantizer, store) are made with one reference
- * and end with the last release. Exclusive handles (sequence, attention, slots) end with destroy.
+ * and end with the last release. Exclusive handles (sequence, attention, slots) and kvmgr_meeting end
+ * with destroy.
  * Children keep their parents alive. The library copies what it is given; it never frees or keeps
  * the caller's memory beyond a call, except the user_data of callbacks. A stale or foreign handle
  * is answered with KVMGR_INVALID_HANDLE.
@@ -222,6 +223,14 @@ typedef struct kvmgr_cache kvmgr_cache;
  * first. Exclusive: destroy once. A lease keeps its pool alive.
  */
 typedef struct kvmgr_lease kvmgr_lease;
+
+/**
+ * Where the workers of one attention meet: with it, kvmgr_slots_attend and kvmgr_attend_dense split
+ * a few queries over many rows by rows, and not only by KV heads. Calls that use it at the same time
+ * must be the workers of one attention, with the same num_workers; the next attention may use it
+ * when all of them have returned.
+ */
+typedef struct kvmgr_meeting kvmgr_meeting;
 
 /**
  * A token policy parsed from a spec. Immutable. Shared: retain and release, any thread.
@@ -1232,6 +1241,37 @@ typedef struct {
 } kvmgr_attention_options;
 
 /**
+ * What a layer does to its logits under a mask. Set struct_size to its sizeof; zeros, or NULL
+ * instead of the struct, mean plain softmax(q . k / sqrt(key_dim) + mask).
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_mask_options).
+   */
+  size_t struct_size;
+  /**
+   * Factor of q . k; 0 means 1 / sqrt(key_dim).
+   */
+  float scale;
+  /**
+   * Logits become softcap * tanh(logit / softcap); 0 means off.
+   */
+  float softcap;
+  /**
+   * num_q_heads learned logits, an extra term of the denominator; or NULL.
+   */
+  const float *sinks;
+  /**
+   * num_q_heads factors of the mask; or NULL for 1.
+   */
+  const float *mask_slopes;
+  /**
+   * Where the workers of the call meet; or NULL, then workers share heads but no rows.
+   */
+  const kvmgr_meeting *meeting;
+} kvmgr_mask_options;
+
+/**
  * Settings of the slots of a layer. Set struct_size to its sizeof; zeros mean the default.
  */
 typedef struct {
@@ -1286,33 +1326,6 @@ typedef struct {
    */
   const char *spec;
 } kvmgr_slots_config;
-
-/**
- * What a layer does to its logits under a mask. Set struct_size to its sizeof; zeros, or NULL
- * instead of the struct, mean plain softmax(q . k / sqrt(key_dim) + mask).
- */
-typedef struct {
-  /**
-   * sizeof(kvmgr_mask_options).
-   */
-  size_t struct_size;
-  /**
-   * Factor of q . k; 0 means 1 / sqrt(key_dim).
-   */
-  float scale;
-  /**
-   * Logits become softcap * tanh(logit / softcap); 0 means off.
-   */
-  float softcap;
-  /**
-   * num_q_heads learned logits, an extra term of the denominator; or NULL.
-   */
-  const float *sinks;
-  /**
-   * num_q_heads factors of the mask; or NULL for 1.
-   */
-  const float *mask_slopes;
-} kvmgr_mask_options;
 
 /**
  * What the slots of a layer hold and have done. Set struct_size before the call.
@@ -1605,16 +1618,16 @@ uint32_t kvmgr_version(void);
 const char *kvmgr_version_string(void);
 
 /**
- * Whether the loaded library can do something on this machine: "avx2" (kernels for this CPU),
- * "cuda" (a device path). Unknown names are false. The exported symbols never depend on features.
+ * Whether the loaded library can do something on this machine: "avx2" or "avx512" (kernels for this
+ * CPU), "cuda" (a device path). Unknown names are false. The exported symbols never depend on features.
  *
  * @param name a NUL-terminated string
  */
 bool kvmgr_has_feature(const char *name);
 
 /**
- * The instruction set of the CPU kernels in use: "scalar" or "avx2". Static. The environment
- * variable KVMGR_CPU forces one; a value that cannot be honoured is logged by
+ * The instruction set of the CPU kernels in use: "scalar", "avx2" or "avx512". Static. The
+ * environment variable KVMGR_CPU forces one; a value that cannot be honoured is logged by
  * kvmgr_cache_create and ignored.
  */
 const char *kvmgr_cpu_level(void);
@@ -2766,6 +2779,40 @@ kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
                                  uint32_t num_workers);
 
 /**
+ * Makes a place for the workers of an attention to meet.
+ *
+ * @param out_meeting receives the handle; NULL on failure
+ */
+KVMGR_NODISCARD kvmgr_status kvmgr_meeting_create(kvmgr_meeting **out_meeting);
+
+/**
+ * Ends a meeting place. NULL is fine.
+ */
+void kvmgr_meeting_destroy(kvmgr_meeting *meeting);
+
+/**
+ * Attends to keys and values in the engine's own memory, under its mask. Needs no handle.
+ *
+ * @param query [num_queries, num_q_heads, key_dim]
+ * @param key [rows, num_kv_heads, key_dim]
+ * @param value [rows, num_kv_heads, value_dim]
+ * @param mask [num_queries, 1 or num_q_heads, rows]; NULL shows all
+ * @param output [num_queries, num_q_heads, value_dim]
+ * @param options may be NULL
+ * @param worker which part of the work to do, below num_workers
+ * @param num_workers parts, at least 1; the output is complete when all are done
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_attend_dense(const kvmgr_tensor *query,
+                                const kvmgr_tensor *key,
+                                const kvmgr_tensor *value,
+                                const kvmgr_tensor *mask,
+                                const kvmgr_tensor *output,
+                                const kvmgr_mask_options *options,
+                                uint32_t worker,
+                                uint32_t num_workers);
+
+/**
  * Checks a spec before shapes are known: a stage that slots cannot serve is refused by name.
  */
 KVMGR_NODISCARD kvmgr_status kvmgr_slots_check_spec(const char *spec);
@@ -2843,7 +2890,9 @@ kvmgr_status kvmgr_slots_copy_stream(kvmgr_slots *slots,
 /**
  * Tells the policy about a batch that is written and has not attended yet, and runs the policy
  * where it is due. A query continues the sequence of another if it sees its slot; a sequence that
- * goes on with a single query has ended its prompt. An engine without a policy need not call it.
+ * goes on with a single query has ended its prompt, and so has one that goes on with drafts: with at
+ * most 17 queries after as few, or after some of the last ones have been taken back. An engine
+ * without a policy need not call it.
  *
  * @param query [num_queries, num_q_heads, key_dim]
  * @param mask [num_queries, 1 or num_q_heads, visible slots of the stream]
@@ -2856,6 +2905,18 @@ kvmgr_status kvmgr_slots_observe(kvmgr_slots *slots,
                                  const kvmgr_tensor *mask,
                                  const uint32_t *indices,
                                  size_t num_queries);
+
+/**
+ * Runs the policy at once for prompts that wait for their end and among whose tokens are these slots.
+ * To be called before slots are read to save them: a saved state says what was evicted, but not that
+ * the policy has yet to run.
+ *
+ * @param indices num slots
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_slots_settle(kvmgr_slots *slots,
+                                const uint32_t *indices,
+                                size_t num);
 
 /**
  * Attends to the first slots of a stream: output = softmax(scale * query . K + mask) V. What is
@@ -2873,28 +2934,6 @@ KVMGR_NODISCARD
 kvmgr_status kvmgr_slots_attend(const kvmgr_slots *slots,
                                 uint32_t stream,
                                 const kvmgr_tensor *query,
-                                const kvmgr_tensor *mask,
-                                const kvmgr_tensor *output,
-                                const kvmgr_mask_options *options,
-                                uint32_t worker,
-                                uint32_t num_workers);
-
-/**
- * Attends to keys and values in the engine's own memory, under its mask. Needs no handle.
- *
- * @param query [num_queries, num_q_heads, key_dim]
- * @param key [rows, num_kv_heads, key_dim]
- * @param value [rows, num_kv_heads, value_dim]
- * @param mask [num_queries, 1 or num_q_heads, rows]; NULL shows all
- * @param output [num_queries, num_q_heads, value_dim]
- * @param options may be NULL
- * @param worker which part of the work to do, below num_workers
- * @param num_workers parts, at least 1; the output is complete when all are done
- */
-KVMGR_NODISCARD
-kvmgr_status kvmgr_attend_dense(const kvmgr_tensor *query,
-                                const kvmgr_tensor *key,
-                                const kvmgr_tensor *value,
                                 const kvmgr_tensor *mask,
                                 const kvmgr_tensor *output,
                                 const kvmgr_mask_options *options,

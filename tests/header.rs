@@ -23,6 +23,7 @@ fn the_committed_header_is_fresh() {
         "cache",
         "sequence",
         "attention",
+        "masked",
         "slots",
     ];
     let mut builder = cbindgen::Builder::new().with_config(config);

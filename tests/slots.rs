@@ -10,6 +10,7 @@ use std::ffi::{CStr, CString};
 use std::ptr;
 
 use common::Random;
+use kvmgr::ffi::masked::*;
 use kvmgr::ffi::slots::*;
 use kvmgr::ffi::types::*;
 use kvmgr::ffi::version::*;
@@ -45,6 +46,10 @@ struct Layer {
 
 impl Layer {
     fn new(spec: &str, num_streams: u32, flags: u32, seed: u64) -> Self {
+        Self::sized(spec, SLOTS, num_streams, flags, seed)
+    }
+
+    fn sized(spec: &str, num_slots: usize, num_streams: u32, flags: u32, seed: u64) -> Self {
         let spec = CString::new(spec).unwrap();
         let config = kvmgr_slots_config {
             struct_size: size_of::<kvmgr_slots_config>(),
@@ -54,7 +59,7 @@ impl Layer {
             num_kv_heads: KV_HEADS as u32,
             key_dim: DIM as u32,
             value_dim: 0,
-            num_slots: SLOTS as u32,
+            num_slots: num_slots as u32,
             num_streams,
             block_size: 32,
             flags,
@@ -168,6 +173,11 @@ impl Layer {
         states
     }
 
+    fn settle(&self, slots: &[u32]) -> kvmgr_status {
+        // SAFETY: slots of the length given.
+        unsafe { kvmgr_slots_settle(self.handle, slots.as_ptr(), slots.len()) }
+    }
+
     fn observe(&mut self, slots: &[u32], mask: &[f32], span: usize) {
         let query = self.random.normals(slots.len() * Q_HEADS * DIM);
         let query = tensor(&query, [slots.len(), Q_HEADS, DIM]);
@@ -258,6 +268,87 @@ fn a_copied_stream_attends_like_its_source_and_memory_follows_what_is_there() {
     assert_eq!(layer.states(&[0]), [KVMGR_SLOT_ABSENT, 0]);
 }
 
+fn options(meeting: *const kvmgr_meeting) -> kvmgr_mask_options {
+    // SAFETY: all zeros is a valid struct.
+    let zeros = unsafe { std::mem::zeroed() };
+    kvmgr_mask_options { struct_size: size_of::<kvmgr_mask_options>(), meeting, ..zeros }
+}
+
+/// Pointers that go to other threads.
+#[derive(Clone, Copy)]
+struct Shared(*const kvmgr_slots, [*const kvmgr_tensor; 5], *const kvmgr_mask_options);
+
+// SAFETY: what they point to outlives the threads, and workers write different rows.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    /// One worker's part of queries over many rows: by slot, or in memory of the engine.
+    fn attend(self, worker: u32, num_workers: u32) {
+        let Self(slots, [q, k, v, m, o], options) = self;
+        // SAFETY: the tensors of the test below.
+        let status = unsafe {
+            if slots.is_null() {
+                kvmgr_attend_dense(q, k, v, m, o, options, worker, num_workers)
+            } else {
+                kvmgr_slots_attend(slots, 0, q, m, o, options, worker, num_workers)
+            }
+        };
+        assert_eq!(status, KVMGR_OK, "{}", message());
+    }
+}
+
+/// With a meeting the rows of a head are shared as well, and by how many does not change a bit.
+#[test]
+fn workers_that_meet_share_rows() {
+    const ROWS: usize = 5000;
+    let mut layer = Layer::sized("quant(k=f32, v=f32)", ROWS, 1, 0, 17);
+    layer.write(&(0..ROWS as u32).collect::<Vec<_>>(), 0);
+    let [key, value] = [0, 1].map(|side| -> Vec<f32> {
+        layer.rows.values().flat_map(|row| row[side].clone()).collect()
+    });
+    let mut meeting = ptr::null_mut();
+    // SAFETY: a place for the handle.
+    assert_eq!(unsafe { kvmgr_meeting_create(&raw mut meeting) }, KVMGR_OK);
+    let [with, without] = [options(meeting), options(ptr::null())];
+    for n in [1, 3, 40] {
+        let query = layer.random.normals(n * Q_HEADS * DIM);
+        let mask = causal(ROWS - n - 7, n, ROWS);
+        let (shape, rows) = ([n, Q_HEADS, DIM], [ROWS, KV_HEADS, DIM]);
+        let [q, m] = [tensor(&query, shape), tensor(&mask, [n, 1, ROWS])];
+        let [k, v] = [tensor(&key, rows), tensor(&value, rows)];
+        for slots in [layer.handle.cast_const(), ptr::null()] {
+            let run = |num_workers, options: &kvmgr_mask_options| {
+                let output = vec![f32::NAN; query.len()];
+                let o = tensor(&output, shape);
+                let tensors =
+                    [&raw const q, &raw const k, &raw const v, &raw const m, &raw const o];
+                let shared = Shared(slots, tensors, &raw const *options);
+                std::thread::scope(|scope| {
+                    for worker in 0..num_workers {
+                        scope.spawn(move || shared.attend(worker, num_workers));
+                    }
+                });
+                output
+            };
+            let expected = run(1, &without);
+            let first = run(1, &with);
+            assert!(first.iter().zip(&expected).all(|(x, y)| (x - y).abs() < 1e-4));
+            for num_workers in [2, 3, 5, 9] {
+                assert!(run(num_workers, &with) == first, "{n} queries, {num_workers} workers");
+                assert!(run(num_workers, &without) == expected);
+            }
+        }
+    }
+    kvmgr_meeting_destroy(meeting);
+    let query = vec![0.0; Q_HEADS * DIM];
+    let q = tensor(&query, [1, Q_HEADS, DIM]);
+    // SAFETY: tensors, and a handle that has been released.
+    let status =
+        unsafe { kvmgr_slots_attend(layer.handle, 0, &q, ptr::null(), &q, &raw const with, 0, 1) };
+    assert_eq!(status, KVMGR_INVALID_HANDLE);
+    assert!(message().contains("kvmgr_meeting"), "{}", message());
+}
+
 /// A hidden row that is infinite or NaN stays hidden.
 #[test]
 fn a_wild_row_does_not_reach_those_who_do_not_see_it() {
@@ -312,6 +403,50 @@ fn a_policy_acts_when_the_prompt_ends_and_frees_what_it_evicts() {
             }
         }
         layer.check(0, &causal(120, 1, SLOTS), SLOTS, 2e-3);
+    }
+}
+
+/// Before a prompt is saved the policy runs on it, once.
+#[test]
+fn a_policy_that_waits_for_the_end_of_a_prompt_can_be_settled() {
+    let mut layer = Layer::new("snapkv(w=8) | keep(0.25)", 1, 0, 19);
+    let prompt: Vec<u32> = (0..100).collect();
+    layer.write(&prompt, 0);
+    layer.observe(&prompt, &causal(0, 100, SLOTS), SLOTS);
+    assert_eq!(layer.settle(&[150]), KVMGR_OK);
+    assert_eq!(layer.stats().rows_live, 2 * 100, "not a slot of the prompt");
+    assert_eq!(layer.settle(&[SLOTS as u32]), KVMGR_INVALID_ARGUMENT);
+    for _ in 0..2 {
+        assert_eq!(layer.settle(&[40]), KVMGR_OK);
+        assert_eq!(layer.stats().rows_live, 2 * 25);
+    }
+    layer.write(&[100], 0);
+    layer.observe(&[100], &causal(100, 1, SLOTS), SLOTS);
+    assert_eq!(layer.stats().rows_live, 2 * 26, "the answer does not run it again");
+}
+
+/// Drafts are no prompt: they end the one before them, and are not compressed themselves.
+#[test]
+fn a_policy_takes_drafts_for_an_answer() {
+    for rejected in [0, 2] {
+        let mut layer = Layer::new("snapkv(w=8) | keep(0.25)", 1, 0, 23);
+        let prompt: Vec<u32> = (0..80).collect();
+        layer.write(&prompt, 0);
+        layer.observe(&prompt, &causal(0, 80, SLOTS), SLOTS);
+        // A token and four drafts, of which the last ones may be taken back and written over.
+        for (round, first) in (80..).step_by(5 - rejected).take(4).enumerate() {
+            let slots: Vec<u32> = (first..first + 5).collect();
+            layer.write(&slots, 0);
+            layer.observe(&slots, &causal(first as usize, 5, SLOTS), SLOTS);
+            let kept = match (round, rejected) {
+                (0, _) => 80,
+                // What follows a prompt at once may be the rest of it, if nothing is taken back.
+                (_, 0) => 85 / 4 + 5 * (round - 1),
+                (_, _) => 83 / 4 + 3 * (round - 1),
+            };
+            let live = layer.stats().rows_live as usize;
+            assert!(live / 2 == kept + 5 || live / 2 == kept + 6, "{live} in round {round}");
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 #include "kvmgr.h"
 #include "ops.hpp"
 #include "options.hpp"
-#include "workers.hpp"
+#include "team.hpp"
 
 namespace {
 ggml_backend_dev_t device();
@@ -16,11 +16,15 @@ ggml_backend_dev_t device();
 // ---- backend: one for each context of the host; the cache itself belongs to the buffers
 
 const char *backend_name(ggml_backend_t) { return "KVMGR"; }
-void backend_free(ggml_backend_t backend) { delete backend; }
+Team &team(ggml_backend_t backend) { return *static_cast<Team *>(backend->context); }
+void backend_free(ggml_backend_t backend) {
+    delete &team(backend);
+    delete backend;
+}
 
-ggml_status graph_compute(ggml_backend_t, ggml_cgraph *graph) {
+ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph *graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i)
-        if (!compute(ggml_graph_node(graph, i))) return GGML_STATUS_FAILED;
+        if (!compute(ggml_graph_node(graph, i), team(backend))) return GGML_STATUS_FAILED;
     return GGML_STATUS_SUCCESS;
 }
 
@@ -36,6 +40,7 @@ ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) {
     backend->iface.free = backend_free;
     backend->iface.graph_compute = graph_compute;
     backend->device = dev;
+    backend->context = new Team;
     return backend;
 }
 
@@ -63,7 +68,7 @@ bool device_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t typ
 const char *reg_name(ggml_backend_reg_t) { return "KVMGR"; }
 size_t reg_device_count(ggml_backend_reg_t) { return 1; }
 ggml_backend_dev_t reg_device(ggml_backend_reg_t, size_t) { return device(); }
-void set_n_threads(ggml_backend_t, int count) { set_workers(count > 0 ? unsigned(count) : 1); }
+void set_n_threads(ggml_backend_t backend, int count) { team(backend).threads = count > 0 ? unsigned(count) : 1; }
 void *reg_proc(ggml_backend_reg_t, const char *name) {
     const std::string wanted = name;
     return wanted == "ggml_backend_set_n_threads" ? reinterpret_cast<void *>(set_n_threads) : nullptr;

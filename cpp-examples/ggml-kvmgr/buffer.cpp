@@ -2,10 +2,14 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <string>
 
 #include "ggml-backend-impl.h"
@@ -20,6 +24,9 @@ struct Buffer {
     std::map<std::string, std::unique_ptr<Layer>> layers;
 };
 
+std::mutex mutex;
+std::set<Buffer *> buffers;  // all that exist; under the mutex
+
 Buffer &self(ggml_backend_buffer_t buffer) { return *static_cast<Buffer *>(buffer->context); }
 
 // Splits "cache_k_l3" or "cache_<tag>v_l3"; false for anything else.
@@ -32,6 +39,27 @@ bool parse_name(const char *name, std::string &key, bool &is_value, int &layer) 
     is_value = side == 'v';
     key = text.substr(0, l - 1) + text.substr(l);
     return true;
+}
+
+// llama.cpp puts layers with a sliding window into a cache of their own: caches without a layer in
+// common are taken for those of one model.
+bool are_of_one_model(const Buffer &a, const Buffer &b) {
+    for (const auto &x : a.layers)
+        for (const auto &y : b.layers)
+            if (&a != &b && x.second->index == y.second->index) return false;
+    return true;
+}
+
+// The host tells a backend of layers one by one, but policies want to know how many there are.
+void count_layers() {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (Buffer *b : buffers) {
+        int last = 0;
+        for (Buffer *other : buffers)
+            if (are_of_one_model(*b, *other))
+                for (const auto &layer : other->layers) last = std::max(last, layer.second->index);
+        for (const auto &layer : b->layers) layer.second->model_layers = last + 1;
+    }
 }
 
 void print_stats(const Buffer &buffer) {
@@ -53,6 +81,10 @@ void free_buffer(ggml_backend_buffer_t buffer) {
     Buffer &b = self(buffer);
     if (options().stats && !b.layers.empty()) print_stats(b);
     munmap(b.base, b.size);
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        buffers.erase(&b);
+    }
     delete &b;
 }
 
@@ -63,16 +95,39 @@ bool make_readable(Buffer &b) {
     return b.readable;
 }
 
+// A cache that is read again and again in full is faster in huge pages. Its start stays in small ones,
+// because a short context would fill no more than a bit of each.
+void use_huge_pages(const ggml_tensor *tensor) {
+    const size_t page = size_t(2) << 20, small = 4 * page;
+    const auto start = reinterpret_cast<uintptr_t>(tensor->data), end = start + ggml_nbytes(tensor);
+    const uintptr_t first = (start + small + page - 1) / page * page;
+    if (first < end) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
+}
+
 ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor *tensor) {
     Buffer &b = self(buffer);
     std::string key;
     bool is_value = false;
     int index = 0;
-    if (!options().opaque || tensor->view_src) return GGML_STATUS_SUCCESS;
-    if (tensor->op != GGML_OP_NONE || !parse_name(tensor->name, key, is_value, index))
-        return make_readable(b) ? GGML_STATUS_SUCCESS : GGML_STATUS_ALLOC_FAILED;
+    if (tensor->view_src) return GGML_STATUS_SUCCESS;
+    const bool is_cache = tensor->op == GGML_OP_NONE && parse_name(tensor->name, key, is_value, index);
+    if (!options().opaque) {
+        if (is_cache) use_huge_pages(tensor);
+        return GGML_STATUS_SUCCESS;
+    }
+    if (std::strncmp(tensor->name, "cache_", 6) == 0 && !is_cache) {
+        report("%s is a recurrent state: only KVMGR_MODE=transparent, without KVMGR_SPEC, serves this model", tensor->name);
+        return GGML_STATUS_FAILED;
+    }
+    if (!is_cache) return make_readable(b) ? GGML_STATUS_SUCCESS : GGML_STATUS_ALLOC_FAILED;
     if (tensor->type != GGML_TYPE_F16 && tensor->type != GGML_TYPE_F32 && tensor->type != GGML_TYPE_BF16) {
         report("%s is %s: the format of the cache is KVMGR_SPEC's to choose, leave -ctk and -ctv alone", tensor->name, ggml_type_name(tensor->type));
+        return GGML_STATUS_FAILED;
+    }
+    // Values come after the keys of their layer: without them they are parts of the keys.
+    for (const auto &other : b.layers) {
+        if (is_value || other.second->value.layer || other.first == key) continue;
+        report("layer %d has no values of its own (MLA): only KVMGR_MODE=transparent, without KVMGR_SPEC, serves this model", other.second->index);
         return GGML_STATUS_FAILED;
     }
     std::unique_ptr<Layer> &layer = b.layers[key];
@@ -82,6 +137,7 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor *tensor) {
     root.layer = layer.get(), root.is_value = is_value, root.type = tensor->type;
     root.width = tensor->ne[0], root.row_bytes = tensor->nb[1];
     tensor->extra = &root;
+    count_layers();
     return GGML_STATUS_SUCCESS;
 }
 
@@ -139,6 +195,10 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size)
     iface.get_tensor = get_tensor;
     iface.cpy_tensor = cpy_tensor;
     iface.clear = clear;
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        buffers.insert(b.get());
+    }
     return ggml_backend_buffer_init(type, iface, b.release(), size);
 }
 

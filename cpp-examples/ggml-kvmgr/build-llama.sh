@@ -10,15 +10,14 @@ mkdir -p "$LLAMA"
 cd "$LLAMA"
 [ -f built-$VERSION ] && { echo "llama.cpp is built in $LLAMA"; exit 0; }
 
-[ -x venv/bin/cmake ] || { python3 -m venv venv && venv/bin/pip install -q cmake ninja scikit_build_core; }
+[ -x venv/bin/cmake ] || { python3 -m venv venv && venv/bin/pip install -q cmake ninja scikit_build_core gguf; }
 [ -d sd ] || venv/bin/pip download -q --no-binary :all: --no-deps --no-build-isolation \
   llama-cpp-python==$VERSION -d sd
 [ -d src/vendor ] || { mkdir -p src && tar xzf sd/*.tar.gz -C src --strip-components=1; }
 venv/bin/cmake -S src/vendor/llama.cpp -B build -G Ninja -DCMAKE_MAKE_PROGRAM="$PWD/venv/bin/ninja" \
-  -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF \
-  -DGGML_SSE42=ON -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_BMI2=ON -DGGML_FMA=ON -DGGML_F16C=ON \
+  -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON \
   -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
   -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF
 venv/bin/ninja -C build -j"${JOBS:-2}" ggml-cpu llama-perplexity llama-bench llama-completion \
-  llama-server llama-cli test-backend-ops
+  llama-server llama-cli test-backend-ops test-save-load-state
 touch built-$VERSION

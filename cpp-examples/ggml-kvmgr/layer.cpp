@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "options.hpp"
 
@@ -47,6 +48,12 @@ bool succeeded(kvmgr_status status, const char *what) {
     return status == KVMGR_OK;
 }
 
+static std::vector<uint32_t> range(int64_t first, int64_t end) {
+    std::vector<uint32_t> all(static_cast<size_t>(end - first));
+    std::iota(all.begin(), all.end(), uint32_t(first));
+    return all;
+}
+
 // What the host cannot be told otherwise: its call has no way to fail.
 static void require(kvmgr_status status, const char *what) {
     if (!succeeded(status, what)) GGML_ABORT("ggml-kvmgr: %s failed", what);
@@ -74,7 +81,7 @@ bool Layer::shape(const ggml_tensor *attention) {
     if (key_dim && (q_heads != q->ne[2] || kv_heads != k->ne[2] || key_dim != k->ne[0] || value_dim != v->ne[0]))
         return report("layer %d is used with two shapes", index), false;
     if (k->ne[0] * k->ne[2] != key.width || v->ne[0] * v->ne[2] != value.width || v->ne[2] != k->ne[2])
-        return report("layer %d: keys and values do not share rows (MLA?): only KVMGR_MODE=transparent serves this model", index), false;
+        return report("layer %d: keys and values do not share rows: only KVMGR_MODE=transparent serves this model", index), false;
     q_heads = q->ne[2], kv_heads = k->ne[2], key_dim = k->ne[0], value_dim = v->ne[0];
     return true;
 }
@@ -85,7 +92,7 @@ kvmgr_slots *Layer::slots() {
     kvmgr_slots_config config = {};
     config.struct_size = sizeof config;
     config.layer = uint32_t(index);
-    config.num_layers = uint32_t(index) + 1;
+    config.num_layers = uint32_t(model_layers);
     config.num_q_heads = uint32_t(q_heads), config.num_kv_heads = uint32_t(kv_heads);
     config.key_dim = uint32_t(key_dim), config.value_dim = uint32_t(value_dim);
     config.num_slots = uint32_t(cells), config.num_streams = uint32_t(streams);
@@ -110,6 +117,7 @@ kvmgr_slots_stats Layer::stats() const {
 
 void Layer::get(const Root &root, void *data, size_t offset, size_t size) {
     if (is_empty()) return void(std::memset(data, 0, size));
+    settle(int64_t(offset / root.row_bytes), int64_t((offset + size + root.row_bytes - 1) / root.row_bytes));
     auto *out = static_cast<uint8_t *>(data);
     std::vector<uint8_t> rows(size_t(ROWS) * root.row_bytes);
     while (size) {
@@ -139,9 +147,14 @@ void Layer::set(const Root &root, const void *data, size_t offset, size_t size) 
     }
 }
 
+// The host reads a cache to save it. What it saves must be what the answer would have attended to.
+void Layer::settle(int64_t first, int64_t end) {
+    const std::vector<uint32_t> cells_ = range(first, end);
+    require(kvmgr_slots_settle(slots(), cells_.data(), cells_.size()), "policy");
+}
+
 void Layer::get_rows(const Root &root, uint8_t *out, int64_t first, int64_t count) {
-    std::vector<uint32_t> cells_(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i) cells_[size_t(i)] = uint32_t(first + i);
+    std::vector<uint32_t> cells_ = range(first, first + count);
     std::vector<float> values(size_t(count * root.width));
     std::vector<uint8_t> states(size_t(count * kv_heads));
     const kvmgr_side side = root.is_value ? KVMGR_SIDE_VALUE : KVMGR_SIDE_KEY;
@@ -156,8 +169,7 @@ void Layer::get_rows(const Root &root, uint8_t *out, int64_t first, int64_t coun
 void Layer::set_rows(const Root &root, const uint8_t *data, int64_t first, int64_t count) {
     kvmgr_slots *to = slots();
     if (!to) GGML_ABORT("ggml-kvmgr: no memory for the cache");
-    std::vector<uint32_t> cells_(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i) cells_[size_t(i)] = uint32_t(first + i);
+    std::vector<uint32_t> cells_ = range(first, first + count);
     std::vector<float> values(size_t(count * root.width));
     load(root.type, data, values.data(), count * root.width);
     const int64_t dim = root.width / kv_heads;

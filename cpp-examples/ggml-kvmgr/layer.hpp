@@ -21,7 +21,7 @@ struct Root {
 };
 
 struct Layer {
-    int index = 0;
+    int index = 0, model_layers = 1;
     int64_t cells = 0, streams = 1;
     Root key, value;
     // Known from the first FLASH_ATTN_EXT that the scheduler asks about.
@@ -42,6 +42,7 @@ struct Layer {
     kvmgr_slots_stats stats() const;
 
   private:
+    void settle(int64_t first, int64_t end);
     void get_rows(const Root &root, uint8_t *out, int64_t first, int64_t count);
     void set_rows(const Root &root, const uint8_t *data, int64_t first, int64_t count);
     kvmgr_slots *handle = nullptr;

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 
 BUILD, PLUGIN, MODEL, TEXT = (os.path.abspath(path) for path in sys.argv[1:5])
@@ -24,14 +25,19 @@ def free_port():
 PORT = free_port()
 
 
-def run(program, *args, spec=None, plugin=True, timeout=200, expect=0, **extra):
-    """The output of a program of llama.cpp, with or without the plugin; expect=None: any end."""
+def environment(plugin, spec, **extra):
+    """Of a program with or without the plugin. Builds with backends linked in load it only if asked."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("KVMGR_")}
     if plugin:
-        env["GGML_BACKEND_PATH"] = PLUGIN
+        env |= {"GGML_BACKEND_PATH": PLUGIN, "LLAMA_ARG_DEVICE": "KVMGR0"}
     if spec:
         env["KVMGR_SPEC"] = spec
-    env.update(extra)
+    return env | extra
+
+
+def run(program, *args, spec=None, plugin=True, timeout=200, expect=0, **extra):
+    """The output of a program of llama.cpp, with or without the plugin; expect=None: any end."""
+    env = environment(plugin, spec, **extra)
     command = [os.path.join(BUILD, "bin", program), *args]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -44,19 +50,18 @@ def run(program, *args, spec=None, plugin=True, timeout=200, expect=0, **extra):
 def post(path, body):
     request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.load(answer)
+    try:
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise AssertionError(f"{path}: {error.read().decode(errors='replace')}") from error
 
 
 @contextlib.contextmanager
-def server(plugin, spec, *args):
+def server(plugin, spec, *args, model=MODEL):
     """A running llama-server."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("KVMGR_")}
-    if plugin:
-        env["GGML_BACKEND_PATH"] = PLUGIN
-    if spec:
-        env["KVMGR_SPEC"] = spec
-    command = [os.path.join(BUILD, "bin", "llama-server"), "-m", MODEL, "-t", "1", "-fa", "on", "--port",
+    env = environment(plugin, spec)
+    command = [os.path.join(BUILD, "bin", "llama-server"), "-m", model, "-t", "1", "-fa", "on", "--port",
                str(PORT), "--no-webui", *args]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:

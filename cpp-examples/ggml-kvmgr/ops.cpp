@@ -9,7 +9,6 @@
 #include "ggml-backend.h"
 #include "layer.hpp"
 #include "options.hpp"
-#include "workers.hpp"
 
 namespace {
 bool is_plain(ggml_type type) { return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16; }
@@ -113,7 +112,7 @@ bool observe(Layer &layer, kvmgr_slots *slots, const Stream &stream, uint32_t nu
     return succeeded(kvmgr_slots_observe(slots, number, &stream.query, &stream.mask, cells, size_t(queries)), "policy");
 }
 
-bool attention(ggml_tensor *op) {
+bool attention(ggml_tensor *op, const Team &team) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *mask = op->src[3], *sinks = op->src[4];
     const Root *root = root_of(k);
     float params[3];
@@ -126,6 +125,7 @@ bool attention(ggml_tensor *op) {
     settings.scale = params[0];
     settings.sinks = sinks ? static_cast<const float *>(sinks->data) : nullptr;
     settings.mask_slopes = slopes.empty() ? nullptr : slopes.data();
+    settings.meeting = team.meeting;
     for (int64_t s = 0; s < q->ne[3]; ++s) {
         const Stream stream(op, s);
         const kvmgr_tensor *visible = mask ? &stream.mask : nullptr;
@@ -138,7 +138,7 @@ bool attention(ggml_tensor *op) {
             if (mask && !observe(layer, slots, stream, number, s, q->ne[1], q->ne[3])) return false;
         }
         std::atomic<bool> ok{true};
-        run_workers([&](unsigned worker, unsigned workers) {
+        team.run([&](unsigned worker, unsigned workers) {
             const kvmgr_status status = slots
                 ? kvmgr_slots_attend(slots, number, &stream.query, visible, &stream.output, &settings, worker, workers)
                 : kvmgr_attend_dense(&stream.query, &stream.key, &stream.value, visible, &stream.output, &settings, worker, workers);
@@ -203,11 +203,11 @@ bool supports(const ggml_tensor *op) {
     }
 }
 
-bool compute(ggml_tensor *op) {
+bool compute(ggml_tensor *op, const Team &team) {
     const Root *root = root_of(op);
     switch (op->op) {
         case GGML_OP_SET_ROWS: return root ? set_rows_cached(op, *root) : set_rows_plain(op);
-        case GGML_OP_FLASH_ATTN_EXT: return attention(op);
+        case GGML_OP_FLASH_ATTN_EXT: return attention(op, team);
         case GGML_OP_ROPE: return root && shift_keys(op, *root);
         default: return true;
     }

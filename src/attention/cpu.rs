@@ -67,10 +67,11 @@ impl Call<'_> {
                 let job = self.job(self.plan.tasks[task]);
                 self.attend(&job, query, scratch);
                 let Task { part, num_parts, split, .. } = job.task;
-                if num_parts > 1
-                    && !self.plan.splits[split].arrive(self.layer, part, &mut scratch.total)
-                {
-                    continue;
+                if num_parts > 1 {
+                    let split = &self.plan.splits[split];
+                    if !split.arrive(self.layer, part, num_parts, &mut scratch.total) {
+                        continue;
+                    }
                 }
                 self.finish(&job, scratch);
                 write_out(&job, scratch, output, lse);

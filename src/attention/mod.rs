@@ -23,7 +23,7 @@ mod job;
 mod plan;
 pub mod reference;
 mod replay;
-mod split;
+pub(crate) mod split;
 mod state;
 mod walk;
 mod write;

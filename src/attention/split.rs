@@ -17,13 +17,13 @@ const MIN_ROWS: usize = 1024;
 
 /// How many parts the rows of a head are split into, for `num_queries` queries. More queries need
 /// larger states and are more work for each row, so they are split less.
-pub(super) fn num_parts(rows: usize, num_queries: usize) -> usize {
+pub(crate) fn num_parts(rows: usize, num_queries: usize) -> usize {
     (rows / MIN_ROWS).min(MAX_PARTS / num_queries).max(1)
 }
 
 /// Where the workers of one split head meet.
 #[derive(Debug, Default)]
-pub(super) struct Split(Mutex<Arrivals>);
+pub(crate) struct Split(Mutex<Arrivals>);
 
 #[derive(Debug, Default)]
 struct Arrivals {
@@ -31,34 +31,48 @@ struct Arrivals {
     layer: usize,
     /// Which parts are in `states`.
     done: u32,
+    /// At least one for each part.
     states: Vec<States>,
 }
 
 impl Split {
-    /// Makes room for `parts` states of `rows` rows, and forgets earlier ones.
+    /// Forgets earlier arrivals and makes room for `parts` states of `rows` rows, so that
+    /// [`Self::arrive`] does not have to.
     pub(super) fn reset(&mut self, parts: usize, rows: usize, dim: usize) {
         let Arrivals { done, states, .. } = self.0.get_mut();
         *done = 0;
-        states.resize_with(parts, States::default);
-        states.iter_mut().for_each(|state| state.reset(rows, dim));
+        if states.len() < parts {
+            states.resize_with(parts, States::default);
+        }
+        states[..parts].iter_mut().for_each(|state| state.reset(rows, dim));
     }
 
-    /// Brings the state of a part. The last to come gets the merged state in its place and `true`.
-    pub(super) fn arrive(&self, layer: usize, part: usize, state: &mut States) -> bool {
+    /// Brings the state of one of `parts` parts of a layer. The last to come gets the merged state in
+    /// its place and `true`.
+    pub(crate) fn arrive(
+        &self,
+        layer: usize,
+        part: usize,
+        parts: usize,
+        state: &mut States,
+    ) -> bool {
         let mut arrivals = self.0.lock();
         let Arrivals { layer: current, done, states } = &mut *arrivals;
-        if *current != layer {
-            // What an abandoned run of another layer has left.
+        if *current != layer || *done >> part & 1 == 1 {
+            // What an abandoned run has left.
             (*current, *done) = (layer, 0);
+        }
+        if states.len() < parts {
+            states.resize_with(parts, States::default);
         }
         states[part].copy_from(state);
         *done |= 1 << part;
-        if done.count_ones() as usize != states.len() {
+        if done.count_ones() as usize != parts {
             return false;
         }
         *done = 0;
         state.clear();
-        states.iter().for_each(|part| state.merge(part));
+        states[..parts].iter().for_each(|part| state.merge(part));
         true
     }
 }
@@ -89,12 +103,13 @@ mod tests {
         };
         let mut split = Split::default();
         split.reset(3, 1, 1);
-        // An abandoned run of another layer.
-        assert!(!split.arrive(7, 2, &mut state(99.0)));
+        // Abandoned runs of another layer and of this one.
+        assert!(!split.arrive(7, 2, 3, &mut state(99.0)));
+        assert!(!split.arrive(0, 0, 3, &mut state(99.0)));
         for (layer, order) in [(0, [0, 1, 2]), (0, [2, 0, 1]), (1, [1, 2, 0])] {
             for (i, part) in order.into_iter().enumerate() {
                 let mut state = state(part as f32 + 1.0);
-                assert_eq!(split.arrive(layer, part, &mut state), i == 2);
+                assert_eq!(split.arrive(layer, part, 3, &mut state), i == 2);
                 if i == 2 {
                     assert_eq!((state.finish(0), state.out[0]), (3.0f32.ln(), 2.0));
                 }

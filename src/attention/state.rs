@@ -37,11 +37,12 @@ impl States {
         self.out.fill(0.0);
     }
 
-    /// Takes over states of the same number and size.
+    /// Becomes a copy of `other`, in the memory that is there if it is enough.
     pub(crate) fn copy_from(&mut self, other: &Self) {
-        self.max.copy_from_slice(&other.max);
-        self.sum.copy_from_slice(&other.sum);
-        self.out.copy_from_slice(&other.out);
+        self.dim = other.dim;
+        self.max.clone_from(&other.max);
+        self.sum.clone_from(&other.sum);
+        self.out.clone_from(&other.out);
     }
 
     /// Raises the maximum of a row to at least `max` and scales what it holds.

@@ -329,11 +329,10 @@ impl BlockPool {
         const BATCH: usize = 32;
         let mut idle = 0;
         let mut entries = [Idle::default(); BATCH];
-        let mut batches = ids.rchunks(BATCH).peekable();
-        while let Some(batch) = batches.next() {
-            batches.peek().unwrap_or(&batch).iter().for_each(|id| {
-                prefetch(&self.records, *id as usize);
-            });
+        let mut ahead = ids.rchunks(BATCH);
+        self.prefetch(ahead.next());
+        for batch in ids.rchunks(BATCH) {
+            self.prefetch(ahead.next());
             let mut num_entries = 0;
             for id in batch.iter().rev().filter(|id| **id != NONE) {
                 if let Some(entry) = self.drop_user(*id, &mut idle) {
@@ -344,6 +343,13 @@ impl BlockPool {
             self.evictor.insert_all(&entries[..num_entries]);
         }
         self.add_idle(idle, 0);
+    }
+
+    /// Asks memory for what dropping `ids` will touch.
+    fn prefetch(&self, ids: Option<&[u32]>) {
+        let Some(ids) = ids else { return };
+        ids.iter().for_each(|id| prefetch(&self.records, *id as usize));
+        self.evictor.prefetch(ids);
     }
 
     /// Drops a reference, and a hold if the block is an entry. Answers the entry if nobody holds it

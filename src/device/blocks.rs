@@ -6,8 +6,11 @@
 
 #![expect(unsafe_code, reason = "views of a mapping that the allocator owns")]
 
-use super::host::{Arena, page_size};
+use super::host::{Arena, HUGE_PAGE, page_size};
 use crate::error::{Result, bail};
+
+/// Bytes from which on blocks that stay are kept in huge pages, of which the last is partly empty.
+const HUGE_FROM: usize = 4 * HUGE_PAGE;
 
 /// An allocator of blocks of `block_bytes` bytes. Addresses are reserved at once, memory is taken
 /// when a block is first written and goes back when it is released.
@@ -21,14 +24,20 @@ pub struct Blocks {
     capacity: usize,
     num_used: usize,
     peak: usize,
+    /// Blocks up to which memory is in small pages; never reached if it always is.
+    small: usize,
 }
 
 impl Blocks {
-    /// Room for `capacity` blocks.
-    pub fn reserve(block_bytes: usize, capacity: usize) -> Result<Self> {
-        let arena = Arena::reserve(block_bytes.saturating_mul(capacity))?;
+    /// Room for `capacity` blocks. Blocks that come and go one by one should not be `huge`: single ones
+    /// give no memory back out of a huge page.
+    pub fn reserve(block_bytes: usize, capacity: usize, huge: bool) -> Result<Self> {
+        let bytes = block_bytes.saturating_mul(capacity);
+        let is_huge = huge && bytes > HUGE_FROM;
+        let arena = if is_huge { Arena::reserve_aligned(bytes) } else { Arena::reserve(bytes) }?;
+        let small = if is_huge { HUGE_FROM / block_bytes } else { usize::MAX };
         let (used, free) = (Vec::new(), Vec::new());
-        Ok(Self { arena, block_bytes, used, free, capacity, num_used: 0, peak: 0 })
+        Ok(Self { arena, block_bytes, used, free, capacity, num_used: 0, peak: 0, small })
     }
 
     /// A block of zeros.
@@ -41,6 +50,10 @@ impl Blocks {
                 index
             }
             None if self.used.len() < self.capacity => {
+                if self.used.len() == self.small {
+                    self.arena.use_huge_pages();
+                    self.arena.collapse(HUGE_FROM);
+                }
                 self.used.push(true);
                 self.used.len() as u32 - 1
             }
@@ -131,7 +144,7 @@ mod tests {
     #[test]
     fn blocks_keep_their_bytes_while_neighbours_come_and_go() {
         for block_bytes in [64, 4096, 5000, 9000] {
-            let mut blocks = Blocks::reserve(block_bytes, 9).unwrap();
+            let mut blocks = Blocks::reserve(block_bytes, 9, false).unwrap();
             let all: Vec<u32> = (0..9).map(|_| blocks.allocate().unwrap()).collect();
             assert_eq!(blocks.allocate().unwrap_err().kind(), Kind::OutOfBlocks);
             all.iter().for_each(|i| blocks.bytes_mut(*i).fill(*i as u8 + 1));
@@ -148,6 +161,22 @@ mod tests {
             blocks.copy(2, fresh);
             assert_eq!(blocks.bytes(fresh), blocks.bytes(2));
             assert_eq!(blocks.peak_bytes(), 9 * block_bytes);
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "mmap flags")]
+    fn blocks_keep_their_bytes_when_huge_pages_begin() {
+        let block_bytes = 100_000;
+        let capacity = HUGE_FROM / block_bytes + 30;
+        let mut blocks = Blocks::reserve(block_bytes, capacity, true).unwrap();
+        for i in 0..capacity {
+            let index = blocks.allocate().unwrap();
+            blocks.bytes_mut(index).fill(i as u8);
+        }
+        blocks.release(3);
+        for i in (0..capacity).filter(|i| *i != 3) {
+            assert!(blocks.bytes(i as u32).iter().all(|byte| *byte == i as u8));
         }
     }
 }

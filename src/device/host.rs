@@ -46,16 +46,35 @@ impl Arena {
         Ok(Self { base, bytes, mapping: (base, bytes) })
     }
 
-    /// Like [`Self::reserve`], but starts at a multiple of [`HUGE_PAGE`] and asks the system for huge
-    /// pages. It may not have any; then memory comes in small ones.
+    /// Like [`Self::reserve_aligned`], and asks for huge pages from the start.
     pub fn reserve_huge(bytes: usize) -> Result<Self> {
+        let arena = Self::reserve_aligned(bytes)?;
+        arena.use_huge_pages();
+        Ok(arena)
+    }
+
+    /// Like [`Self::reserve`], but starts at a multiple of [`HUGE_PAGE`].
+    pub fn reserve_aligned(bytes: usize) -> Result<Self> {
         let mut arena = Self::reserve(bytes.saturating_add(HUGE_PAGE))?;
         let skip = arena.base.addr().get().wrapping_neg() % HUGE_PAGE;
         arena.base = arena.address(skip);
         arena.bytes = bytes.max(1).next_multiple_of(page_size());
-        // SAFETY: the range lies inside our own mapping; failure changes nothing.
-        unsafe { libc::madvise(arena.base.as_ptr().cast(), arena.bytes, libc::MADV_HUGEPAGE) };
         Ok(arena)
+    }
+
+    /// Asks the system for huge pages from now on. It may not have any; then memory goes on coming in
+    /// small ones.
+    pub fn use_huge_pages(&self) {
+        // SAFETY: the range is our own mapping; failure changes nothing.
+        unsafe { libc::madvise(self.base.as_ptr().cast(), self.bytes, libc::MADV_HUGEPAGE) };
+    }
+
+    /// Asks the system to move the first `bytes`, a multiple of [`HUGE_PAGE`], to huge pages. Old
+    /// systems cannot, and then these stay small.
+    pub fn collapse(&self, bytes: usize) {
+        assert!(bytes <= self.bytes, "{bytes} bytes of an arena of {}", self.bytes);
+        // SAFETY: the range lies inside our own mapping; failure changes nothing.
+        unsafe { libc::madvise(self.base.as_ptr().cast(), bytes, libc::MADV_COLLAPSE) };
     }
 
     /// Bytes reserved.

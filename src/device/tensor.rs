@@ -89,6 +89,34 @@ impl<'a> Tensor<'a> {
             DType::Bf16 => unsafe { slice::<bf16>(row, dim) }.convert_to_f32_slice(out),
         }
     }
+
+    /// Copies the elements of one row at `indices` into `out`, as f32; `otherwise` for indices beyond
+    /// the row.
+    pub fn gather(
+        &self,
+        token: usize,
+        head: usize,
+        indices: &[u32],
+        otherwise: f32,
+        out: &mut [f32],
+    ) {
+        assert_eq!(out.len(), indices.len(), "indices and out must be equally long");
+        let row = self.raw.row(token, head);
+        match self.raw.dtype {
+            // SAFETY: `row` checked token and head; the constructor promised readable rows.
+            DType::F32 => pick(unsafe { slice(row, self.raw.shape[2]) }, indices, otherwise, out),
+            DType::F16 => {
+                // SAFETY: as above.
+                let row = unsafe { slice::<f16>(row, self.raw.shape[2]) };
+                pick_half(row, indices, f16::from_f32(otherwise), out);
+            }
+            DType::Bf16 => {
+                // SAFETY: as above.
+                let row = unsafe { slice::<bf16>(row, self.raw.shape[2]) };
+                pick_half(row, indices, bf16::from_f32(otherwise), out);
+            }
+        }
+    }
 }
 
 impl<'a> TensorMut<'a> {
@@ -153,6 +181,25 @@ impl Raw {
     }
 }
 
+fn pick<T: Copy>(row: &[T], indices: &[u32], otherwise: T, out: &mut [T]) {
+    for (x, i) in out.iter_mut().zip(indices) {
+        *x = row.get(*i as usize).copied().unwrap_or(otherwise);
+    }
+}
+
+/// Converts many at a time, which is what conversion is fast at.
+fn pick_half<T: Copy>(row: &[T], indices: &[u32], otherwise: T, out: &mut [f32])
+where
+    [T]: HalfFloatSliceExt,
+{
+    const RUN: usize = 64;
+    for (indices, out) in indices.chunks(RUN).zip(out.chunks_mut(RUN)) {
+        let mut picked = [otherwise; RUN];
+        pick(row, indices, otherwise, &mut picked[..indices.len()]);
+        picked[..indices.len()].convert_to_f32_slice(out);
+    }
+}
+
 /// # Safety
 /// `len` elements of `T` are readable at `data` for `'a`.
 unsafe fn slice<'a, T>(data: *const u8, len: usize) -> &'a [T] {
@@ -180,6 +227,10 @@ mod tests {
         let mut row = [0.0; 4];
         view.read(1, 2, &mut row);
         assert_eq!(row, [20.0, 21.0, 22.0, 23.0]);
+        view.gather(1, 2, &[3, 9, 0], -1.0, &mut row[..3]);
+        assert_eq!(row, [23.0, -1.0, 20.0, 23.0]);
+        Tensor::from_slice(&[5.0, 6.0], [1, 1, 2]).gather(0, 0, &[1, 2], 0.5, &mut row[..2]);
+        assert_eq!(row[..2], [6.0, 0.5]);
 
         let mut out = vec![bf16::ZERO; 8];
         // SAFETY: both rows lie inside `out`.

@@ -150,9 +150,11 @@ impl Evictor for Cost {
         true
     }
 
-    fn prefetch(&self, slot: u32) {
-        prefetch(&self.keys, slot as usize);
-        prefetch(&self.place, slot as usize);
+    fn prefetch(&self, slots: &[u32]) {
+        for slot in slots {
+            prefetch(&self.keys, *slot as usize);
+            prefetch(&self.place, *slot as usize);
+        }
     }
 
     fn bytes(&self) -> usize {

@@ -37,8 +37,8 @@ impl Evictor for Fifo {
         self.0.remove(slot).is_some()
     }
 
-    fn prefetch(&self, slot: u32) {
-        self.0.prefetch(slot);
+    fn prefetch(&self, slots: &[u32]) {
+        self.0.prefetch(slots);
     }
 
     fn upcoming(&self, out: &mut [u32]) -> usize {

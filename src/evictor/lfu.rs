@@ -51,8 +51,8 @@ impl Evictor for Lfu {
         self.ranks.remove(slot)
     }
 
-    fn prefetch(&self, slot: u32) {
-        self.ranks.prefetch(slot);
+    fn prefetch(&self, slots: &[u32]) {
+        self.ranks.prefetch(slots);
     }
 
     fn upcoming(&self, out: &mut [u32]) -> usize {

@@ -61,10 +61,12 @@ impl Lists {
         (list != NO_LIST).then_some(usize::from(list))
     }
 
-    /// Asks memory for what [`Self::push`] of `slot` will touch.
-    pub(super) fn prefetch(&self, slot: u32) {
-        prefetch(&self.links, slot as usize);
-        prefetch(&self.list, slot as usize);
+    /// Asks memory for what [`Self::push`] of `slots` will touch.
+    pub(super) fn prefetch(&self, slots: &[u32]) {
+        for slot in slots {
+            prefetch(&self.links, *slot as usize);
+            prefetch(&self.list, *slot as usize);
+        }
     }
 
     /// Writes the first slots of `list` to `out`. Answers how many.
@@ -166,8 +168,8 @@ impl Ranks {
     }
 
     /// See [`Lists::prefetch`].
-    pub(super) fn prefetch(&self, slot: u32) {
-        self.lists.prefetch(slot);
+    pub(super) fn prefetch(&self, slots: &[u32]) {
+        self.lists.prefetch(slots);
     }
 
     /// Writes the first slots of the first list that is not empty to `out`. Answers how many.

@@ -41,15 +41,12 @@ pub trait Evictor: Debug + Send + Sync {
     /// Adds a slot, or says that a slot in the order was used once more. A child is always
     /// inserted before its parent when both become idle at once, so that leaves go first.
     fn insert(&mut self, idle: Idle);
-    /// [`Self::insert`] for each of `list` in its order; memory works ahead.
+    /// [`Self::insert`] for each of `list` in its order.
     fn insert_all(&mut self, list: &[Idle]) {
-        list.iter().for_each(|idle| self.prefetch(idle.slot));
         list.iter().for_each(|idle| self.insert(*idle));
     }
-    /// Asks memory for what [`Self::insert`] of `slot` will touch; may do nothing.
-    fn prefetch(&self, slot: u32) {
-        _ = slot;
-    }
+    /// Asks memory for what [`Self::insert`] of `slots` will touch.
+    fn prefetch(&self, slots: &[u32]);
     /// The slots that [`Self::pop`] would answer next, in order, as far as that is known without a
     /// search: a hint, so that memory can work ahead. Answers how many were written to `out`.
     fn upcoming(&self, out: &mut [u32]) -> usize {

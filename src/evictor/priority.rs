@@ -46,8 +46,8 @@ impl Evictor for Priority {
         true
     }
 
-    fn prefetch(&self, slot: u32) {
-        self.0.prefetch(slot);
+    fn prefetch(&self, slots: &[u32]) {
+        self.0.prefetch(slots);
     }
 
     fn upcoming(&self, out: &mut [u32]) -> usize {

@@ -98,8 +98,8 @@ impl Evictor for S3Fifo {
         }
     }
 
-    fn prefetch(&self, slot: u32) {
-        self.lists.prefetch(slot);
+    fn prefetch(&self, slots: &[u32]) {
+        self.lists.prefetch(slots);
     }
 
     fn bytes(&self) -> usize {

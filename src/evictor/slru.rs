@@ -60,8 +60,8 @@ impl Evictor for Slru {
         self.lists.remove(slot).is_some()
     }
 
-    fn prefetch(&self, slot: u32) {
-        self.lists.prefetch(slot);
+    fn prefetch(&self, slots: &[u32]) {
+        self.lists.prefetch(slots);
     }
 
     fn upcoming(&self, out: &mut [u32]) -> usize {

@@ -14,6 +14,7 @@ mod convert;
 pub mod device;
 mod guard;
 mod handle;
+pub mod masked;
 pub mod policy;
 pub mod pool;
 pub mod pool_index;

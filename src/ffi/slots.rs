@@ -6,9 +6,10 @@ use std::ffi::c_char;
 use super::convert;
 use super::guard::guard;
 use super::handle::{self, Exclusive, Opaque};
+use super::masked::{kvmgr_mask_options, masked, meeting};
 use super::types::{kvmgr_side, kvmgr_status, kvmgr_tensor};
 use crate::error::{Result, ensure};
-use crate::slots::{self, Masked, Options, SlotState, Slots, SlotsConfig};
+use crate::slots::{self, SlotState, Slots, SlotsConfig};
 
 /// The keys and values of one layer, addressed by slot. For engines that give every cached token a
 /// number, reuse numbers, and hand over a mask instead of sequences. Exclusive, except that
@@ -96,23 +97,6 @@ pub struct kvmgr_slots_stats {
     pub rows_evicted: u64,
     /// (slot, side) pairs written since creation.
     pub rows_written: u64,
-}
-
-/// What a layer does to its logits under a mask. Set struct_size to its sizeof; zeros, or NULL
-/// instead of the struct, mean plain softmax(q . k / sqrt(key_dim) + mask).
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct kvmgr_mask_options {
-    /// sizeof(kvmgr_mask_options).
-    pub struct_size: usize,
-    /// Factor of q . k; 0 means 1 / sqrt(key_dim).
-    pub scale: f32,
-    /// Logits become softcap * tanh(logit / softcap); 0 means off.
-    pub softcap: f32,
-    /// num_q_heads learned logits, an extra term of the denominator; or NULL.
-    pub sinks: *const f32,
-    /// num_q_heads factors of the mask; or NULL for 1.
-    pub mask_slopes: *const f32,
 }
 
 /// Checks a spec before shapes are known: a stage that slots cannot serve is refused by name.
@@ -269,7 +253,9 @@ pub unsafe extern "C" fn kvmgr_slots_copy_stream(
 
 /// Tells the policy about a batch that is written and has not attended yet, and runs the policy
 /// where it is due. A query continues the sequence of another if it sees its slot; a sequence that
-/// goes on with a single query has ended its prompt. An engine without a policy need not call it.
+/// goes on with a single query has ended its prompt, and so has one that goes on with drafts: with at
+/// most 17 queries after as few, or after some of the last ones have been taken back. An engine
+/// without a policy need not call it.
 ///
 /// @param query [num_queries, num_q_heads, key_dim]
 /// @param mask [num_queries, 1 or num_q_heads, visible slots of the stream]
@@ -291,6 +277,27 @@ pub unsafe extern "C" fn kvmgr_slots_observe(
             let mask = convert::tensor(mask, "mask")?;
             let indices = convert::slice(indices, num_queries, "indices")?;
             slots.0.write(NAME)?.observe(stream as usize, &query, &mask, indices)
+        })
+    })
+}
+
+/// Runs the policy at once for prompts that wait for their end and among whose tokens are these slots.
+/// To be called before slots are read to save them: a saved state says what was evicted, but not that
+/// the policy has yet to run.
+///
+/// @param indices num slots
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_slots_settle(
+    slots: *mut kvmgr_slots,
+    indices: *const u32,
+    num: usize,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle and num slots.
+    guard(|| unsafe {
+        handle::with(slots, |slots| {
+            let indices = convert::slice(indices, num, "indices")?;
+            slots.0.write(NAME)?.settle(indices)
         })
     })
 }
@@ -321,40 +328,10 @@ pub unsafe extern "C" fn kvmgr_slots_attend(
     guard(|| unsafe {
         handle::with(slots, |slots| {
             let slots = slots.0.read(NAME)?;
-            let call = masked(query, mask, output, options)?;
+            let meeting = meeting(options)?;
+            let call = masked(query, mask, output, options, meeting.as_deref())?;
             slots.attend(stream as usize, &call, worker as usize, num_workers as usize)
         })
-    })
-}
-
-/// Attends to keys and values in the engine's own memory, under its mask. Needs no handle.
-///
-/// @param query [num_queries, num_q_heads, key_dim]
-/// @param key [rows, num_kv_heads, key_dim]
-/// @param value [rows, num_kv_heads, value_dim]
-/// @param mask [num_queries, 1 or num_q_heads, rows]; NULL shows all
-/// @param output [num_queries, num_q_heads, value_dim]
-/// @param options may be NULL
-/// @param worker which part of the work to do, below num_workers
-/// @param num_workers parts, at least 1; the output is complete when all are done
-#[must_use]
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvmgr_attend_dense(
-    query: *const kvmgr_tensor,
-    key: *const kvmgr_tensor,
-    value: *const kvmgr_tensor,
-    mask: *const kvmgr_tensor,
-    output: *const kvmgr_tensor,
-    options: *const kvmgr_mask_options,
-    worker: u32,
-    num_workers: u32,
-) -> kvmgr_status {
-    // SAFETY: the caller passes tensors it may read or write, and NULL or options.
-    guard(|| unsafe {
-        let call = masked(query, mask, output, options)?;
-        let (key, value) = (convert::dense(key, "key")?, convert::dense(value, "value")?);
-        let heads = call.query.shape()[1];
-        slots::Dense::attend(&key, &value, heads, &call, worker as usize, num_workers as usize)
     })
 }
 
@@ -412,49 +389,4 @@ fn state_code(state: SlotState) -> u8 {
         SlotState::Live => KVMGR_SLOT_LIVE,
         SlotState::Evicted => KVMGR_SLOT_EVICTED,
     }
-}
-
-/// # Safety
-/// The tensors are NULL or describe memory to read, and `output` memory to write; `options` is NULL
-/// or a struct that starts with its size, whose lists have one number for each query head.
-unsafe fn masked<'a>(
-    query: *const kvmgr_tensor,
-    mask: *const kvmgr_tensor,
-    output: *const kvmgr_tensor,
-    options: *const kvmgr_mask_options,
-) -> Result<Masked<'a>> {
-    // SAFETY: the caller promises it.
-    unsafe {
-        let query = convert::tensor(query, "query")?;
-        let mask = match mask.is_null() {
-            true => None,
-            false => Some(convert::tensor(mask, "mask")?),
-        };
-        let output = convert::tensor_mut(output, "output", 3)?;
-        let options = parse_options(options, query.shape()[1])?;
-        Ok(Masked { query, output, mask, options })
-    }
-}
-
-/// # Safety
-/// As for [`masked`].
-unsafe fn parse_options<'a>(
-    options: *const kvmgr_mask_options,
-    num_q_heads: usize,
-) -> Result<Options<'a>> {
-    if options.is_null() {
-        return Ok(Options::default());
-    }
-    // SAFETY: the caller promises it.
-    let options = unsafe { convert::config(options, "kvmgr_mask_options") }?;
-    let list = |data: *const f32, name: &str| {
-        // SAFETY: the caller promises it.
-        unsafe { convert::optional_slice(data, num_q_heads, name) }
-    };
-    Ok(Options {
-        scale: options.scale,
-        softcap: options.softcap,
-        sinks: list(options.sinks, "sinks")?,
-        mask_slopes: list(options.mask_slopes, "mask_slopes")?,
-    })
 }

@@ -30,8 +30,8 @@ pub extern "C" fn kvmgr_version_string() -> *const c_char {
     TEXT.as_ptr().cast()
 }
 
-/// Whether the loaded library can do something on this machine: "avx2" (kernels for this CPU),
-/// "cuda" (a device path). Unknown names are false. The exported symbols never depend on features.
+/// Whether the loaded library can do something on this machine: "avx2" or "avx512" (kernels for this
+/// CPU), "cuda" (a device path). Unknown names are false. The exported symbols never depend on features.
 ///
 /// @param name a NUL-terminated string
 #[unsafe(no_mangle)]
@@ -43,8 +43,8 @@ pub unsafe extern "C" fn kvmgr_has_feature(name: *const c_char) -> bool {
     })
 }
 
-/// The instruction set of the CPU kernels in use: "scalar" or "avx2". Static. The environment
-/// variable KVMGR_CPU forces one; a value that cannot be honoured is logged by
+/// The instruction set of the CPU kernels in use: "scalar", "avx2" or "avx512". Static. The
+/// environment variable KVMGR_CPU forces one; a value that cannot be honoured is logged by
 /// kvmgr_cache_create and ignored.
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_cpu_level() -> *const c_char {

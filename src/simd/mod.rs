@@ -1,28 +1,30 @@
 //! Inner loops, one table of functions for each instruction set, chosen once at run time.
 //!
 //! ```text
-//! Kernels = { scalar, avx2 }      available() best first      active() = KVMGR_CPU or the best
+//! Kernels = { scalar, avx2, avx512 }    available() best first      active() = KVMGR_CPU or the best
 //! ```
 //!
 //! A [`Kernels`] can only be had from [`available`], [`select`] or [`active`], all of which ask the
 //! CPU first, so holding one proves that its instructions exist. Its methods check every length
 //! before they enter a loop.
 //!
-//! The environment variable `KVMGR_CPU` (`scalar`, `avx2`) forces a level, to reproduce a result or
-//! to measure. A value that this build or this CPU cannot honour does not stop the library:
+//! The environment variable `KVMGR_CPU` (`scalar`, `avx2`, `avx512`) forces a level, to reproduce a
+//! result or to measure. A value that this build or this CPU cannot honour does not stop the library:
 //! [`active`] is then the best level, and [`forced_error`] says what was wrong, for the caller to
 //! report.
 //!
 //! What must agree between levels: encoded bytes and decoded values, bit for bit, so that blocks
 //! may move between machines. Sums ([`Kernels::dot`], [`Kernels::axpy`], [`Kernels::exp_sub`]) agree
 //! up to rounding: of f32 for raw rows, and for rows of integers, whose queries and weights a level
-//! may turn into integers too, of 2^-15 of the largest query or weight.
+//! may turn into integers too, of 2^-15 of the largest query or weight (2^-13 for `tq`).
 //!
 //! To add a level: one module with a static `Kernels`, and one word in `ALL`.
 
 mod ahead;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod encode;
 mod encode_affine;
 mod rows;
@@ -42,6 +44,8 @@ pub const FORCE: &str = "KVMGR_CPU";
 
 /// Every level of this build, best first.
 static ALL: &[&Kernels] = &[
+    #[cfg(target_arch = "x86_64")]
+    &avx512::KERNELS,
     #[cfg(target_arch = "x86_64")]
     &avx2::KERNELS,
     &scalar::KERNELS,
@@ -293,9 +297,9 @@ mod tests {
         assert_eq!(choose(Some(String::new())).0.name, best.name);
         let (scalar, error) = choose(Some("scalar".into()));
         assert!(error.is_none() && scalar.name == "scalar");
-        let (fallback, error) = choose(Some("avx512".into()));
+        let (fallback, error) = choose(Some("sse9".into()));
         assert_eq!(fallback.name, best.name);
         let text = error.unwrap().message().to_string();
-        assert!(text.contains("KVMGR_CPU") && text.contains("avx512") && text.contains("scalar"));
+        assert!(text.contains("KVMGR_CPU") && text.contains("sse9") && text.contains("scalar"));
     }
 }

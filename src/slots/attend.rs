@@ -5,24 +5,28 @@
 //! O[q] = sum over t of softmax(logit[q])[t] * V[t]
 //! ```
 //!
-//! Rows come in groups (blocks of slots, or runs of the engine's own memory). A group nobody sees
-//! is skipped, and only the queries that see some of it take part.
+//! Here is who does what; [`super::task`] does it.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
+use parking_lot::RwLock;
+
 use super::dense::Dense;
-use super::lane::Block;
+use super::lane::{Block, Lane};
+use super::task::{Group, Order, Source, Task, with_scratch};
 use super::{Slots, SlotsConfig, check_shape};
 use crate::attention::States;
 use crate::attention::decoded::DECODE_FROM;
+use crate::attention::split::{Split, num_parts};
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::error::{Result, ensure};
-use crate::quantizer::{Cell, Quantizer};
-use crate::simd::{self, Format, Rows};
+use crate::quantizer::Cell;
 
 /// Rows of a group of the engine's own memory.
 const DENSE_ROWS: usize = 64;
+
+/// Queries that are always attended together, however many heads share a KV head.
+const FEW_QUERIES: usize = 8;
 
 /// What a layer does to its logits.
 #[derive(Debug, Clone, Copy, Default)]
@@ -35,7 +39,13 @@ pub struct Options<'a> {
     pub sinks: Option<&'a [f32]>,
     /// Factor of the mask for each query head; `None` means 1.
     pub mask_slopes: Option<&'a [f32]>,
+    /// Where the workers of this call meet. Without it they share heads, but not the rows of a head.
+    pub meeting: Option<&'a Meeting>,
 }
+
+/// Where the workers of one call meet that share the rows of a head.
+#[derive(Debug, Default)]
+pub struct Meeting(RwLock<Vec<Split>>);
 
 /// One call: queries, outputs, and who sees what.
 #[derive(Debug, Clone, Copy)]
@@ -51,51 +61,41 @@ pub struct Masked<'a> {
     pub options: Options<'a>,
 }
 
-/// Rows that are read together.
-struct Group<'a> {
-    key: Source<'a>,
-    value: Source<'a>,
-    rows: usize,
-    order: Order<'a>,
-    /// Whether a weight of 0 may fail to silence a row.
-    is_wild: bool,
-}
-
-enum Source<'a> {
-    Encoded(&'a dyn Quantizer, Cell<'a>),
-    Plain(Format, Rows<'a>),
-}
-
-/// Where the rows of a group are in the mask.
-enum Order<'a> {
-    From(usize),
-    /// Slots of the rows, of which those in the bit set are live.
-    Slots(&'a [u32], u64),
-}
-
-#[derive(Debug, Default)]
-struct Scratch {
-    queries: Vec<f32>,
-    prepared: Vec<f32>,
-    mask: Vec<f32>,
-    scores: Vec<f32>,
-    decoded: Vec<f32>,
-    part: States,
-    total: States,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// The part of the work that one task does: queries of one KV head.
-struct Task<'a> {
-    call: &'a Masked<'a>,
-    head: usize,
+/// What a worker does at a time.
+struct Share {
     queries: Range<usize>,
-    group: usize,
-    key_dim: usize,
-    value_dim: usize,
+    /// KV heads.
+    heads: Range<usize>,
+    /// Which part of the rows.
+    part: usize,
+}
+
+/// What there is to do.
+struct Work {
+    num_queries: usize,
+    /// Queries of a share.
+    tile: usize,
+    num_heads: usize,
+    num_parts: usize,
+}
+
+impl Meeting {
+    /// Brings the state of one part of a head. The last to come gets the merged state in its place
+    /// and `true`.
+    pub(super) fn arrive(
+        &self,
+        head: usize,
+        part: usize,
+        num_parts: usize,
+        state: &mut States,
+    ) -> bool {
+        if self.0.read().len() <= head {
+            let mut splits = self.0.write();
+            let len = splits.len().max(head + 1);
+            splits.resize_with(len, Split::default);
+        }
+        self.0.read()[head].arrive(0, part, num_parts, state)
+    }
 }
 
 impl Slots {
@@ -117,36 +117,47 @@ impl Slots {
             "mask covers {span} slots, a stream has {num_slots}"
         );
         call.check(num_q_heads, key_dim, value_dim)?;
-        let formats = self.sides[0].num_formats().max(self.sides[1].num_formats());
-        let num_formats = if formats > 1 { 4 } else { 1 };
-        run(call, num_kv_heads, (key_dim, value_dim), worker, num_workers, |task, scratch| {
-            let lane = &self.streams[stream].lanes[task.head];
-            for format in 0..num_formats {
-                // A block may have sealed its keys and not yet its values.
-                let wanted = [format & 1, format >> 1];
-                let found = |block: &&Block| {
-                    block
-                        .places
-                        .iter()
-                        .zip(wanted)
-                        .all(|(place, format)| usize::from(place.format) == format)
-                };
-                let mut blocks = lane.blocks().filter(found).peekable();
-                if blocks.peek().is_none() {
-                    continue;
-                }
-                let [key, value] = [0, 1].map(|side| self.sides[side].quantizer(wanted[side]));
-                let groups = blocks.map(|block| self.group(block, span));
-                task.pass(groups, Some((key, value)), scratch);
+        let lanes = &self.streams[stream].lanes;
+        let longest = lanes.iter().map(Lane::num_rows).max().unwrap_or(0);
+        let dims = (key_dim, value_dim);
+        run(call, num_kv_heads, dims, longest, (worker, num_workers), |task| {
+            for head in task.heads.clone() {
+                self.attend_lane(task, head, &lanes[head], span);
             }
         })
     }
 
-    fn group<'a>(&'a self, block: &'a Block, span: usize) -> Group<'a> {
+    fn attend_lane(&self, task: &mut Task<'_>, head: usize, lane: &Lane, span: usize) {
+        let formats = self.sides[0].num_formats().max(self.sides[1].num_formats());
+        for format in 0..if formats > 1 { 4 } else { 1 } {
+            // A block may have sealed its keys and not yet its values.
+            let wanted = [format & 1, format >> 1];
+            let found = |block: &&Block| {
+                let mut places = block.places.iter().zip(wanted);
+                places.all(|(place, format)| usize::from(place.format) == format)
+            };
+            let mut blocks = lane.blocks(task.part, task.num_parts).filter(found).peekable();
+            if blocks.peek().is_none() {
+                continue;
+            }
+            let [key, value] = [0, 1].map(|side| self.sides[side].quantizer(wanted[side]));
+            task.open(head, Some(key));
+            while let Some(block) = blocks.next() {
+                let next = blocks.peek().map_or(&[][..], |next| self.bytes(next, 0));
+                let group = self.group(block, span, next);
+                task.read_mask(head, &group);
+                task.attend(head, &group);
+            }
+            task.close(head, Some(value));
+        }
+    }
+
+    /// The rows of a block; `next` are the keys to be read after it.
+    fn group<'a>(&'a self, block: &'a Block, span: usize, next: &'a [u8]) -> Group<'a> {
         let rows = block.slots.len();
-        let source = |side: usize| {
+        let source = |side: usize, ahead| {
             let place = block.places[side];
-            let cell = Cell { rows: 0..rows, ..self.sides[side].cell(place) };
+            let cell = Cell { rows: 0..rows, ahead, ..self.sides[side].cell(place) };
             Source::Encoded(self.sides[side].quantizer(usize::from(place.format)), cell)
         };
         let first = block.slots[0] as usize;
@@ -157,7 +168,12 @@ impl Slots {
             true => Order::From(first),
             false => Order::Slots(&block.slots, block.live),
         };
-        Group { key: source(0), value: source(1), rows, order, is_wild: block.is_wild }
+        let (key, value) = (source(0, self.bytes(block, 1)), source(1, next));
+        Group { key, value, rows, order, is_wild: block.is_wild }
+    }
+
+    fn bytes(&self, block: &Block, side: usize) -> &[u8] {
+        self.sides[side].cell(block.places[side]).bytes
     }
 }
 
@@ -198,20 +214,34 @@ impl Dense<'_> {
                 key.num_rows
             );
         }
-        let dims = (key.dim, value.dim);
-        run(call, key.num_heads, dims, worker, num_workers, |task, scratch| {
-            let groups = (0..key.num_rows).step_by(DENSE_ROWS).map(|start| {
-                let rows = DENSE_ROWS.min(key.num_rows - start);
-                Group {
-                    key: Source::Plain(key.format, key.rows(task.head, start, rows)),
-                    value: Source::Plain(value.format, value.rows(task.head, start, rows)),
-                    rows,
-                    order: Order::From(start),
-                    is_wild: false,
-                }
-            });
-            task.pass(groups, None, scratch);
+        let (dims, rows) = ((key.dim, value.dim), key.num_rows);
+        run(call, key.num_heads, dims, rows, (worker, num_workers), |task| {
+            Self::attend_rows(task, key, value);
         })
+    }
+
+    /// All heads of the task take turns, so that memory where they lie side by side is read in order.
+    fn attend_rows(task: &mut Task<'_>, key: &Self, value: &Self) {
+        task.heads.clone().for_each(|head| task.open(head, None));
+        let end = key.num_rows * (task.part + 1) / task.num_parts;
+        let mut start = key.num_rows * task.part / task.num_parts;
+        while start < end {
+            let rows = DENSE_ROWS.min(end - start);
+            for head in task.heads.clone() {
+                let source = |side: &Self| {
+                    let ahead = side.ahead(head, start + rows, DENSE_ROWS);
+                    Source::Plain(side.format, side.rows(head, start, rows, ahead))
+                };
+                let (key, value, order) = (source(key), source(value), Order::From(start));
+                let group = Group { key, value, rows, order, is_wild: false };
+                if head == task.heads.start || task.mask_heads() > 1 {
+                    task.read_mask(head, &group);
+                }
+                task.attend(head, &group);
+            }
+            start += rows;
+        }
+        task.heads.clone().for_each(|head| task.close(head, None));
     }
 }
 
@@ -229,14 +259,14 @@ impl Masked<'_> {
     }
 }
 
-/// Runs the tasks of one worker.
+/// Runs the tasks of one worker over up to `rows` rows of each head.
 fn run(
     call: &Masked<'_>,
-    num_kv_heads: usize,
+    num_heads: usize,
     (key_dim, value_dim): (usize, usize),
-    worker: usize,
-    num_workers: usize,
-    attend: impl Fn(&Task<'_>, &mut Scratch),
+    rows: usize,
+    (worker, num_workers): (usize, usize),
+    mut attend: impl FnMut(&mut Task<'_>),
 ) -> Result<()> {
     ensure!(
         worker < num_workers,
@@ -244,264 +274,83 @@ fn run(
         "worker is {worker}, must be below num_workers {num_workers}"
     );
     let [num_queries, num_q_heads, _] = call.query.shape();
-    let group = num_q_heads / num_kv_heads;
-    let tile = (DECODE_FROM / group).max(1);
-    let num_tiles = num_queries.div_ceil(tile);
-    SCRATCH.with_borrow_mut(|scratch| {
-        // Late tiles of a causal mask see more: neighbours in the order go to different workers.
-        for i in (worker..num_tiles * num_kv_heads).step_by(num_workers) {
-            let (tile_index, head) = (i / num_kv_heads, i % num_kv_heads);
-            let queries = tile_index * tile..((tile_index + 1) * tile).min(num_queries);
-            let task = Task { call, head, queries, group, key_dim, value_dim };
-            task.begin(scratch);
-            attend(&task, scratch);
-            task.end(scratch);
-        }
+    let group = num_q_heads / num_heads;
+    let tile = (DECODE_FROM / group).max(FEW_QUERIES);
+    let is_split = call.options.meeting.is_some() && (1..=tile).contains(&num_queries);
+    let num_parts = if is_split { num_parts(rows, num_queries) } else { 1 };
+    let work = Work { num_queries, tile, num_heads, num_parts };
+    with_scratch(|scratch| {
+        work.share(worker, num_workers, |Share { queries, heads, part }| {
+            let mut task =
+                Task { call, queries, heads, part, num_parts, group, key_dim, value_dim, scratch };
+            task.begin();
+            attend(&mut task);
+            task.end();
+        });
     });
     Ok(())
 }
 
-impl Task<'_> {
-    fn rows(&self) -> usize {
-        self.queries.len() * self.group
-    }
-
-    fn decodes(&self) -> bool {
-        self.rows() >= DECODE_FROM
-    }
-
-    fn begin(&self, scratch: &mut Scratch) {
-        let Options { scale, .. } = self.call.options;
-        let scale = if scale == 0.0 { 1.0 / (self.key_dim as f32).sqrt() } else { scale };
-        scratch.queries.resize(self.rows() * self.key_dim, 0.0);
-        for (row, target) in scratch.queries.chunks_exact_mut(self.key_dim).enumerate() {
-            let (query, head) = self.place(row);
-            self.call.query.read(query, head, target);
-            target.iter_mut().for_each(|x| *x *= scale);
-        }
-        scratch.total.reset(self.rows(), self.value_dim);
-    }
-
-    /// The query and the query head of a query vector.
-    fn place(&self, row: usize) -> (usize, usize) {
-        (self.queries.start + row / self.group, self.head * self.group + row % self.group)
-    }
-
-    fn end(&self, scratch: &mut Scratch) {
-        let total = &mut scratch.total;
-        for row in 0..self.rows() {
-            let (query, head) = self.place(row);
-            if let Some(sinks) = self.call.options.sinks {
-                total.add_sink(row, sinks[head]);
+impl Work {
+    /// Hands the shares of a worker to `each`. All shares take about equally long.
+    fn share(&self, worker: usize, num_workers: usize, mut each: impl FnMut(Share)) {
+        let Self { num_queries, tile, num_heads, num_parts } = *self;
+        if num_queries > tile {
+            // Late tiles of a causal mask see more: neighbours in the order go to different workers.
+            let num_tiles = num_queries.div_ceil(tile);
+            for i in (worker..num_tiles * num_heads).step_by(num_workers) {
+                let (first, head) = (i / num_heads * tile, i % num_heads);
+                let queries = first..num_queries.min(first + tile);
+                each(Share { queries, heads: head..head + 1, part: 0 });
             }
-            total.finish(row);
-            self.call.output.write(
-                query,
-                head,
-                &total.out[row * self.value_dim..][..self.value_dim],
-            );
-        }
-    }
-
-    /// Attends to groups of one pair of formats and adds the result to the total.
-    fn pass<'a>(
-        &self,
-        groups: impl Iterator<Item = Group<'a>>,
-        formats: Option<(&dyn Quantizer, &dyn Quantizer)>,
-        scratch: &mut Scratch,
-    ) {
-        scratch.part.reset(self.rows(), self.value_dim);
-        scratch.prepared.clear();
-        scratch.prepared.extend_from_slice(&scratch.queries);
-        let formats = formats.filter(|_| !self.decodes());
-        if let Some((key, _)) = formats {
-            key.prepare_queries(self.key_dim, &mut scratch.prepared);
-        }
-        for group in groups {
-            self.read_group(&group, scratch);
-        }
-        if let Some((_, value)) = formats {
-            value.finish_outputs(self.value_dim, &mut scratch.part.out);
-        }
-        scratch.total.merge(&scratch.part);
-    }
-
-    fn read_group(&self, group: &Group<'_>, scratch: &mut Scratch) {
-        let Some(seen) = self.read_mask(group, &mut scratch.mask) else { return };
-        if !group.is_wild {
-            self.attend(group, 0..group.rows, seen, scratch);
             return;
         }
-        // Each query on its own, and each of its rows on its own.
-        for query in seen {
-            for row in 0..group.rows {
-                let first = self.mask_index(query, 0, group.rows) + row;
-                let heads = self.mask_heads();
-                let visible =
-                    (0..heads).any(|h| scratch.mask[first + h * group.rows] != f32::NEG_INFINITY);
-                if visible {
-                    self.attend(group, row..row + 1, query..query + 1, scratch);
-                }
-            }
+        let whole = num_parts / num_workers * num_workers;
+        for part in (worker..whole).step_by(num_workers) {
+            each(Share { queries: 0..num_queries, heads: 0..num_heads, part });
+        }
+        // The heads of the parts that are left, in a row of which each worker gets a piece.
+        let left = (num_parts - whole) * num_heads;
+        let mut next = left * worker / num_workers;
+        let end = left * (worker + 1) / num_workers;
+        while next < end {
+            let (part, head) = (whole + next / num_heads, next % num_heads);
+            let heads = head..num_heads.min(head + end - next);
+            next += heads.len();
+            each(Share { queries: 0..num_queries, heads, part });
         }
     }
+}
 
-    /// Heads with a mask of their own.
-    fn mask_heads(&self) -> usize {
-        match &self.call.mask {
-            Some(mask) if mask.shape()[1] > 1 => self.group,
-            _ => 1,
-        }
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    fn mask_index(&self, query: usize, head: usize, rows: usize) -> usize {
-        (query * self.mask_heads() + head % self.mask_heads()) * rows
-    }
-
-    /// Fills `out` with the mask of the group, `[queries, mask heads, rows]`, and answers which
-    /// queries of the task see any of it.
-    fn read_mask(&self, group: &Group<'_>, out: &mut Vec<f32>) -> Option<Range<usize>> {
-        let heads = self.mask_heads();
-        let wide = heads * group.rows;
-        out.resize(self.queries.len() * wide, 0.0);
-        let mut seen: Option<Range<usize>> = None;
-        for (query, rows) in out.chunks_exact_mut(wide).enumerate() {
-            for (h, row) in rows.chunks_exact_mut(group.rows).enumerate() {
-                self.read_mask_row(group, self.queries.start + query, h, row);
-            }
-            if rows.iter().any(|x| *x != f32::NEG_INFINITY) {
-                seen = Some(seen.map_or(query, |seen| seen.start)..query + 1);
-            }
-        }
-        seen
-    }
-
-    fn read_mask_row(&self, group: &Group<'_>, query: usize, h: usize, row: &mut [f32]) {
-        let head = if self.mask_heads() > 1 { self.head * self.group + h } else { 0 };
-        match (&group.order, &self.call.mask) {
-            (Order::From(start), Some(mask)) => mask.read_part(query, head, *start, row),
-            (Order::From(_), None) => row.fill(0.0),
-            (Order::Slots(slots, live), mask) => {
-                for (i, (x, slot)) in row.iter_mut().zip(*slots).enumerate() {
-                    *x = f32::NEG_INFINITY;
-                    if live >> i & 1 == 0 {
-                        continue;
-                    }
-                    match mask {
-                        None => *x = 0.0,
-                        Some(mask) if (*slot as usize) < mask.shape()[2] => {
-                            let x = std::slice::from_mut(x);
-                            mask.read_part(query, head, *slot as usize, x);
+    #[test]
+    fn shares_cover_everything_once_and_evenly() {
+        for (num_queries, num_heads, num_parts) in
+            [(1, 8, 16), (1, 8, 1), (3, 1, 5), (2, 5, 4), (40, 3, 1)]
+        {
+            for num_workers in [1, 2, 3, 7, 20] {
+                let work = Work { num_queries, tile: 16, num_heads, num_parts };
+                let mut seen = vec![0; num_queries * num_heads * num_parts];
+                let mut most = 0;
+                for worker in 0..num_workers {
+                    let mut count = 0;
+                    work.share(worker, num_workers, |Share { queries, heads, part }| {
+                        for (query, head) in
+                            queries.flat_map(|q| heads.clone().map(move |h| (q, h)))
+                        {
+                            seen[(query * num_heads + head) * num_parts + part] += 1;
+                            count += 1;
                         }
-                        Some(_) => {}
-                    }
+                    });
+                    most = most.max(count);
                 }
+                assert!(seen.iter().all(|n| *n == 1));
+                let shares = num_queries.div_ceil(16) * num_heads * num_parts;
+                assert!(most <= shares.div_ceil(num_workers) * num_queries.min(16));
             }
         }
     }
-
-    /// Scores `rows` of a group for `queries` of the task, and adds their values.
-    fn attend(
-        &self,
-        group: &Group<'_>,
-        rows: Range<usize>,
-        queries: Range<usize>,
-        scratch: &mut Scratch,
-    ) {
-        let Scratch { prepared, mask, scores, decoded, part, .. } = scratch;
-        let (count, first) = (rows.len(), queries.start * self.group);
-        let vectors = queries.len() * self.group;
-        scores.resize(vectors * count, 0.0);
-        let q = &prepared[first * self.key_dim..][..vectors * self.key_dim];
-        let decodes = self.decodes();
-        group.key.dot(rows.clone(), q, scores, decodes.then_some(&mut *decoded));
-        let kernels = simd::active();
-        for (i, scores) in scores.chunks_exact_mut(count).enumerate() {
-            let row = first + i;
-            let (query, head) = (row / self.group, row % self.group);
-            let mask = &mask[self.mask_index(query, head, group.rows)..][rows.clone()];
-            self.shape_logits(row, mask, scores);
-            part.weigh(row, scores, kernels);
-        }
-        let out = &mut part.out[first * self.value_dim..][..vectors * self.value_dim];
-        group.value.axpy(rows, scores, out, decodes.then_some(decoded));
-    }
-
-    fn shape_logits(&self, row: usize, mask: &[f32], scores: &mut [f32]) {
-        let Options { softcap, mask_slopes, .. } = self.call.options;
-        if softcap > 0.0 {
-            scores.iter_mut().for_each(|score| *score = softcap * (*score / softcap).tanh());
-        }
-        let slope = mask_slopes.map_or(1.0, |slopes| slopes[self.place(row).1]);
-        for (score, mask) in scores.iter_mut().zip(mask) {
-            // Hidden is hidden, also if the key is NaN or the slope 0.
-            *score = match *mask == f32::NEG_INFINITY {
-                true => f32::NEG_INFINITY,
-                false => *score + slope * mask,
-            };
-        }
-    }
-}
-
-impl Source<'_> {
-    /// `scores[i, t] = queries[i] . row[t]`; with `decoded` through rows as f32.
-    fn dot(
-        &self,
-        rows: Range<usize>,
-        queries: &[f32],
-        scores: &mut [f32],
-        decoded: Option<&mut Vec<f32>>,
-    ) {
-        let Some(decoded) = decoded else {
-            return match self {
-                Self::Encoded(quantizer, cell) => {
-                    quantizer.dot(&Cell { rows, ..cell.clone() }, queries, scores);
-                }
-                Self::Plain(format, all) => {
-                    simd::active().dot(*format, &part(all, rows), queries, scores);
-                }
-            };
-        };
-        simd::active().dot(Format::F32, &self.decode(rows, decoded), queries, scores);
-    }
-
-    /// `outputs[i] += sum over t of weights[i, t] * row[t]`.
-    fn axpy(
-        &self,
-        rows: Range<usize>,
-        weights: &[f32],
-        outputs: &mut [f32],
-        decoded: Option<&mut Vec<f32>>,
-    ) {
-        let Some(decoded) = decoded else {
-            return match self {
-                Self::Encoded(quantizer, cell) => {
-                    quantizer.axpy(&Cell { rows, ..cell.clone() }, weights, outputs);
-                }
-                Self::Plain(format, all) => {
-                    simd::active().axpy(*format, &part(all, rows), weights, outputs);
-                }
-            };
-        };
-        simd::active().axpy(Format::F32, &self.decode(rows, decoded), weights, outputs);
-    }
-
-    fn decode<'a>(&self, rows: Range<usize>, decoded: &'a mut Vec<f32>) -> Rows<'a> {
-        let dim = match self {
-            Self::Encoded(_, cell) => cell.dim,
-            Self::Plain(_, all) => all.dim,
-        };
-        decoded.resize(rows.len() * dim, 0.0);
-        match self {
-            Self::Encoded(quantizer, cell) => {
-                quantizer.decode(&Cell { rows, ..cell.clone() }, decoded);
-            }
-            Self::Plain(format, all) => simd::active().decode(*format, &part(all, rows), decoded),
-        }
-        Rows::of_f32(decoded, dim)
-    }
-}
-
-fn part<'a>(all: &Rows<'a>, rows: Range<usize>) -> Rows<'a> {
-    Rows { bytes: &all.bytes[rows.start * all.stride..], count: rows.len(), ..*all }
 }

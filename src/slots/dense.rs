@@ -1,5 +1,7 @@
 //! Keys and values in the engine's own memory, row by row in the order of the mask.
 
+use std::ops::Range;
+
 use crate::error::{Result, ensure};
 use crate::simd::{Format, Rows};
 
@@ -42,16 +44,32 @@ impl<'a> Dense<'a> {
         Ok(())
     }
 
-    /// Rows of one head.
-    pub(super) fn rows(&self, head: usize, start: usize, count: usize) -> Rows<'a> {
+    /// Rows of one head; `ahead` are the bytes to be read after them.
+    pub(super) fn rows(
+        &self,
+        head: usize,
+        start: usize,
+        count: usize,
+        ahead: &'a [u8],
+    ) -> Rows<'a> {
         let first = head * self.head_stride + start * self.row_stride;
-        Rows {
-            bytes: &self.bytes[first..],
-            stride: self.row_stride,
-            count,
-            dim: self.dim,
-            group: 32,
-            ahead: &[],
+        let (bytes, stride, dim) = (&self.bytes[first..], self.row_stride, self.dim);
+        Rows { bytes, stride, count, dim, group: 32, ahead }
+    }
+
+    /// What a head fetches of the next rows: its own, or, where heads lie side by side, its share of
+    /// those of all heads, which are one run of bytes.
+    pub(super) fn ahead(&self, head: usize, start: usize, count: usize) -> &'a [u8] {
+        let rows = start * self.row_stride..(start + count) * self.row_stride;
+        let bytes = |range: Range<usize>| {
+            let len = self.bytes.len();
+            &self.bytes[range.start.min(len)..range.end.min(len)]
+        };
+        if self.head_stride > self.row_stride {
+            let first = head * self.head_stride;
+            return bytes(first + rows.start..first + rows.end);
         }
+        let piece = |i: usize| rows.start + rows.len() * i / self.num_heads;
+        bytes(piece(head)..piece(head + 1))
     }
 }

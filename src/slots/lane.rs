@@ -63,9 +63,11 @@ impl Lane {
         }
     }
 
-    /// The blocks with at least one live row.
-    pub(super) fn blocks(&self) -> impl Iterator<Item = &Block> {
-        self.blocks.iter().flatten().filter(|block| block.live != 0)
+    /// The blocks with at least one live row, in one of `parts` parts of the table.
+    pub(super) fn blocks(&self, part: usize, parts: usize) -> impl Iterator<Item = &Block> {
+        let len = self.blocks.len();
+        let part = &self.blocks[len * part / parts..len * (part + 1) / parts];
+        part.iter().flatten().filter(|block| block.live != 0)
     }
 
     /// Live rows.

@@ -18,6 +18,7 @@ mod dense;
 mod lane;
 mod observe;
 mod side;
+mod task;
 
 use std::sync::Arc;
 
@@ -27,7 +28,7 @@ use crate::policy::{Event, Pipeline, PositionMode};
 use crate::quantizer::Side;
 use crate::shape::{MAX_HEAD_DIM, ModelShape, Needs, check_range};
 
-pub use attend::{Masked, Options};
+pub use attend::{Masked, Meeting, Options};
 pub use dense::Dense;
 pub use lane::SlotState;
 
@@ -157,8 +158,9 @@ impl Slots {
         // Blocks with holes are compacted when holes exceed a quarter; see `Lane::is_sparse`.
         let blocks = lanes * (2 * config.num_slots.div_ceil(config.block_size) + 6);
         let (key, value) = policy.quantizers();
+        let stay = !policy.acts_on(Event::PrefillEnd) && !policy.acts_on(Event::Step);
         let side = |spec: Option<&str>, side, dim| {
-            SideStore::new(spec.unwrap_or("f16"), side, config.block_size, dim, blocks)
+            SideStore::new(spec.unwrap_or("f16"), side, config.block_size, dim, blocks, stay)
         };
         let keys = side(key, Side::Key, config.key_dim).map_err(|error| error.within("keys"))?;
         let values =

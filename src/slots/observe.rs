@@ -2,10 +2,13 @@
 //!
 //! The engine tells for each query which slot its own token has. Query `b` continues the sequence
 //! of query `a` if it sees the slot of `a`; a batch continues a sequence of an earlier batch if its
-//! first query sees the last slot of it. That is all there is: no ids, no ends.
+//! first query sees the last slot of it, or, if that was a token and drafts of what follows, the slot
+//! of the token. That is all there is: no ids, no ends.
 //!
-//! A prompt ends when a sequence goes on with a single query. Only then, before that query attends,
-//! the prefill phase of the policy runs; with `pieces` it runs before each further piece as well.
+//! A prompt ends when a sequence goes on with a single query, or with drafts: a short batch after a
+//! short batch, or after one of which something was rejected. Only then, before these queries attend,
+//! the prefill phase of the policy runs; with `pieces` it runs before each further piece as well, and
+//! [`Slots::settle`] makes it run at once.
 
 use super::{Lane, SlotState, Slots, SlotsConfig, Stream, check_shape};
 use crate::device::tensor::Tensor;
@@ -17,12 +20,19 @@ use crate::shape::Needs;
 /// Sequences remembered for a stream; the oldest is forgotten first.
 const MAX_TRACKED: usize = 256;
 
+/// Most queries of a batch that may be a token and drafts. A longer one is a prompt.
+const MAX_DRAFTS: usize = 17;
+
 /// A sequence that may go on.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Tracked {
-    /// Its last slot, and when that got its token: another age means another token.
-    last: (u32, u32),
+    /// Slots and their ages, of the last batch if it may be drafts, otherwise of its last token alone.
+    /// Another age means another token.
+    recent: Vec<(u32, u32)>,
+    /// Whether the policy waits for the end of a prompt.
     is_prompt: bool,
+    /// The slots that the last query of a prompt saw.
+    seen: Vec<u32>,
     steps: usize,
     /// The last queries, oldest first, `[num_q_heads, key_dim]` each.
     queries: Vec<Box<[f32]>>,
@@ -102,43 +112,39 @@ impl Slots {
         mask: &Tensor<'_>,
         slots: &[u32],
     ) -> Result<()> {
-        let is_step = chain.queries.len() == 1;
-        let is_known = chain.tracked.is_some();
-        let mut tracked = chain.tracked.unwrap_or(Tracked {
-            last: (0, 0),
-            is_prompt: !is_step,
-            steps: 0,
-            queries: Vec::new(),
-        });
-        let first = chain.queries[0];
-        if is_known && tracked.is_prompt && (is_step || self.config.pieces) {
-            self.run(stream, Event::PrefillEnd, &tracked, first, mask, slots)?;
-        } else if is_known && is_step {
-            tracked.steps += 1;
-            self.run(stream, Event::Step, &tracked, first, mask, slots)?;
+        let (len, first) = (chain.queries.len(), chain.queries[0]);
+        let may_draft = chain.tracked.is_some() && len <= MAX_DRAFTS;
+        let mut is_answer = len == 1;
+        let mut tracked = Tracked::default();
+        if let Some(known) = chain.tracked {
+            tracked = known;
+            let stays = |(slot, age): &(u32, u32)| {
+                sees(mask, first, *slot) && self.streams[stream].age(*slot as usize) == *age
+            };
+            let rejected = tracked.recent.iter().filter(|recent| !stays(recent)).count();
+            tracked.queries.truncate(tracked.queries.len().saturating_sub(rejected));
+            let was_short = tracked.recent.len() > 1;
+            is_answer |= may_draft && (!tracked.is_prompt || was_short || rejected > 0);
+            let event = match tracked.is_prompt {
+                true => Event::PrefillEnd,
+                false => Event::Step,
+            };
+            tracked.steps += usize::from(is_answer && event == Event::Step);
+            if self.policy.acts_on(event) && (is_answer || tracked.is_prompt && self.config.pieces)
+            {
+                self.run(stream, event, &tracked, visible(mask, first, slots))?;
+            }
         }
-        tracked.is_prompt = !is_step;
-        let window = match is_step {
-            true => self.policy.step_query_window(),
-            false => self.policy.query_window(),
-        };
-        let excess = tracked.queries.len().saturating_sub(window);
-        tracked.queries.drain(..excess);
-        let newest = chain.queries.len().saturating_sub(window);
-        for i in &chain.queries[newest..] {
-            let SlotsConfig { num_q_heads, key_dim, .. } = self.config;
-            let mut row = vec![0.0; num_q_heads * key_dim];
-            for (head, out) in row.chunks_exact_mut(key_dim).enumerate() {
-                query.read(*i, head, out);
-            }
-            if tracked.queries.len() == window {
-                tracked.queries.remove(0);
-            }
-            tracked.queries.push(row.into());
+        tracked.is_prompt = !is_answer;
+        self.note_queries(&mut tracked, &chain.queries, query);
+        tracked.seen.clear();
+        if !is_answer && let Some(last) = chain.queries.last() {
+            tracked.seen = visible(mask, *last, &[]);
         }
         let stream = &mut self.streams[stream];
-        let last = chain.queries.last().map_or(0, |i| slots[*i]);
-        tracked.last = (last, stream.age(last as usize));
+        let recent = if may_draft { &chain.queries[..] } else { &chain.queries[len - 1..] };
+        let slots = recent.iter().map(|i| slots[*i]);
+        tracked.recent = slots.map(|slot| (slot, stream.age(slot as usize))).collect();
         if stream.tracked.len() == MAX_TRACKED {
             stream.tracked.remove(0);
         }
@@ -146,19 +152,60 @@ impl Slots {
         Ok(())
     }
 
-    /// Runs the policy on what query `first` sees of earlier batches.
+    /// Keeps the last queries of a sequence, as many as the policy looks at.
+    fn note_queries(&self, tracked: &mut Tracked, batch: &[usize], query: &Tensor<'_>) {
+        let SlotsConfig { num_q_heads, key_dim, .. } = self.config;
+        let window = match tracked.is_prompt {
+            true => self.policy.query_window(),
+            false => self.policy.step_query_window(),
+        };
+        let newest = &batch[batch.len().saturating_sub(window)..];
+        let excess = (tracked.queries.len() + newest.len()).saturating_sub(window);
+        tracked.queries.drain(..excess);
+        for i in newest {
+            let mut row = vec![0.0; num_q_heads * key_dim];
+            for (head, out) in row.chunks_exact_mut(key_dim).enumerate() {
+                query.read(*i, head, out);
+            }
+            tracked.queries.push(row.into());
+        }
+    }
+
+    /// Runs the policy at once where it waits for the end of a prompt among whose tokens is one of
+    /// `slots`: what is saved of them does not say that the policy has yet to run.
+    pub fn settle(&mut self, slots: &[u32]) -> Result<()> {
+        self.check_slots(slots)?;
+        if !self.policy.acts_on(Event::PrefillEnd) {
+            return Ok(());
+        }
+        for stream in 0..self.streams.len() {
+            self.streams[stream].forget_replaced();
+            let base = (stream * self.config.num_slots) as u32;
+            let waits = |tracked: &Tracked| {
+                let is_in = |slot: &u32| slots.contains(&(base + slot));
+                tracked.is_prompt && tracked.seen.iter().any(is_in)
+            };
+            let mut tracked = std::mem::take(&mut self.streams[stream].tracked);
+            let mut result = Ok(());
+            for tracked in tracked.iter_mut().filter(|tracked| waits(tracked)) {
+                let seen = std::mem::take(&mut tracked.seen);
+                tracked.is_prompt = false;
+                result = result.and_then(|()| self.run(stream, Event::PrefillEnd, tracked, seen));
+            }
+            self.streams[stream].tracked = tracked;
+            result?;
+        }
+        Ok(())
+    }
+
+    /// Runs the policy on the tokens in the slots `visible`.
     fn run(
         &mut self,
         stream: usize,
         event: Event,
         tracked: &Tracked,
-        first: usize,
-        mask: &Tensor<'_>,
-        batch: &[u32],
+        mut visible: Vec<u32>,
     ) -> Result<()> {
-        let mut visible = visible(mask, first);
-        let own: std::collections::HashSet<u32> = batch.iter().copied().collect();
-        visible.retain(|slot| !own.contains(slot));
         visible.sort_by_key(|slot| self.streams[stream].age(*slot as usize));
         let lanes = &self.streams[stream].lanes;
         let is_live = |lane: &Lane, slot: u32| lane.state(slot as usize) == SlotState::Live;
@@ -227,17 +274,27 @@ fn chains(stream: &mut Stream, mask: &Tensor<'_>, slots: &[u32]) -> Vec<Chain> {
             None => chains.push(Chain { queries: vec![i], tracked: None }),
         }
     }
-    // A sequence whose last slot has another token by now was rolled back or is gone.
-    let Stream { ages, tracked, .. } = stream;
-    tracked.retain(|tracked| ages.get(tracked.last.0 as usize) == Some(&tracked.last.1));
+    stream.forget_replaced();
+    let tracked = &mut stream.tracked;
     for chain in &mut chains {
         let first = chain.queries[0];
         let newest = (0..tracked.len())
-            .filter(|i| sees(mask, first, tracked[*i].last.0))
-            .max_by_key(|i| tracked[*i].last.1);
+            .filter(|i| sees(mask, first, tracked[*i].recent[0].0))
+            .max_by_key(|i| tracked[*i].recent[0].1);
         chain.tracked = newest.map(|i| tracked.remove(i));
     }
     chains
+}
+
+impl Stream {
+    /// Forgets sequences whose place has another token by now: they were rolled back or are gone.
+    fn forget_replaced(&mut self) {
+        let Self { ages, tracked, .. } = self;
+        tracked.retain(|tracked| {
+            let (slot, age) = tracked.recent[0];
+            ages.get(slot as usize) == Some(&age)
+        });
+    }
 }
 
 fn sees(mask: &Tensor<'_>, query: usize, slot: u32) -> bool {
@@ -248,10 +305,11 @@ fn sees(mask: &Tensor<'_>, query: usize, slot: u32) -> bool {
     x[0] != f32::NEG_INFINITY
 }
 
-/// The slots that a query sees.
-fn visible(mask: &Tensor<'_>, query: usize) -> Vec<u32> {
+/// The slots that a query sees, without those of `batch`.
+fn visible(mask: &Tensor<'_>, query: usize, batch: &[u32]) -> Vec<u32> {
     let mut row = vec![0.0; mask.shape()[2]];
     mask.read_part(query, 0, 0, &mut row);
+    batch.iter().for_each(|slot| row[*slot as usize] = f32::NEG_INFINITY);
     let seen = row.iter().enumerate().filter(|(_, x)| **x != f32::NEG_INFINITY);
     seen.map(|(slot, _)| slot as u32).collect()
 }

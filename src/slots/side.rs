@@ -27,13 +27,14 @@ pub(super) struct SideStore {
 }
 
 impl SideStore {
-    /// Storage in the format `spec` for at most `capacity` blocks.
+    /// Storage in the format `spec` for at most `capacity` blocks, which `stay` if nothing evicts.
     pub(super) fn new(
         spec: &str,
         side: Side,
         block_size: usize,
         dim: usize,
         capacity: usize,
+        stay: bool,
     ) -> Result<Self> {
         let sealed = quantizer::create(spec, side)?;
         let mut quantizers = vec![sealed];
@@ -41,10 +42,11 @@ impl SideStore {
             quantizers.insert(0, quantizer::create("f16", side)?);
         }
         let mut formats = Vec::new();
-        for quantizer in quantizers {
+        let last = quantizers.len() - 1;
+        for (i, quantizer) in quantizers.into_iter().enumerate() {
             quantizer.check(block_size, dim)?;
             let bytes = quantizer.bytes(block_size, dim).next_multiple_of(64);
-            formats.push((quantizer, Blocks::reserve(bytes, capacity)?));
+            formats.push((quantizer, Blocks::reserve(bytes, capacity, stay && i == last)?));
         }
         Ok(Self { dim, block_size, formats })
     }

@@ -297,6 +297,7 @@ impl Tables {
     }
 
     /// The slot of a live sequence that is not in this batch yet.
+    #[inline]
     fn join_batch(&mut self, id: SequenceId) -> Result<usize> {
         let slot = self.slot(id)?;
         let sequence = &mut self.sequences[slot];

@@ -12,7 +12,7 @@ use super::whole::{Factor, Whole, gather_f16};
 use crate::simd::rows::{Rows, tq_levels};
 
 /// Levels are integers times the reciprocal of this: 13 bits with their sign.
-const UNIT: f32 = 2997.0;
+pub(in crate::simd) const UNIT: f32 = 2997.0;
 
 /// For codes of one width: which bytes hold each of 16 codes, and the factor that moves a code to the
 /// top of its lane.

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use crate::simd::rows::{BLOCK, Rows};
 
 /// A format whose rows can be read as vectors of 8.
-pub(super) trait Format: Copy {
+pub(in crate::simd) trait Format: Copy {
     /// Whether rows have a factor that the parts leave out, because it is cheaper to multiply the
     /// score or the weight of the row.
     const SCALED: bool = false;
@@ -113,7 +113,7 @@ macro_rules! no_tail {
 pub(super) use no_tail;
 
 #[derive(Clone, Copy)]
-pub(super) struct Q8_0 {
+pub(in crate::simd) struct Q8_0 {
     d: __m256,
     codes: *const u8,
 }
@@ -143,7 +143,7 @@ impl Format for Q8_0 {
 /// 32 nibbles: 16 bytes, whose low halves are the first parts. Parts 0 and 2, 1 and 3 come from the
 /// same bytes: taken in that order, only one vector of bytes needs a register.
 #[derive(Clone, Copy)]
-pub(super) struct Codes4(pub(super) *const u8);
+pub(in crate::simd) struct Codes4(pub(super) *const u8);
 
 impl Format for Codes4 {
     #[inline(always)]
@@ -169,7 +169,7 @@ impl Format for Codes4 {
 
 /// 32 codes of 2 bits: byte `j` in lane `j`.
 #[derive(Clone, Copy)]
-pub(super) struct Codes2(__m256i);
+pub(in crate::simd) struct Codes2(__m256i);
 
 impl Format for Codes2 {
     #[inline(always)]
@@ -197,7 +197,7 @@ impl Format for Codes2 {
 
 /// `d * (q - 8)` as `d * q - 8 * d`, which is exact as well: d has 11 significant bits.
 #[derive(Clone, Copy)]
-pub(super) struct Q4_0 {
+pub(in crate::simd) struct Q4_0 {
     codes: Codes4,
     d: __m256,
     offset: __m256,
@@ -226,14 +226,14 @@ impl Format for Q4_0 {
 
 /// Codes with the scale and the minimum of their group of channels.
 #[derive(Clone, Copy)]
-pub(super) struct Affine<C> {
+pub(in crate::simd) struct Affine<C> {
     codes: C,
     s: __m256,
     m: __m256,
 }
 
-pub(super) type Affine4 = Affine<Codes4>;
-pub(super) type Affine2 = Affine<Codes2>;
+pub(in crate::simd) type Affine4 = Affine<Codes4>;
+pub(in crate::simd) type Affine2 = Affine<Codes2>;
 
 /// Bits of a code.
 trait Width {

@@ -31,8 +31,8 @@ const TILE: usize = 32;
 const MAX_DIM: usize = 512;
 
 /// Between these magnitudes integers can stand for floats, and factors are normal numbers.
-const TINY: f32 = 1e-30;
-const HUGE: f32 = 1e30;
+pub(in crate::simd) const TINY: f32 = 1e-30;
+pub(in crate::simd) const HUGE: f32 = 1e30;
 
 /// `scores[q, t] = queries[q] . rows[t]`.
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -7,7 +7,7 @@ use crate::simd::rows::{E2M1, IQ4_NL, Rows, e4m3, e8m0_half, tq_levels};
 
 /// Codes with a scale and an offset.
 #[derive(Clone, Copy)]
-pub(super) struct Q4_1 {
+pub(in crate::simd) struct Q4_1 {
     codes: Codes4,
     d: __m256,
     m: __m256,
@@ -73,7 +73,7 @@ impl Codes5 {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Q5_0 {
+pub(in crate::simd) struct Q5_0 {
     codes: Codes5,
     d: __m256,
     offset: __m256,
@@ -101,7 +101,7 @@ impl Format for Q5_0 {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Q5_1 {
+pub(in crate::simd) struct Q5_1 {
     codes: Codes5,
     d: __m256,
     m: __m256,
@@ -159,7 +159,7 @@ unsafe fn widen(bytes: __m128i, high: bool) -> __m256 {
 macro_rules! table_of_bytes {
     ($name:ident, $bytes:literal, $levels:expr, $codes_at:literal, $scale:expr) => {
         #[derive(Clone, Copy)]
-        pub(super) struct $name {
+        pub(in crate::simd) struct $name {
             levels: [__m128i; 2],
             d: __m256,
         }
@@ -231,7 +231,7 @@ unsafe fn read_f32(at: *const u8) -> f32 {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Int8(*const u8);
+pub(in crate::simd) struct Int8(*const u8);
 
 impl Format for Int8 {
     const SCALED: bool = true;
@@ -261,7 +261,7 @@ impl Format for Int8 {
 macro_rules! floats_of_8_bits {
     ($name:ident, $factor:literal, $to_f16:expr) => {
         #[derive(Clone, Copy)]
-        pub(super) struct $name(*const u8);
+        pub(in crate::simd) struct $name(*const u8);
 
         impl Format for $name {
             const SCALED: bool = true;
@@ -300,7 +300,7 @@ floats_of_8_bits!(E4m3, 256.0, |words| {
 });
 
 #[derive(Clone, Copy)]
-pub(super) struct Int4 {
+pub(in crate::simd) struct Int4 {
     codes: Codes4,
     s: __m256,
     m: __m256,
@@ -330,7 +330,7 @@ impl Format for Int4 {
 /// Eight codes are `BITS` bytes of the stream: each lane shifts its own code down and looks it up
 /// by the three lowest bits, which needs no mask; four bits take two tables.
 #[derive(Clone, Copy)]
-pub(super) struct Tq<const BITS: usize> {
+pub(in crate::simd) struct Tq<const BITS: usize> {
     codes: *const u8,
     levels: [__m256; 2],
 }

@@ -15,9 +15,14 @@ mod whole;
 
 use super::Kernels;
 use super::rows::RowKernels;
-use format::{Affine2, Affine4, Bf16, Codes2, Codes4, F16, F32, Format, Q4_0, Q8_0, Raw};
-use levels::{E4m3, E5m2, Int4, Int8, Iq4Nl, Mxfp4, Nvfp4, Q4_1, Q5_0, Q5_1, Tq};
-use whole::Whole;
+// What the AVX-512 level shares.
+pub(super) use codebook::UNIT as TQ_UNIT;
+pub(super) use format::{Affine2, Affine4, Codes2, Codes4, Q4_0, Q8_0};
+use format::{Bf16, F16, F32, Format, Raw};
+pub(super) use integer::{HUGE, TINY};
+use levels::{E4m3, E5m2, Nvfp4};
+pub(super) use levels::{Int4, Int8, Iq4Nl, Mxfp4, Q4_1, Q5_0, Q5_1, Tq};
+pub(super) use whole::{Factor, Whole, metadata_at};
 
 pub(super) static KERNELS: Kernels = Kernels {
     name: "avx2",

@@ -8,7 +8,7 @@ use crate::simd::rows::{BLOCK, E2M1, IQ4_NL, Rows, e8m0_half};
 
 /// What the integers of a row are multiplied with.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Factor {
+pub(in crate::simd) enum Factor {
     /// Nothing.
     One,
     /// A scale for each row.
@@ -18,7 +18,7 @@ pub(super) enum Factor {
 }
 
 /// Rows of blocks of 32 integers: element = integer * scale + minimum.
-pub(super) trait Whole: Format {
+pub(in crate::simd) trait Whole: Format {
     const FACTOR: Factor;
     /// Whether blocks have a minimum.
     const HAS_MINIMUM: bool = false;
@@ -417,7 +417,7 @@ affine!(Affine2, Codes2, 2);
 
 /// Where the scale of the group of a block is in a row of codes of `bits` bits.
 #[inline(always)]
-fn metadata_at(rows: &Rows<'_>, block: usize, bits: usize) -> usize {
+pub(in crate::simd) fn metadata_at(rows: &Rows<'_>, block: usize, bits: usize) -> usize {
     // A group is 32 times a power of two, so a shift divides by it.
     let group = block >> (rows.group.trailing_zeros() - BLOCK.trailing_zeros());
     rows.dim * bits / 8 + group * 4

@@ -1,0 +1,173 @@
+//! Loops over plain f32 vectors, and sums across lanes.
+
+use std::arch::x86_64::*;
+
+/// Lanes of a vector.
+pub(super) const LANES: usize = 16;
+
+/// The lanes of a last vector of `rest` elements.
+#[inline(always)]
+pub(super) const fn mask(rest: usize) -> __mmask16 {
+    if rest < LANES { (1 << rest) - 1 } else { u16::MAX }
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [_mm512_setzero_ps(); 4];
+    for (a, b) in a.chunks(4 * LANES).zip(b.chunks(4 * LANES)) {
+        for (sum, (a, b)) in sums.iter_mut().zip(a.chunks(LANES).zip(b.chunks(LANES))) {
+            *sum = _mm512_fmadd_ps(load(a), load(b), *sum);
+        }
+    }
+    let [a, b, c, d] = sums;
+    _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn axpy(factor: f32, x: &[f32], y: &mut [f32]) {
+    let factor = _mm512_set1_ps(factor);
+    for (x, y) in x.chunks(LANES).zip(y.chunks_mut(LANES)) {
+        let sum = _mm512_fmadd_ps(factor, load(x), load(y));
+        store(y, sum);
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn scale(values: &mut [f32], factor: f32) {
+    let factor = _mm512_set1_ps(factor);
+    for x in values.chunks_mut(LANES) {
+        let product = _mm512_mul_ps(load(x), factor);
+        store(x, product);
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn max(values: &[f32]) -> f32 {
+    let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
+    let mut most = lowest;
+    for x in values.chunks(LANES) {
+        // SAFETY: as many lanes as values are read.
+        let x = unsafe { _mm512_mask_loadu_ps(lowest, mask(x.len()), x.as_ptr()) };
+        // With a NaN first, max answers its second operand: NaN is passed over.
+        most = _mm512_max_ps(x, most);
+    }
+    _mm512_reduce_max_ps(most)
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn exp_sub(scores: &mut [f32], max: f32) -> f32 {
+    let maxima = _mm512_set1_ps(max);
+    let mut sum = _mm512_setzero_ps();
+    for x in scores.chunks_mut(LANES) {
+        let e = exp(_mm512_sub_ps(load(x), maxima));
+        store(x, e);
+        sum = _mm512_mask_add_ps(sum, mask(x.len()), sum, e);
+    }
+    _mm512_reduce_add_ps(sum)
+}
+
+/// `e^x` within 2 units in the last place: `x = n ln 2 + r` with `|r| <= ln 2 / 2`, and the
+/// polynomial of Cephes' `expf` for `e^r`. Below the smallest normal number the result is 0.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn exp(x: __m512) -> __m512 {
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    /// Logarithm of the smallest normal number.
+    const LOWEST: f32 = -87.336_54;
+    const HIGHEST: f32 = 88.0;
+    // Not below: NaN is kept.
+    let is_normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(LOWEST));
+    let x = _mm512_min_ps(_mm512_set1_ps(HIGHEST), x);
+    let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
+        _mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)),
+    );
+    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_HIGH), x);
+    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_LOW), r);
+    let mut p = _mm512_set1_ps(1.987_569_1e-4);
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+    }
+    let p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0)));
+    _mm512_maskz_scalef_ps(is_normal, p, n)
+}
+
+/// For each of 16 vectors, the sum of its lanes, in the order of the vectors.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+pub(super) unsafe fn sum_each(x: [__m512; 16]) -> __m512 {
+    // SAFETY: by contract.
+    unsafe {
+        let a = sum_quarters(x[0], x[1], x[2], x[3]);
+        let b = sum_quarters(x[4], x[5], x[6], x[7]);
+        let c = sum_quarters(x[8], x[9], x[10], x[11]);
+        let d = sum_quarters(x[12], x[13], x[14], x[15]);
+        let halves = |a, b| {
+            let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
+            _mm512_add_ps(low, _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
+        };
+        let (ab, cd) = (halves(a, b), halves(c, d));
+        let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd);
+        _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd))
+    }
+}
+
+/// In each quarter, the sums of that quarter of four vectors.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+unsafe fn sum_quarters(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
+    // SAFETY: by contract.
+    unsafe {
+        let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+        let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+        _mm512_add_ps(low, _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)))
+    }
+}
+
+/// Up to 16 values; the other lanes are 0.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn load(values: &[f32]) -> __m512 {
+    // SAFETY: as many lanes as values are read.
+    unsafe { _mm512_maskz_loadu_ps(mask(values.len()), values.as_ptr()) }
+}
+
+/// Writes up to 16 values.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn store(out: &mut [f32], x: __m512) {
+    // SAFETY: as many lanes as there are values are written.
+    unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), mask(out.len()), x) };
+}
+
+/// Bytes that will be wanted next, asked for in a few equal parts.
+pub(super) struct Ahead {
+    at: *const u8,
+    rest: usize,
+    step: usize,
+}
+
+impl Ahead {
+    #[inline(always)]
+    pub(super) fn new(bytes: &[u8], parts: usize) -> Self {
+        Self { at: bytes.as_ptr(), rest: bytes.len(), step: bytes.len().div_ceil(parts) }
+    }
+
+    /// Asks memory for one part more.
+    #[inline(always)]
+    pub(super) fn fetch(&mut self) {
+        let some = self.step.min(self.rest);
+        for at in (0..some).step_by(64) {
+            // SAFETY: a prefetch has no effect on values and never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.at.wrapping_add(at).cast()) };
+        }
+        self.at = self.at.wrapping_add(some);
+        self.rest -= some;
+    }
+}
