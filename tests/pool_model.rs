@@ -393,12 +393,13 @@ fn run(operations: usize, seed: u64, evictor: &str, config: TablesConfig) -> (us
 /// One million operations over all evictors, both ways to treat duplicates and mixes of groups.
 #[test]
 fn random_operations_agree_with_a_model() {
-    let mixes: [&[Group]; 5] = [
+    let mixes: [&[Group]; 6] = [
         &[Group::Full],
         &[Group::Full, Group::Window(6)],
         &[Group::Window(5), Group::Latent],
         &[Group::Full, Group::Recurrent(2)],
         &[Group::Recurrent(1), Group::Window(3), Group::Full],
+        &[Group::Recurrent(2), Group::Full],
     ];
     let runs = 2 * EVICTORS.len() * mixes.len();
     for run_index in 0..runs {

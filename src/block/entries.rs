@@ -119,23 +119,18 @@ impl BlockPool {
     /// Appends the blocks of the longest known run of at most [`BATCH`] digests; answers whether
     /// that is all of them. Reads only, so that the misses of all steps overlap.
     fn find_batch(&self, batch: &[Digest], group: u8, out: &mut Vec<u32>) -> bool {
-        let (mut tags, mut firsts) = ([0; BATCH], [0; BATCH]);
+        let (mut tags, mut guesses) = ([0; BATCH], [0; BATCH]);
         for (digest, tag_of) in batch.iter().zip(&mut tags) {
             *tag_of = tag(digest, group);
             self.index.prefetch(*tag_of);
         }
-        for (tag, first) in tags.iter().zip(&mut firsts).take(batch.len()) {
-            *first = self.index.first(*tag);
-            let guess = (*first as u32).wrapping_sub(1) as usize;
-            prefetch(&self.records, guess);
+        for (tag, guess) in tags.iter().zip(&mut guesses).take(batch.len()) {
+            *guess = self.index.guess(*tag);
+            prefetch(&self.records, *guess as usize);
         }
         for (i, digest) in batch.iter().enumerate() {
-            let guess = (firsts[i] as u32).wrapping_sub(1);
-            let guessed = (firsts[i] >> 32) as u32 == tags[i]
-                && firsts[i] != 0
-                && self.is_entry(guess, digest, group);
-            if guessed {
-                out.push(guess);
+            if guesses[i] < self.records.len() as u32 && self.is_entry(guesses[i], digest, group) {
+                out.push(guesses[i]);
             } else if let Place::Taken(head) = self.place(tags[i], digest, group) {
                 out.push(head);
             } else {

@@ -323,7 +323,7 @@ impl BlockPool {
         self.add_idle(idle, 0);
     }
 
-    /// Drops all of `ids` but [`NONE`], the last one first, so that leaves are reclaimed before their
+    /// Drops all of `ids` but `u32::MAX`, the last one first, so that leaves are reclaimed before their
     /// parents. Memory works ahead.
     pub fn unshare_run(&mut self, ids: &[u32]) {
         const BATCH: usize = 32;

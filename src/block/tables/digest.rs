@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::{Request, Sequence, Tables};
+use super::{NO_BLOCK, Request, Sequence, Tables};
+use crate::block::groups::Group;
 use crate::block::keys;
 use crate::block::pool::BlockPool;
 use crate::block::prefix::{self, Digest, Hash};
@@ -134,6 +135,21 @@ fn anticipate(pool: &BlockPool, digest: &Digest, blocks: &[u32]) {
 }
 
 impl Sequence {
+    /// The digest of a full chunk, which every block carries that became an entry or a second copy of
+    /// one: not those of states that run.
+    pub(super) fn digest_of(
+        &self,
+        pool: &BlockPool,
+        groups: &[Group],
+        chunk: usize,
+    ) -> Option<Digest> {
+        let blocks = &self.blocks[chunk * groups.len()..][..groups.len()];
+        let is_named =
+            |(block, group): &(&u32, &Group)| **block != NO_BLOCK && group.is_kept(chunk);
+        let (block, _) = blocks.iter().zip(groups).find(is_named)?;
+        Some(pool.records[*block as usize].digest)
+    }
+
     /// The digest of `chunk`, if it came with the prompt.
     fn pending_digest(&self, chunk: usize) -> Option<&Digest> {
         self.pending.get(chunk.checked_sub(self.pending_from as usize)?)

@@ -141,10 +141,10 @@ impl Tables {
         }
         sequence.pending.clear();
         sequence.pending_from = 0;
-        for chunk in sequence.blocks.chunks(groups).take(committed / size) {
-            let block = chunk.iter().find(|block| **block != NO_BLOCK);
-            let digest = block.map_or([0; 32], |block| pool.records[*block as usize].digest);
-            sequence.pending.push(digest);
+        for chunk in 0..committed / size {
+            // A chunk without a name has no entry to come back to.
+            let digest = sequence.digest_of(pool, &self.config.groups, chunk);
+            sequence.pending.push(digest.unwrap_or_default());
         }
         let placements = placements(&sequence.blocks);
         // The table keeps its shape: where a block was, one comes back.

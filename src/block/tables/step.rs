@@ -208,14 +208,13 @@ impl Tables {
         Ok(())
     }
 
-    /// The digest of a full chunk, which each of its blocks carries.
+    /// The digest of a full chunk.
     fn digest_of(&self, pool: &BlockPool, slot: usize, chunk: usize) -> Result<Digest> {
-        let groups = self.config.groups.len();
-        let blocks = &self.sequences[slot].blocks[chunk * groups..][..groups];
-        let Some(block) = blocks.iter().find(|block| **block != NO_BLOCK) else {
-            bail!(InvalidState, "no block of chunk {chunk} is left to go back to");
-        };
-        Ok(pool.records[*block as usize].digest)
+        let groups = &self.config.groups;
+        match self.sequences[slot].digest_of(pool, groups, chunk) {
+            Some(digest) => Ok(digest),
+            None => bail!(InvalidState, "no block of chunk {chunk} is left to go back to"),
+        }
     }
 
     /// The states of the recurrent groups after `num_tokens` tokens, whose digest is `digest`: their
