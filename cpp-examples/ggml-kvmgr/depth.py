@@ -10,11 +10,13 @@ import re
 import struct
 import tempfile
 
-from llama import post, server, text
+from llama import held_mib, post, server, text
 
 DEPTH = 32768
-ANSWER = 24  # tokens of a measured request
-ROUNDS = 3
+CELLS = DEPTH + 256
+KV_BYTES = 4 * 2 * 8 * 128 * 2  # of a token in f16, with the model of `model.py deep`
+ANSWER = 16  # tokens of a measured request
+ROUNDS = 2
 
 
 class Reader:
@@ -63,41 +65,42 @@ def resident_mib(process):
         return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1)) / 1024
 
 
-def short_mib():
-    """What a stock server with a short context occupies."""
-    with server(False, None, "-c", "512", "-np", "1", "-t", "2", "--cache-ram", "0") as process:
-        post("/completion", {"prompt": text()[:500], "n_predict": 1})
-        return resident_mib(process)
-
-
 def measure(plugin, spec, *cache):
-    """Tokens/s of the best of some answers at the depth, and the MiB resident after them."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = ["-c", str(DEPTH + 512), "-np", "1", "-t", "2", "--cache-ram", "0", "--slot-save-path", folder]
-        body = {"temperature": 0, "ignore_eos": True, "cache_prompt": True}
-        with server(plugin, spec, *args, *cache) as process:
-            post("/completion", {**body, "prompt": text()[:500], "n_predict": 1})
-            post("/slots/0?action=save", {"filename": "state"})
-            tokens = deepen(os.path.join(folder, "state"))
-            post("/slots/0?action=restore", {"filename": "state"})
-            speeds = []
-            for i in range(ROUNDS):
-                answer = post("/completion", {**body, "prompt": tokens + [65 + i], "n_predict": ANSWER})
-                assert answer["timings"]["cache_n"] == DEPTH, answer["timings"]
-                speeds.append(answer["timings"]["predicted_per_second"])
-            return max(speeds), resident_mib(process)
+    """Of a server at the depth: tokens/s of the best answer, how many MiB more are resident than in one
+    with a prompt of 500 tokens, and what the plugin says that it held at the end, or None."""
+    options = ["-np", "1", "-t", "2", "--cache-ram", "0", *cache]
+    body = {"temperature": 0, "ignore_eos": True, "cache_prompt": True}
+    prompt = {**body, "prompt": text()[:500], "n_predict": 1}
+    with server(plugin, spec, "-c", "512", *options) as process:
+        post("/completion", prompt)
+        short = resident_mib(process)
+    with tempfile.TemporaryDirectory() as folder, \
+            server(plugin, spec, "-c", str(CELLS), "--slot-save-path", folder, *options) as process:
+        post("/completion", prompt)
+        post("/slots/0?action=save", {"filename": "state"})
+        tokens = deepen(os.path.join(folder, "state"))
+        post("/slots/0?action=restore", {"filename": "state"})
+        speeds = []
+        for i in range(ROUNDS):
+            answer = post("/completion", {**body, "prompt": tokens + [65 + i], "n_predict": ANSWER})
+            assert answer["timings"]["cache_n"] == DEPTH, answer["timings"]
+            speeds.append(answer["timings"]["predicted_per_second"])
+        grown = resident_mib(process) - short
+    return max(speeds), grown, held_mib(process.output) if spec else None
 
 
 def depth(specs):
-    """The table; the first spec should be lossless f16. KV is what is resident beyond a short context."""
-    short = short_mib()
-    rows = {f"stock {kind}": measure(False, None, "-ctk", kind, "-ctv", kind) for kind in ("f16", "q8_0", "q4_0")}
-    rows["plugin, transparent"] = measure(True, None)
-    rows |= {f"`{spec}`": measure(True, spec) for spec in specs}
-    print("| cache | tokens/s | against stock f16 | against stock q4_0 | KV MiB resident | share of f16 |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    f16, q4_0 = rows["stock f16"], rows["stock q4_0"]
-    for name, (speed, resident) in rows.items():
-        held = resident - short
-        print(f"| {name} | {speed:.2f} | {speed / f16[0]:.2f} | {speed / q4_0[0]:.2f} | {held:.0f} | "
-              f"{held / (f16[1] - short):.3f} |")
+    """The table. What stock caches hold is what they allocate, for all cells at the start."""
+    f16 = CELLS * KV_BYTES / 2**20
+    rows = {}
+    for kind, bits in (("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5)):
+        speed, grown, _ = measure(False, None, "-ctk", kind, "-ctv", kind)
+        rows[f"stock {kind}"] = speed, grown, f16 * bits / 16
+    speed, grown, _ = measure(True, None)
+    rows["plugin, transparent"] = speed, grown, f16
+    rows |= {"`" + spec.replace("|", "\\|") + "`": measure(True, spec) for spec in specs}
+    print("| cache | tokens/s | against stock f16 | against stock q4_0 | KV MiB held | share of f16 | RSS grown, MiB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, (speed, grown, held) in rows.items():
+        print(f"| {name} | {speed:.2f} | {speed / rows['stock f16'][0]:.2f} | {speed / rows['stock q4_0'][0]:.2f} "
+              f"| {held:.0f} | {held / f16:.3f} | {grown:.0f} |")

@@ -173,15 +173,18 @@ void Layer::set_rows(const Root &root, const uint8_t *data, int64_t first, int64
     std::vector<float> values(size_t(count * root.width));
     load(root.type, data, values.data(), count * root.width);
     const int64_t dim = root.width / kv_heads;
+    const size_t head_bytes = root.row_bytes / size_t(kv_heads);
+    std::vector<std::vector<uint32_t>> gone(static_cast<size_t>(kv_heads));
+    for (int64_t i = 0; i < count * kv_heads; ++i) {
+        if (!is_evicted(root.type, data + size_t(i) * head_bytes, dim)) continue;
+        gone[size_t(i % kv_heads)].push_back(uint32_t(first + i / kv_heads));
+        // The mark is not a value: a row with one would make its block be read with care ever after.
+        std::fill_n(values.begin() + i * dim, dim, 0.0f);
+    }
     const int64_t shape[3] = {count, kv_heads, dim}, strides[2] = {root.width, dim};
     const kvmgr_tensor rows = view(values.data(), GGML_TYPE_F32, shape, strides);
     const kvmgr_side side = root.is_value ? KVMGR_SIDE_VALUE : KVMGR_SIDE_KEY;
     require(kvmgr_slots_write(to, side, cells_.data(), cells_.size(), &rows, 0), "writing the cache");
-    const size_t head_bytes = root.row_bytes / size_t(kv_heads);
-    for (int64_t head = 0; head < kv_heads; ++head) {
-        std::vector<uint32_t> gone;
-        for (int64_t i = 0; i < count; ++i)
-            if (is_evicted(root.type, data + size_t(i * kv_heads + head) * head_bytes, dim)) gone.push_back(uint32_t(first + i));
-        if (!gone.empty()) require(kvmgr_slots_evict(to, uint32_t(head), gone.data(), gone.size()), "evicting");
-    }
+    for (size_t head = 0; head < gone.size(); ++head)
+        if (!gone[head].empty()) require(kvmgr_slots_evict(to, uint32_t(head), gone[head].data(), gone[head].size()), "evicting");
 }

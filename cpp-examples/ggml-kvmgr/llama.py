@@ -5,6 +5,7 @@ with LLAMA_BUILD PLUGIN MODEL TEXT.
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -59,11 +60,12 @@ def post(path, body):
 
 @contextlib.contextmanager
 def server(plugin, spec, *args, model=MODEL):
-    """A running llama-server."""
-    env = environment(plugin, spec)
+    """A running llama-server. When it has ended, `output` is what it has printed."""
     command = [os.path.join(BUILD, "bin", "llama-server"), "-m", model, "-t", "1", "-fa", "on", "--port",
                str(PORT), "--no-webui", *args]
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with tempfile.TemporaryFile() as log, \
+            subprocess.Popen(command, env=environment(plugin, spec, KVMGR_STATS="1"), stdout=log,
+                             stderr=subprocess.STDOUT) as process:
         try:
             for _ in range(200):
                 try:
@@ -76,6 +78,14 @@ def server(plugin, spec, *args, model=MODEL):
             yield process
         finally:
             process.terminate()
+            process.wait()
+            log.seek(0)
+            process.output = log.read().decode(errors="replace")
+
+
+def held_mib(output):
+    """What the plugin says that its cache held at the end."""
+    return float(re.search(r"([0-9.]+) MiB of KV held", output).group(1))
 
 
 def text():

@@ -20,13 +20,11 @@ import urllib.request
 
 import depth
 from depth import resident_mib
-from llama import MODEL, PORT, TEXT, post, run, server, text
+from llama import MODEL, PORT, TEXT, held_mib, post, run, server, text
 
 POLICY = ("snapkv(w=16)", "snapkv(w=16) | adakv(0.2)", "stream(sink=4)")
 SPECS = ["full", "quant(q8_0)", "quant(k=had+q4_0, v=q4_0)", "quant(tq4)", "quant(tq3)", "quant(kivi4)", "quant(kivi2)",
          *(f"{policy} | keep({keep})" for policy in POLICY for keep in (0.5, 0.25))]
-
-
 DEEP = ["full", "quant(q8_0)", "quant(k=had+q4_0, v=q4_0)", "quant(tq3)", "quant(kivi2)", "snapkv(w=16) | keep(0.25)"]
 
 
@@ -45,9 +43,10 @@ def divergence(base, *cache, **options):
 
 
 def table():
-    """Speed counts the start of the program. What a stock type holds is its size against f16."""
-    print("| cache | KV MiB held | KLD | same top token % | tokens/s |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    """Bits are those held for each element of the prompt, evicted ones included. Speed counts the start of
+    the program. What a stock type holds is its size against f16."""
+    print("| cache | bits | KV MiB held | KLD | same top token % | tokens/s |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:
         base = os.path.join(folder, "base")
         run("llama-perplexity", "-m", MODEL, "-f", TEXT, "-c", "512", "-b", "512", "-t", "1", "--chunks", "8",
@@ -55,13 +54,13 @@ def table():
         rows, lossless = [], None
         for spec in SPECS:
             kld, same, speed, output = divergence(base, spec=spec, KVMGR_STATS="1", KVMGR_COMPRESS="piece")
-            held = float(re.search(r"([0-9.]+) MiB of KV held", output).group(1))
+            held = held_mib(output)
             lossless = lossless or held
             name = spec.replace("|", "\\|")
-            rows.append(f"| `{name}` | {held:.3f} | {kld:.5f} | {same:.2f} | {speed:.0f} |")
+            rows.append(f"| `{name}` | {16 * held / lossless:.2f} | {held:.3f} | {kld:.5f} | {same:.2f} | {speed:.0f} |")
         for kind, bits in (("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5)):
             kld, same, speed, _ = divergence(base, "-ctk", kind, "-ctv", kind, plugin=False)
-            print(f"| stock {kind} | {lossless * bits / 16:.3f} | {kld:.5f} | {same:.2f} | {speed:.0f} |")
+            print(f"| stock {kind} | {bits:.2f} | {lossless * bits / 16:.3f} | {kld:.5f} | {same:.2f} | {speed:.0f} |")
         print("\n".join(rows))
 
 
@@ -105,7 +104,7 @@ def soak_once(plugin, spec, count=500):
 
 def soak():
     """Answers of a lossless cache may part from stock's only at ties, and memory stays flat."""
-    stock, _ = soak_once(False, None)
+    stock, base = soak_once(False, None)
     for plugin, spec in ((False, None), (True, None), (True, "full"), (True, "quant(k=had+q4_0, v=q4_0)"),
                          (True, "snapkv(w=16) | keep(0.5)")):
         ours, resident = soak_once(plugin, spec)
@@ -116,7 +115,8 @@ def soak():
         if spec in (None, "full"):
             print(f"  others part where the first token leads the second by e^x, x = {leads}", flush=True)
             assert all(lead < 0.02 for lead in leads), "an answer is another one"
-        assert resident[-1] < resident[3] + 3, "the server grows"
+        growth = [run[-1] - run[1] for run in (resident, base)]
+        assert growth[0] < growth[1] + 4, f"the server grows by {growth[0]} MiB, stock by {growth[1]}"
 
 
 def lead_where_they_part(stock, ours):

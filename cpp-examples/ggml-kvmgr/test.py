@@ -13,10 +13,10 @@ import model
 from llama import MODEL, TEXT, post, run, server, text
 
 
-def perplexity(path=MODEL, **options):
+def perplexity(path=MODEL, cache=(), **options):
     """The perplexity of 6 chunks; the program loses its last lines now and then, hence 8 and retries."""
     args = ["-m", path, "-f", TEXT, "-c", "256", "-b", "256", "-ub", "64", "-t", "1", "--chunks", "8",
-            "-fa", "on"]
+            "-fa", "on", *cache]
     for _ in range(6):
         output = run("llama-perplexity", *args, **options)
         found = re.search(r"\[6\]([0-9.]+)", output)
@@ -30,6 +30,9 @@ def test_perplexity():
     for options in ({}, {"spec": "full"}):
         ours, _ = perplexity(**options)
         assert abs(ours / stock - 1) < 1e-4, f"{options}: {ours}, stock {stock}"
+    cache = ("-ctk", "q8_0", "-ctv", "q8_0")
+    ours, quantized = perplexity(cache=cache)[0], perplexity(cache=cache, plugin=False)[0]
+    assert abs(ours / quantized - 1) < 1e-3, f"-ctk q8_0: {ours}, stock {quantized}"
     ours, output = perplexity(spec="quant(k=had+q4_0, v=q4_0)", KVMGR_STATS="1")
     assert stock * 0.98 < ours < stock * 1.03, f"had+q4_0: {ours}, stock {stock}"
     share = float(re.search(r"\(([0-9.]+) of the same rows in f16\)", output).group(1))

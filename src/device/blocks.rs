@@ -9,9 +9,6 @@
 use super::host::{Arena, HUGE_PAGE, page_size};
 use crate::error::{Result, bail};
 
-/// Bytes from which on blocks that stay are kept in huge pages, of which the last is partly empty.
-const HUGE_FROM: usize = 4 * HUGE_PAGE;
-
 /// An allocator of blocks of `block_bytes` bytes. Addresses are reserved at once, memory is taken
 /// when a block is first written and goes back when it is released.
 #[derive(Debug)]
@@ -24,20 +21,18 @@ pub struct Blocks {
     capacity: usize,
     num_used: usize,
     peak: usize,
-    /// Blocks up to which memory is in small pages; never reached if it always is.
-    small: usize,
+    /// Whether pages become huge ones as soon as they are full.
+    is_huge: bool,
 }
 
 impl Blocks {
     /// Room for `capacity` blocks. Blocks that come and go one by one should not be `huge`: single ones
     /// give no memory back out of a huge page.
-    pub fn reserve(block_bytes: usize, capacity: usize, huge: bool) -> Result<Self> {
+    pub fn reserve(block_bytes: usize, capacity: usize, is_huge: bool) -> Result<Self> {
         let bytes = block_bytes.saturating_mul(capacity);
-        let is_huge = huge && bytes > HUGE_FROM;
         let arena = if is_huge { Arena::reserve_aligned(bytes) } else { Arena::reserve(bytes) }?;
-        let small = if is_huge { HUGE_FROM / block_bytes } else { usize::MAX };
         let (used, free) = (Vec::new(), Vec::new());
-        Ok(Self { arena, block_bytes, used, free, capacity, num_used: 0, peak: 0, small })
+        Ok(Self { arena, block_bytes, used, free, capacity, num_used: 0, peak: 0, is_huge })
     }
 
     /// A block of zeros.
@@ -50,10 +45,7 @@ impl Blocks {
                 index
             }
             None if self.used.len() < self.capacity => {
-                if self.used.len() == self.small {
-                    self.arena.use_huge_pages();
-                    self.arena.collapse(HUGE_FROM);
-                }
+                self.fill_huge_page();
                 self.used.push(true);
                 self.used.len() as u32 - 1
             }
@@ -62,6 +54,15 @@ impl Blocks {
         self.num_used += 1;
         self.peak = self.peak.max(self.num_used);
         Ok(index)
+    }
+
+    /// A block is about to be added at the end: if the last one filled a huge page, makes it one.
+    fn fill_huge_page(&mut self) {
+        let end = self.used.len() * self.block_bytes;
+        let page = end / HUGE_PAGE;
+        if self.is_huge && page > end.saturating_sub(self.block_bytes) / HUGE_PAGE {
+            self.arena.collapse((page - 1) * HUGE_PAGE);
+        }
     }
 
     /// Gives a block back.
@@ -166,9 +167,9 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "mmap flags")]
-    fn blocks_keep_their_bytes_when_huge_pages_begin() {
+    fn blocks_keep_their_bytes_when_pages_become_huge() {
         let block_bytes = 100_000;
-        let capacity = HUGE_FROM / block_bytes + 30;
+        let capacity = 4 * HUGE_PAGE / block_bytes + 3;
         let mut blocks = Blocks::reserve(block_bytes, capacity, true).unwrap();
         for i in 0..capacity {
             let index = blocks.allocate().unwrap();

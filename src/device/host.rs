@@ -46,10 +46,12 @@ impl Arena {
         Ok(Self { base, bytes, mapping: (base, bytes) })
     }
 
-    /// Like [`Self::reserve_aligned`], and asks for huge pages from the start.
+    /// Like [`Self::reserve_aligned`], and asks the system for huge pages. It may not have any; then
+    /// memory comes in small ones.
     pub fn reserve_huge(bytes: usize) -> Result<Self> {
         let arena = Self::reserve_aligned(bytes)?;
-        arena.use_huge_pages();
+        // SAFETY: the range is our own mapping; failure changes nothing.
+        unsafe { libc::madvise(arena.base.as_ptr().cast(), arena.bytes, libc::MADV_HUGEPAGE) };
         Ok(arena)
     }
 
@@ -62,19 +64,13 @@ impl Arena {
         Ok(arena)
     }
 
-    /// Asks the system for huge pages from now on. It may not have any; then memory goes on coming in
-    /// small ones.
-    pub fn use_huge_pages(&self) {
-        // SAFETY: the range is our own mapping; failure changes nothing.
-        unsafe { libc::madvise(self.base.as_ptr().cast(), self.bytes, libc::MADV_HUGEPAGE) };
-    }
-
-    /// Asks the system to move the first `bytes`, a multiple of [`HUGE_PAGE`], to huge pages. Old
-    /// systems cannot, and then these stay small.
-    pub fn collapse(&self, bytes: usize) {
-        assert!(bytes <= self.bytes, "{bytes} bytes of an arena of {}", self.bytes);
+    /// Asks the system to move the small pages at `offset` to one huge page. It may not be able to;
+    /// then they stay small.
+    pub fn collapse(&self, offset: usize) {
+        assert!(offset + HUGE_PAGE <= self.bytes && offset.is_multiple_of(HUGE_PAGE));
+        let address = self.base.as_ptr().wrapping_add(offset);
         // SAFETY: the range lies inside our own mapping; failure changes nothing.
-        unsafe { libc::madvise(self.base.as_ptr().cast(), bytes, libc::MADV_COLLAPSE) };
+        unsafe { libc::madvise(address.cast(), HUGE_PAGE, libc::MADV_COLLAPSE) };
     }
 
     /// Bytes reserved.

@@ -122,12 +122,12 @@ impl Slots {
         let dims = (key_dim, value_dim);
         run(call, num_kv_heads, dims, longest, (worker, num_workers), |task| {
             for head in task.heads.clone() {
-                self.attend_lane(task, head, &lanes[head], span);
+                self.attend_lane(task, head, &lanes[head]);
             }
         })
     }
 
-    fn attend_lane(&self, task: &mut Task<'_>, head: usize, lane: &Lane, span: usize) {
+    fn attend_lane(&self, task: &mut Task<'_>, head: usize, lane: &Lane) {
         let formats = self.sides[0].num_formats().max(self.sides[1].num_formats());
         for format in 0..if formats > 1 { 4 } else { 1 } {
             // A block may have sealed its keys and not yet its values.
@@ -144,7 +144,7 @@ impl Slots {
             task.open(head, Some(key));
             while let Some(block) = blocks.next() {
                 let next = blocks.peek().map_or(&[][..], |next| self.bytes(next, 0));
-                let group = self.group(block, span, next);
+                let group = self.group(block, next);
                 task.read_mask(head, &group);
                 task.attend(head, &group);
             }
@@ -153,23 +153,21 @@ impl Slots {
     }
 
     /// The rows of a block; `next` are the keys to be read after it.
-    fn group<'a>(&'a self, block: &'a Block, span: usize, next: &'a [u8]) -> Group<'a> {
+    fn group<'a>(&'a self, block: &'a Block, next: &'a [u8]) -> Group<'a> {
         let rows = block.slots.len();
         let source = |side: usize, ahead| {
             let place = block.places[side];
             let cell = Cell { rows: 0..rows, ahead, ..self.sides[side].cell(place) };
             Source::Encoded(self.sides[side].quantizer(usize::from(place.format)), cell)
         };
-        let first = block.slots[0] as usize;
-        let is_run = block.live.count_ones() as usize == rows
-            && first + rows <= span
-            && block.slots.iter().enumerate().all(|(i, slot)| *slot as usize == first + i);
-        let order = match is_run {
-            true => Order::From(first),
-            false => Order::Slots(&block.slots, block.live),
+        let order = match block.slots.run() {
+            Some(first) => Order::From(first),
+            None => Order::List(block.slots.list()),
         };
         let (key, value) = (source(0, self.bytes(block, 1)), source(1, next));
-        Group { key, value, rows, order, is_wild: block.is_wild }
+        let is_whole = block.live.count_ones() as usize == rows;
+        let live = if is_whole { u64::MAX } else { block.live };
+        Group { key, value, rows, order, live, is_wild: block.is_wild }
     }
 
     fn bytes(&self, block: &Block, side: usize) -> &[u8] {
@@ -233,7 +231,7 @@ impl Dense<'_> {
                     Source::Plain(side.format, side.rows(head, start, rows, ahead))
                 };
                 let (key, value, order) = (source(key), source(value), Order::From(start));
-                let group = Group { key, value, rows, order, is_wild: false };
+                let group = Group { key, value, rows, order, live: u64::MAX, is_wild: false };
                 if head == task.heads.start || task.mask_heads() > 1 {
                     task.read_mask(head, &group);
                 }

@@ -28,11 +28,20 @@ pub enum SlotState {
     Evicted,
 }
 
-/// A run of rows and the slots they belong to.
+/// The slots of the rows of a block, in the order of the rows. Most are a run, which takes no list.
+#[derive(Debug, Clone, Default)]
+pub(super) struct SlotList {
+    first: u32,
+    len: u32,
+    /// Empty as long as they are a run.
+    list: Vec<u32>,
+}
+
+/// Rows that are encoded together and the slots they belong to.
 #[derive(Debug, Clone)]
 pub(super) struct Block {
     /// The slot of each row handed out.
-    pub(super) slots: Vec<u32>,
+    pub(super) slots: SlotList,
     /// Rows whose slot still points here.
     pub(super) live: u64,
     /// Rows written, for keys and for values.
@@ -52,6 +61,38 @@ pub(super) struct Lane {
     tail: Option<u32>,
     num_rows: usize,
     num_blocks: usize,
+}
+
+impl SlotList {
+    pub(super) fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// The first slot, if the others are those after it.
+    pub(super) fn run(&self) -> Option<usize> {
+        self.list.is_empty().then_some(self.first as usize)
+    }
+
+    /// Every slot, unless they are a run.
+    pub(super) fn list(&self) -> &[u32] {
+        &self.list
+    }
+
+    fn get(&self, row: usize) -> u32 {
+        self.list.get(row).copied().unwrap_or(self.first + row as u32)
+    }
+
+    fn push(&mut self, slot: u32) {
+        if self.len == 0 {
+            self.first = slot;
+        } else if self.list.is_empty() && slot != self.first + self.len {
+            self.list = (self.first..self.first + self.len).collect();
+        }
+        if !self.list.is_empty() {
+            self.list.push(slot);
+        }
+        self.len += 1;
+    }
 }
 
 impl Lane {
@@ -132,11 +173,18 @@ impl Lane {
 
     fn append(&mut self, sides: &mut [SideStore; 2], slot: usize) -> Result<u32> {
         let row = self.take_row(sides, slot)?;
-        if self.rows.len() <= slot {
-            self.rows.resize(slot + 1, ABSENT);
-        }
+        self.make_room(slot);
         self.rows[slot] = row;
         Ok(row)
+    }
+
+    /// Grows by whole pages: doubling would waste as much as a lane of few bits per row holds.
+    fn make_room(&mut self, slot: usize) {
+        if self.rows.len() <= slot {
+            let room = (slot + 1).next_multiple_of(1024);
+            self.rows.reserve_exact(room - self.rows.len());
+            self.rows.resize(slot + 1, ABSENT);
+        }
     }
 
     /// Hands out the next row of the last block.
@@ -161,7 +209,7 @@ impl Lane {
     fn new_block(&mut self, sides: &mut [SideStore; 2]) -> Result<u32> {
         let key = sides[0].open()?;
         let value = sides[1].open().inspect_err(|_| sides[0].release(key))?;
-        let slots = Vec::with_capacity(sides[0].block_size());
+        let slots = SlotList::default();
         let places = [key, value];
         let block = Some(Block { slots, live: 0, written: [0; 2], is_wild: false, places });
         self.num_blocks += 1;
@@ -220,9 +268,7 @@ impl Lane {
 
     /// Evicts the token of a slot. Its row is memory again only after [`Self::compact`].
     pub(super) fn evict(&mut self, sides: &mut [SideStore; 2], slot: usize) {
-        if self.rows.len() <= slot {
-            self.rows.resize(slot + 1, ABSENT);
-        }
+        self.make_room(slot);
         if self.state(slot) == SlotState::Live {
             let (row, size) = (self.rows[slot] as usize, sides[0].block_size());
             self.drop_row(sides, row / size, row % size);
@@ -249,11 +295,12 @@ impl Lane {
                 continue;
             }
             let block = block.clone();
-            for (bit, slot) in block.slots.iter().enumerate() {
+            for bit in 0..block.slots.len() {
                 if block.live >> bit & 1 == 1 {
-                    let row = self.take_row(sides, *slot as usize)?;
+                    let slot = block.slots.get(bit) as usize;
+                    let row = self.take_row(sides, slot)?;
                     self.copy_row(sides, &block, bit, row)?;
-                    self.rows[*slot as usize] = row;
+                    self.rows[slot] = row;
                     self.num_rows -= 1;
                 }
             }
@@ -300,5 +347,21 @@ impl Lane {
             copy.blocks.push(block);
         }
         Ok(copy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_a_run_until_they_are_not() {
+        let mut slots = SlotList::default();
+        for (i, slot) in [7, 8, 9, 3, 4].into_iter().enumerate() {
+            slots.push(slot);
+            assert_eq!((slots.len(), slots.get(i)), (i + 1, slot));
+            assert_eq!(slots.run(), (i < 3).then_some(7));
+        }
+        assert_eq!(slots.list(), [7, 8, 9, 3, 4]);
     }
 }

@@ -18,6 +18,8 @@ pub(super) struct Group<'a> {
     pub(super) value: Source<'a>,
     pub(super) rows: usize,
     pub(super) order: Order<'a>,
+    /// Which rows are there, one bit each; all bits if all are.
+    pub(super) live: u64,
     /// Whether a weight of 0 may fail to silence a row.
     pub(super) is_wild: bool,
 }
@@ -27,11 +29,12 @@ pub(super) enum Source<'a> {
     Plain(Format, Rows<'a>),
 }
 
-/// Where the rows of a group are in the mask.
+/// Where the rows of a group are in the mask; beyond its end they are hidden.
 pub(super) enum Order<'a> {
+    /// In a run.
     From(usize),
-    /// Slots of the rows, of which those in the bit set are live.
-    Slots(&'a [u32], u64),
+    /// Here and there.
+    List(&'a [u32]),
 }
 
 /// Buffers of a thread. They only grow, so a steady state allocates nothing.
@@ -224,17 +227,23 @@ impl Task<'_> {
         let query = self.queries.start + query;
         let head = if self.mask_heads() > 1 { head * self.group + h } else { 0 };
         match (&group.order, &self.call.mask) {
-            (Order::From(start), Some(mask)) => mask.read_part(query, head, *start, row),
-            (Order::From(_), None) => row.fill(0.0),
-            (Order::Slots(slots, live), mask) => {
-                match mask {
-                    Some(mask) => mask.gather(query, head, slots, f32::NEG_INFINITY, row),
-                    None => row.fill(0.0),
+            (_, None) => row.fill(0.0),
+            (Order::From(start), Some(mask)) => {
+                let shown = row.len().min(mask.shape()[2].saturating_sub(*start));
+                let (shown, beyond) = row.split_at_mut(shown);
+                if !shown.is_empty() {
+                    mask.read_part(query, head, *start, shown);
                 }
-                for (i, x) in row.iter_mut().enumerate() {
-                    if live >> i & 1 == 0 {
-                        *x = f32::NEG_INFINITY;
-                    }
+                beyond.fill(f32::NEG_INFINITY);
+            }
+            (Order::List(slots), Some(mask)) => {
+                mask.gather(query, head, slots, f32::NEG_INFINITY, row);
+            }
+        }
+        if group.live != u64::MAX {
+            for (i, x) in row.iter_mut().enumerate() {
+                if group.live >> i & 1 == 0 {
+                    *x = f32::NEG_INFINITY;
                 }
             }
         }
