@@ -9,7 +9,8 @@ use super::handle::{self, Opaque};
 use super::pool::{
     Listener, PoolHandle, Shared, digests, in_callback, kvmgr_pool, read, to_usize, write,
 };
-use super::pool_sequence::{keep, kvmgr_pool_sequence};
+use super::pool_request::keep;
+use super::pool_sequence::kvmgr_pool_sequence;
 use super::types::kvmgr_status;
 use crate::block::SequenceId;
 use crate::block::keys::Range;

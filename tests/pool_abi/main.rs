@@ -15,7 +15,9 @@ use std::ptr::null_mut;
 
 use kvmgr::ffi::pool::*;
 use kvmgr::ffi::pool_index::*;
+use kvmgr::ffi::pool_request::*;
 use kvmgr::ffi::pool_sequence::*;
+use kvmgr::ffi::pool_stats::*;
 use kvmgr::ffi::types::*;
 use kvmgr::ffi::version::kvmgr_last_error_message;
 
