@@ -1958,29 +1958,6 @@ kvmgr_pool *kvmgr_pool_retain(kvmgr_pool *pool);
 void kvmgr_pool_release(kvmgr_pool *pool);
 
 /**
- * Numbers about a pool.
- *
- * @param out_stats its struct_size must be set; receives the numbers
- */
-KVMGR_NODISCARD
-kvmgr_status kvmgr_pool_get_stats(const kvmgr_pool *pool,
-                                  kvmgr_pool_stats *out_stats);
-
-/**
- * The numbers as Prometheus' text exposition format, without a final NUL.
- *
- * @param labels put between braces on every line, such as "pool=\"0\""; NULL means none
- * @param out room for capacity bytes; NULL with capacity 0 asks for the size alone
- * @param out_size receives the number of bytes
- */
-KVMGR_NODISCARD
-kvmgr_status kvmgr_pool_prometheus(const kvmgr_pool *pool,
-                                   const char *labels,
-                                   char *out,
-                                   size_t capacity,
-                                   size_t *out_size);
-
-/**
  * Sets the clock of a pool in microseconds: leases and times to live that have passed end. The
  * clock is the engine's alone and starts at 0; it never goes back.
  */
@@ -2017,6 +1994,29 @@ KVMGR_NODISCARD
 kvmgr_status kvmgr_pool_replay(const void *log,
                                size_t size,
                                size_t *out_num_operations);
+
+/**
+ * Numbers about a pool.
+ *
+ * @param out_stats its struct_size must be set; receives the numbers
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_get_stats(const kvmgr_pool *pool,
+                                  kvmgr_pool_stats *out_stats);
+
+/**
+ * The numbers as Prometheus' text exposition format, without a final NUL.
+ *
+ * @param labels put between braces on every line, such as "pool=\"0\""; NULL means none
+ * @param out room for capacity bytes; NULL with capacity 0 asks for the size alone
+ * @param out_size receives the number of bytes
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_prometheus(const kvmgr_pool *pool,
+                                   const char *labels,
+                                   char *out,
+                                   size_t capacity,
+                                   size_t *out_size);
 
 /**
  * Makes sequences of prompts, in order, until one does not fit. Cached blocks are taken over for

@@ -244,3 +244,27 @@ fn recycled_blocks_are_named_before_they_are_written() {
     refused(status, KVMGR_INVALID_STATE, "KVMGR_POOL_RECYCLED");
     kvmgr_pool_release(pool);
 }
+
+#[test]
+fn duplicates_give_way_only_if_asked() {
+    for (flags, used) in [(0, 4), (KVMGR_POOL_DEDUP, 2)] {
+        let pool =
+            create(&kvmgr_pool_config { watermark: 1, ..config(8, KVMGR_POOL_PREFIX | flags) });
+        // Both were admitted before either was computed.
+        let prompt = [5; 8];
+        let [first, second] = [(); 2].map(|()| try_admit(pool, &request(&prompt)).1.sequence);
+        ok(commit(pool, first, &[8], &[]));
+        ok(commit(pool, second, &[8], &[]));
+        assert_eq!((stats(pool).used_blocks, stats(pool).prefix_entries), (used, 2));
+        let (mut tables, ids) = ([[0; 2]; 2], [first, second]);
+        let out = tables.as_mut_ptr().cast();
+        // SAFETY: room of the size that is passed.
+        ok(unsafe { kvmgr_pool_block_tables(pool, ids.as_ptr(), 2, 0, out, 2) });
+        assert_eq!(tables[0] == tables[1], flags == KVMGR_POOL_DEDUP);
+        // Admission leaves the watermark, running sequences may use it.
+        let rest: Vec<i32> = (0..(8 - used as i32) * 4).collect();
+        refused(try_admit(pool, &request(&rest)).0, KVMGR_OUT_OF_BLOCKS, "1 of watermark");
+        ok(reserve(pool, first, rest.len() as u32));
+        kvmgr_pool_release(pool);
+    }
+}
