@@ -25,7 +25,7 @@ struct Buffer {
 };
 
 std::mutex mutex;
-std::set<Buffer *> buffers;  // all that exist; under the mutex
+std::set<Buffer *> buffers;  // all that exist; they and the lists of their layers are under the mutex
 
 Buffer &self(ggml_backend_buffer_t buffer) { return *static_cast<Buffer *>(buffer->context); }
 
@@ -50,9 +50,9 @@ bool are_of_one_model(const Buffer &a, const Buffer &b) {
     return true;
 }
 
-// The host tells a backend of layers one by one, but policies want to know how many there are.
+// The host tells a backend of layers one by one, but policies want to know how many there are. Under the
+// mutex.
 void count_layers() {
-    std::lock_guard<std::mutex> lock(mutex);
     for (Buffer *b : buffers) {
         int last = 0;
         for (Buffer *other : buffers)
@@ -124,6 +124,7 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor *tensor) {
         report("%s is %s: the format of the cache is KVMGR_SPEC's to choose, leave -ctk and -ctv alone", tensor->name, ggml_type_name(tensor->type));
         return GGML_STATUS_FAILED;
     }
+    std::lock_guard<std::mutex> lock(mutex);
     // Values come after the keys of their layer: without them they are parts of the keys.
     for (const auto &other : b.layers) {
         if (is_value || other.second->value.layer || other.first == key) continue;

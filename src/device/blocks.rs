@@ -71,8 +71,19 @@ impl Blocks {
         assert!(self.used[i], "block {i} is not in use");
         self.used[i] = false;
         self.num_used -= 1;
+        if self.num_used == 0 {
+            return self.start_over();
+        }
         self.free.push(index);
         self.discard(i);
+    }
+
+    /// Nothing is left: the next blocks come in order again, in fresh pages.
+    fn start_over(&mut self) {
+        let bytes = (self.used.len() * self.block_bytes).next_multiple_of(page_size());
+        self.arena.discard(0, bytes);
+        self.used.clear();
+        self.free.clear();
     }
 
     /// Returns the pages of a block to the system: whole ones, and those that it shares only with
@@ -162,6 +173,9 @@ mod tests {
             blocks.copy(2, fresh);
             assert_eq!(blocks.bytes(fresh), blocks.bytes(2));
             assert_eq!(blocks.peak_bytes(), 9 * block_bytes);
+            [2, 6, 7, fresh].into_iter().for_each(|i| blocks.release(i));
+            assert_eq!(blocks.allocate().unwrap(), 0, "they come in order again");
+            assert!(blocks.bytes(0).iter().all(|byte| *byte == 0));
         }
     }
 

@@ -10,6 +10,8 @@
 //! the prefill phase of the policy runs; with `pieces` it runs before each further piece as well, and
 //! [`Slots::settle`] makes it run at once.
 
+use std::collections::HashSet;
+
 use super::{Lane, SlotState, Slots, SlotsConfig, Stream, check_shape};
 use crate::device::tensor::Tensor;
 use crate::error::{Result, ensure};
@@ -178,6 +180,7 @@ impl Slots {
         if !self.policy.acts_on(Event::PrefillEnd) {
             return Ok(());
         }
+        let slots: HashSet<u32> = slots.iter().copied().collect();
         for stream in 0..self.streams.len() {
             self.streams[stream].forget_replaced();
             let base = (stream * self.config.num_slots) as u32;
