@@ -67,6 +67,7 @@ impl Layer {
             query_covariance: &self.query_covariance,
             gate_scores: &self.column_sums[h * len..][..len],
             replay_maxima: &self.rows[..GROUP * len],
+            last_row: &[],
             low_counts: &self.column_sums[h * len..][..len],
         };
         LayerInput {

@@ -1203,6 +1203,10 @@ typedef struct {
    * Blocks referred to, shared ones included.
    */
   uint64_t num_blocks;
+  /**
+   * Bytes of what the spec's selector knows of the blocks; not part of `bytes`.
+   */
+  uint64_t selector_bytes;
 } kvmgr_sequence_stats;
 
 /**
@@ -2703,7 +2707,8 @@ void kvmgr_attention_destroy(kvmgr_attention *attention);
  * Plans one step: a snapshot of the block tables. Sequence i contributes its last num_queries[i]
  * tokens, reserved ones included; their rows follow each other in Q, K, V, O and LSE. If one of
  * the sequences changes afterwards, append and run answer KVMGR_INVALID_STATE. On failure the
- * previous plan is gone. This is the only call that allocates.
+ * previous plan is gone. This is the only call that allocates, but for a selector in the spec: the first
+ * run after a block was sealed grows what it knows of the blocks.
  *
  * @param sequences num_sequences different sequences of the handle's cache
  * @param num_queries num_sequences numbers, each at least 1
@@ -2719,7 +2724,8 @@ kvmgr_status kvmgr_attention_plan(kvmgr_attention *attention,
  * the batch's sequence s attends to blocks[starts[i]] to blocks[starts[i + 1] - 1] with
  * i = s * num_kv_heads + h: ascending indices into the block table of its lane. The blocks that
  * hold the planned tokens are attended in any case, so an empty list leaves those. It holds for
- * the runs of this layer until the next plan. On failure the layer is back to all blocks.
+ * the runs of this layer until the next plan, and comes before what a selector in the spec would
+ * choose. On failure the layer is back to all blocks.
  * Wants the handle alone; allocates only while its buffers still grow.
  *
  * @param layer below num_layers
@@ -2759,7 +2765,8 @@ kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
  * Attends for the planned tokens: output = softmax(query . K) V. Token i of n of a sequence sees
  * all earlier tokens that were kept and itself. A query that sees nothing gets zeros and -inf.
  *
- * @param layer below num_layers; all its reserved rows must have been appended
+ * @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
+ *        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.
  * @param query [planned tokens, num_q_heads, head_dim]
  * @param output [planned tokens, num_q_heads, head_dim]
  * @param lse [planned tokens, num_q_heads]: receives the log-sum-exp of the logits; may be NULL

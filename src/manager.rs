@@ -1,6 +1,7 @@
 //! The parts put together: a cache with a policy and a tier, and sequences that use them.
 
 mod layers;
+mod serve;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +18,7 @@ use crate::store::{Key, Store};
 use crate::tier::{self, Tier};
 use layers::Layers;
 use parking_lot::RwLock;
+use serve::{OFFERED, check_policy, observation_for};
 
 /// Everything a manager needs to know.
 #[derive(Debug, Clone)]
@@ -174,42 +176,6 @@ impl Manager {
             self.tier.as_ref().map_or((0, 0, 0), |tier| tier.counts());
         ManagerStats { cache: self.cache.stats(), store_puts, store_hits, store_failures }
     }
-}
-
-/// Refuses a policy that the cache or the engine cannot serve, naming the stage and what is missing.
-/// The engine has `told` these things.
-fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Result<()> {
-    // Attention of this library observes queries and probabilities; hidden states are handed over
-    // with each step.
-    let mut caps = told.union(Needs::KEYS).union(Needs::VALUES).union(Needs::HIDDEN);
-    caps = caps.union(Needs::REPLAY).union(Needs::REPLAY_HIDDEN).union(Needs::LOW_COUNT);
-    caps = caps.union(Needs::QUERY_WINDOW).union(Needs::COLUMN_SUM);
-    if cache.config().rope.is_some() {
-        // Statistics are of queries that are turned back.
-        caps = caps.union(Needs::ROPE).union(Needs::QUERY_STATISTICS);
-    }
-    let needs = policy.needs();
-    let missing = needs.without(caps);
-    if missing != Needs::NONE {
-        let remedy = match missing.contains(Needs::OUTPUT_PROJECTION) {
-            true => "hand over the weights of every layer first",
-            false => "set rope_style in the cache configuration",
-        };
-        bail!(
-            Unsupported,
-            "{} needs {} from the engine: {remedy}",
-            policy.needed_by(missing).unwrap_or(policy.spec()),
-            needs.missing_from(caps).join(", ")
-        );
-    }
-    let rank = |width: LaneWidth| width.num_lanes(&cache.config().shape);
-    let (needed, stage) = policy.lane_width();
-    let found = cache.config().lane_width;
-    if rank(found) < rank(needed) {
-        let stage = stage.unwrap_or("the spec");
-        bail!(Unsupported, "{stage} needs lanes of width {needed:?}, the cache has {found:?}");
-    }
-    Ok(())
 }
 
 /// A sequence with its policy. One thread at a time.
@@ -506,7 +472,8 @@ impl Session {
         if policy.changes_values(event) {
             return self.run_with_values(event, &policy);
         }
-        let mut layers = Layers::new(&self.sequence, self.manager.as_deref(), policy.needs());
+        let mut layers =
+            Layers::new(&self.sequence, self.manager.as_deref(), policy.needs_with(OFFERED));
         let kept = policy.select(event, &mut layers)?;
         let mut done = vec![false; self.sequence.lanes().len()];
         for (layer, heads) in kept.iter().enumerate() {
@@ -528,7 +495,7 @@ impl Session {
         for layer in 0..shape.num_layers {
             let kept = {
                 let manager = self.manager.as_deref();
-                let mut layers = Layers::new(&self.sequence, manager, policy.needs());
+                let mut layers = Layers::new(&self.sequence, manager, policy.needs_with(OFFERED));
                 policy.select_layer(event, &mut layers, layer)?
             };
             let mut lanes: Vec<(usize, KeepSet, Vec<Vec<f32>>)> = Vec::new();
@@ -578,16 +545,4 @@ fn fresh_key() -> Key {
     key[..24].copy_from_slice(process);
     key[24..].copy_from_slice(&COUNTER.fetch_add(1, Ordering::Relaxed).to_le_bytes());
     key
-}
-
-fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Observation>> {
-    let attention = Needs::QUERY_WINDOW.union(Needs::COLUMN_SUM).union(Needs::QUERY_STATISTICS);
-    let attention = attention.union(Needs::HIDDEN).union(Needs::REPLAY);
-    let attention = attention.union(Needs::LOW_COUNT);
-    let needs = policy.needs();
-    (needs.0 & attention.0 != 0).then(|| {
-        let shape = &cache.config().shape;
-        let observation = Observation::new(shape, needs, policy.query_window());
-        Arc::new(observation.with_history(policy.history()))
-    })
 }

@@ -163,7 +163,11 @@ impl Needs {
     /// How many queries gave each cached token less than an even share.
     pub const LOW_COUNT: Self = Self(1 << 10);
 
-    const NAMES: [(Self, &'static str); 11] = [
+    /// The attention probabilities of the last query, summed over the query heads of a group. Attention
+    /// of this library knows them, so scores may ask it for them instead of computing them again.
+    pub const LAST_ROW: Self = Self(1 << 11);
+
+    const NAMES: [(Self, &'static str); 12] = [
         (Self::KEYS, "KEYS"),
         (Self::VALUES, "VALUES"),
         (Self::QUERY_WINDOW, "QUERY_WINDOW"),
@@ -175,6 +179,7 @@ impl Needs {
         (Self::REPLAY, "REPLAY"),
         (Self::REPLAY_HIDDEN, "REPLAY_HIDDEN"),
         (Self::LOW_COUNT, "LOW_COUNT"),
+        (Self::LAST_ROW, "LAST_ROW"),
     ];
 
     /// Both sets together.

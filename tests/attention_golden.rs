@@ -117,7 +117,7 @@ fn prompt_and_next_token_agree_with_transformers() {
         for (head, expected) in sums.chunks_exact(LEN).enumerate() {
             let seen = model.sequence.observation().unwrap().head(layer, head).lock();
             let expected: Vec<f64> = expected.iter().map(|x| f64::from(*x)).collect();
-            let error = relative_error(&seen.column_sums, &expected);
+            let error = relative_error(&seen.received.sums, &expected);
             assert!(error < TOLERANCE, "column sums of layer {layer} head {head}: {error}");
         }
     }

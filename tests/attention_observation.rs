@@ -26,6 +26,8 @@ struct Watched {
     sums: Vec<Vec<f64>>,
     /// For each head, the position and the group of each query so far.
     queries: Vec<Vec<(usize, Vec<f32>)>>,
+    /// For each head, what the last query gave the rows of its lane.
+    last: Vec<Vec<f64>>,
     /// Whether steps note what they should have made the sequence see.
     is_checked: bool,
 }
@@ -42,12 +44,18 @@ impl Watched {
             shape,
             sums: vec![Vec::new(); heads],
             queries: vec![Vec::new(); heads],
+            last: vec![Vec::new(); heads],
             is_checked: true,
         }
     }
 
     /// Appends and attends with `workers` threads, and notes what must have been observed.
     fn step(&mut self, n: usize, options: &Options<'_>, workers: usize) {
+        self.draft(n, n, options, workers);
+    }
+
+    /// The same, but only the first `accepted` of the tokens are committed.
+    fn draft(&mut self, n: usize, accepted: usize, options: &Options<'_>, workers: usize) {
         let ModelShape { num_layers, num_q_heads, num_kv_heads, head_dim } = self.shape;
         self.sequence.reserve(n).unwrap();
         self.attention.plan(&[(&self.sequence, n)]).unwrap();
@@ -69,18 +77,30 @@ impl Watched {
                 }
             });
             if self.is_checked {
-                self.expect(layer, n, &query, options);
+                self.expect(layer, (n, accepted), &query, options);
             }
         }
-        self.sequence.commit(n, None).unwrap();
+        self.sequence.commit(accepted, None).unwrap();
+        for (head, planes) in self.sums.iter_mut().zip(&mut self.last).enumerate() {
+            let (layer, head) = (head / num_kv_heads, head % num_kv_heads);
+            let len = self.sequence.lanes()[self.sequence.locate(layer, head).0].len();
+            planes.0.truncate(len);
+            planes.1.truncate(len);
+        }
     }
 
-    fn expect(&mut self, layer: usize, n: usize, query: &[f32], options: &Options<'_>) {
+    fn expect(
+        &mut self,
+        layer: usize,
+        (n, accepted): (usize, usize),
+        query: &[f32],
+        options: &Options<'_>,
+    ) {
         let ModelShape { num_q_heads, num_kv_heads, head_dim, .. } = self.shape;
         let (group, committed) = (self.shape.group(), self.sequence.num_tokens());
         let needs = self.sequence.observation().unwrap().needs();
         let needs_sums = needs.contains(Needs::COLUMN_SUM);
-        for i in 0..n {
+        for i in 0..accepted {
             for q_head in 0..num_q_heads {
                 let row = &query[(i * num_q_heads + q_head) * head_dim..][..head_dim];
                 let head = layer * num_kv_heads + q_head / group;
@@ -90,6 +110,12 @@ impl Watched {
                     let sums = &mut self.sums[head];
                     sums.resize(seen.probabilities.len(), 0.0);
                     sums.iter_mut().zip(&seen.probabilities).for_each(|(sum, p)| *sum += p);
+                    let last = &mut self.last[head];
+                    if q_head % group == 0 {
+                        last.clear();
+                    }
+                    last.resize(seen.probabilities.len(), 0.0);
+                    last.iter_mut().zip(&seen.probabilities).for_each(|(sum, p)| *sum += p);
                 }
                 if q_head % group == 0 {
                     self.queries[head].push((committed + i, Vec::new()));
@@ -104,10 +130,23 @@ impl Watched {
             let observation = self.sequence.observation().unwrap();
             let heads = self.shape.num_kv_heads;
             let seen = observation.head(head / heads, head % heads).lock();
-            assert_eq!(seen.column_sums.len(), expected.len());
-            for (row, (sum, expected)) in seen.column_sums.iter().zip(expected).enumerate() {
+            assert_eq!(seen.received.sums.len(), expected.len());
+            for (row, (sum, expected)) in seen.received.sums.iter().zip(expected).enumerate() {
                 let error = (f64::from(*sum) - expected).abs();
                 assert!(error < 1e-4 * (1.0 + expected), "row {row}: {sum} {expected}");
+            }
+        }
+    }
+
+    fn check_last(&self) {
+        for (head, expected) in self.last.iter().enumerate() {
+            let observation = self.sequence.observation().unwrap();
+            let heads = self.shape.num_kv_heads;
+            let seen = observation.head(head / heads, head % heads).lock();
+            let found = seen.received.last();
+            assert_eq!(found.len(), expected.len());
+            for (row, (p, expected)) in found.iter().zip(expected).enumerate() {
+                assert!((f64::from(*p) - expected).abs() < 1e-4, "row {row}: {p} {expected}");
             }
         }
     }
@@ -159,6 +198,49 @@ fn column_sums_and_windows_are_those_of_the_reference() {
 }
 
 #[test]
+fn only_committed_tokens_count_and_the_last_of_them_is_known() {
+    let needs = Needs::COLUMN_SUM.union(Needs::LAST_ROW).union(Needs::QUERY_WINDOW);
+    for spec in ["full", "quant(k=had+q4_0, v=q8_0)"] {
+        let mut watched = Watched::new(&cache(spec, LaneWidth::Head), needs, 11);
+        // A piece of a prompt with more tokens than drafts have, and drafts of all kinds.
+        for (n, accepted) in [(70, 70), (1, 1), (6, 2), (1, 0), (5, 5), (33, 17), (4, 0), (1, 1)] {
+            let options = Options { sliding_window: 40, softcap: 20.0, ..Options::default() };
+            watched.draft(n, accepted, &options, 2);
+            watched.check_sums();
+            watched.check_last();
+            watched.check_queries();
+        }
+    }
+}
+
+#[test]
+fn layers_that_share_a_cached_layer_all_count() {
+    let mut watched = Watched::new(&cache("full", LaneWidth::Layer), Needs::COLUMN_SUM, 3);
+    watched.step(40, &Options::default(), 1);
+    let before: Vec<f64> = watched.sums[0].clone();
+    watched.sequence.reserve(1).unwrap();
+    let ModelShape { num_q_heads, num_kv_heads, head_dim, .. } = watched.shape;
+    let rows = vec![0.5; num_q_heads * head_dim];
+    for layer in 0..2 {
+        watched.attention.plan(&[(&watched.sequence, 1)]).unwrap();
+        let shape = [1, num_kv_heads, head_dim];
+        let row = Tensor::from_slice(&rows[..num_kv_heads * head_dim], shape);
+        watched.attention.append(layer, &row, &row, 0, 1).unwrap();
+        for _ in 0..3 {
+            let query = Tensor::from_slice(&rows, [1, num_q_heads, head_dim]);
+            let mut output = vec![0.0; rows.len()];
+            let output = TensorMut::from_slice(&mut output, [1, num_q_heads, head_dim]);
+            watched.attention.run(layer, &query, &output, None, &Options::default(), 0, 1).unwrap();
+        }
+    }
+    watched.sequence.commit(1, None).unwrap();
+    let seen = watched.sequence.observation().unwrap().head(0, 0).lock();
+    let added: f64 = seen.received.sums.iter().map(|sum| f64::from(*sum)).sum::<f64>();
+    let added = added - before.iter().sum::<f64>();
+    assert!((added - 3.0 * watched.shape.group() as f64).abs() < 1e-3, "{added}");
+}
+
+#[test]
 fn sums_follow_their_rows_through_compaction() {
     let mut watched = Watched::new(&cache("full", LaneWidth::Head), Needs::COLUMN_SUM, 5);
     for round in 0..4 {
@@ -185,7 +267,7 @@ fn windows_of_long_contexts_come_from_one_worker_only() {
         watched.step(1, &Options::default(), workers);
         watched.check_queries();
         let observation = watched.sequence.observation().unwrap();
-        assert!(observation.head(0, 0).lock().column_sums.is_empty(), "nobody asked");
+        assert!(observation.head(0, 0).lock().received.sums.is_empty(), "nobody asked");
     }
 }
 
@@ -200,7 +282,7 @@ fn sums_of_long_contexts_cover_all_rows() {
     for (head, sums) in watched.sums.iter_mut().enumerate() {
         let observation = watched.sequence.observation().unwrap();
         let seen = observation.head(head / heads, head % heads).lock();
-        *sums = seen.column_sums.iter().map(|sum| f64::from(*sum)).collect();
+        *sums = seen.received.sums.iter().map(|sum| f64::from(*sum)).collect();
         // Each query of each of the 3 heads of the group hands out a probability of 1.
         let total: f64 = sums.iter().sum();
         assert!((total / 9000.0 - 1.0).abs() < 1e-4, "{total}");

@@ -30,7 +30,7 @@ fn with_stage(class: StageClass, stage: &str) -> (String, usize) {
         StageClass::Map | StageClass::Budget => ("h2o | ", " | keep(0.5)"),
         StageClass::Keep => ("h2o | ", ""),
         StageClass::Act => ("h2o | keep(0.5) | ", ""),
-        StageClass::Position | StageClass::Quant => ("", ""),
+        StageClass::Position | StageClass::Quant | StageClass::Select => ("", ""),
     };
     (format!("{before}{stage}{after}"), before.len() + 1)
 }
@@ -142,6 +142,11 @@ fn mistakes_name_the_column_and_the_reason() {
         ("decode: prefill_end | h2o | keep(0.5)", "column 9: prefill_end cannot happen in"),
         ("h2o | keep(0.5) ; snapkv | keep(0.5)", "column 19: h2o and snapkv both act on Prefill"),
         ("pos(keep) ; pos(keep)", "column 13: pos is given twice"),
+        ("quest | quest", "column 9: quest (Select) cannot follow quest (Select)"),
+        ("quest ; infllm", "column 9: infllm is given twice"),
+        ("quest(tokens=0)", "column 7: tokens is 0, must be a whole number in 1..="),
+        ("quest | h2o(8, 8)", "column 9: h2o (Score) cannot follow quest (Select)"),
+        ("stream(4, 60) | pos(cache_relative) | quest", "column 39: quest compares queries with"),
         ("quant()", "column 1: quant names no quantizer"),
         ("quant(k=q9)", "column 7: Key quantizer q9: "),
         ("quant(q8_0, q9)", "column 13: Value quantizer q9: "),
@@ -233,4 +238,24 @@ fn a_pipeline_is_due_when_triggered_and_over_budget() {
     // A ratio counts evicted tokens too.
     assert!(!due("decode: h2o | keep(0.5)", Event::Step, 1, 500, 1000));
     assert!(due("decode: h2o | keep(0.5)", Event::Step, 1, 501, 1000));
+}
+
+#[test]
+fn what_an_engine_cannot_hand_over_is_refused_with_its_column() {
+    use kvmgr::manager::Manager;
+    use kvmgr::shape::ModelShape;
+    let shape = ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+    let refused = |spec: &str, width: Option<LaneWidth>| {
+        let mut config = common::config(shape, spec);
+        (config.rope, config.lane_width) = (None, width);
+        let error = Manager::new(config).expect_err(spec);
+        assert_eq!(error.kind(), Kind::Unsupported, "{spec}: {error}");
+        error.message().to_string()
+    };
+    let message = refused("prefill: expected | keep(0.5)", None);
+    assert!(message.starts_with("column 10: expected needs ROPE"), "{message}");
+    let message = refused("stream(4, 60) | pos(cache_relative)", None);
+    assert!(message.starts_with("column 17: pos needs ROPE"), "{message}");
+    let message = refused("stream(4, 60) | adakv", Some(LaneWidth::Layer));
+    assert!(message.starts_with("column 17: adakv needs lanes of width Head"), "{message}");
 }

@@ -92,7 +92,7 @@ fn check_bytes(engine: &Engine, session: &Session, spec: &str) {
     assert_eq!(used, session.sequence().bytes() as u64, "{spec}");
     for lane in session.sequence().lanes() {
         let needed = lane.len().div_ceil(16) + 3;
-        assert!(lane.spans.len() <= needed, "{spec}: {} rows", lane.len());
+        assert!(lane.blocks().count() <= needed, "{spec}: {} rows", lane.len());
     }
 }
 

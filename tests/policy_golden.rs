@@ -86,6 +86,7 @@ impl LayerSource for Prompt {
             query_covariance: rows("query_covariance", h, DIM * DIM),
             gate_scores: rows("gate_scores", h, 1),
             replay_maxima: &[],
+            last_row: &[],
             low_counts: &[],
         };
         f(&LayerInput {

@@ -111,6 +111,7 @@ impl Head {
             query_covariance: &self.query_covariance,
             gate_scores: &self.gate_scores,
             replay_maxima: &self.replay_maxima,
+            last_row: &[],
             low_counts: &self.column_sums,
         }
     }
@@ -222,6 +223,9 @@ fn laws_of_composition() {
             "leverage(sketch=4)",
             "noncausal(chunk=32)",
             "compactor(chunk=32, sketch=4, blend=0.4)",
+            "cake(w=16)",
+            "pyramidinfer(w=16)",
+            "keyformer(w=16, seed=3)",
             "random(seed=3)",
         ] {
             let run = |rest: &str| select(&format!("{score} | {rest}"), Event::PrefillEnd, &layer);
@@ -444,6 +448,7 @@ fn pipe(picks: &[u64], file: &str) -> String {
         StageClass::Act,
         StageClass::Position,
         StageClass::Quant,
+        StageClass::Select,
     ] {
         let members: Vec<_> = STAGES.iter().filter(|stage| stage.class == class).collect();
         let wanted = matches!(class, StageClass::Score | StageClass::Keep);

@@ -265,7 +265,7 @@ fn what_is_missing_is_refused_by_name() {
     let manager = Manager::new(config(SMALL, "snapkv | critical | keep(0.5)")).unwrap();
     let error = Session::new(&manager, None).unwrap_err();
     assert_eq!(error.kind(), Kind::Unsupported);
-    assert!(error.message().starts_with("critical needs OUTPUT_PROJECTION"), "{error}");
+    assert!(error.message().starts_with("column 10: critical needs OUTPUT_PROJECTION"), "{error}");
     let weights = Random(1).normals(10 * 32).leak();
     let set = |layer, rows, width| {
         manager.set_output_projection(layer, Tensor::from_slice(weights, [rows, 1, width]))

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 /// Modules from the lowest layer up; a module uses only modules of lower rows and itself.
 const LAYERS: &[&[&str]] = &[
     &["error"],
-    &["dtype", "log", "shape", "sync"],
+    &["dtype", "log", "order", "shape", "sync"],
     &["spec"],
     &["registry"],
     &["simd", "device"],
-    &["quantizer", "block", "evictor"],
+    &["quantizer", "block", "evictor", "selector"],
     &["cache"],
     &["sequence"],
     &["attention", "policy", "store"],

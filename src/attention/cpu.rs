@@ -3,14 +3,17 @@
 use std::cell::RefCell;
 
 use super::Options;
+use super::choose::ChoiceScratch;
 use super::decoded::DECODE_FROM;
 use super::job::{Job, Piece};
 use super::plan::{Plan, Task};
+use super::received::Weights;
 use super::state::States;
+use super::walk::Blocks;
 use crate::cache::{Cache, OPEN};
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::quantizer::{Cell, Quantizer, Side};
-use crate::sequence::{FIRST_STATISTIC, QueryStatistics};
+use crate::sequence::{FIRST_STATISTIC, MAX_DRAFTS, QueryStatistics, Span};
 use crate::shape::Needs;
 use crate::simd::{self, Format, Rows};
 
@@ -24,18 +27,23 @@ pub(super) struct Call<'a> {
 
 /// Buffers of a thread. They only grow, so a steady state allocates nothing.
 #[derive(Debug, Default)]
-struct Scratch {
+pub(super) struct Scratch {
     /// Scaled queries, `[tile, group, dim]`.
-    queries: Vec<f32>,
-    rows: RowScratch,
+    pub(super) queries: Vec<f32>,
+    pub(super) rows: RowScratch,
     /// The state of one format.
     part: States,
     /// The state of all formats.
     total: States,
     /// Log-sum-exp of each row.
-    lse: Vec<f32>,
+    pub(super) lse: Vec<f32>,
     /// The queries of a group as they came, `[group, dim]`.
-    observed: Vec<f32>,
+    pub(super) observed: Vec<f32>,
+    /// The weights of all rows, if the policy wants to know them.
+    pub(super) weights: Weights,
+    /// The blocks that a selector has chosen.
+    blocks: Blocks,
+    choice: ChoiceScratch,
 }
 
 /// What it takes to read rows.
@@ -64,20 +72,38 @@ impl Call<'_> {
     ) {
         SCRATCH.with_borrow_mut(|scratch| {
             for task in self.plan.share(self.layer, worker, num_workers) {
-                let job = self.job(self.plan.tasks[task]);
-                self.attend(&job, query, scratch);
-                let Task { part, num_parts, split, .. } = job.task;
-                if num_parts > 1 {
-                    let split = &self.plan.splits[split];
-                    if !split.arrive(self.layer, part, num_parts, &mut scratch.total) {
-                        continue;
-                    }
+                let task = self.plan.tasks[task];
+                let mut blocks = std::mem::take(&mut scratch.blocks);
+                let is_chosen = self.choose(task, query, &mut blocks, &mut scratch.choice);
+                let mut job = self.job(task);
+                if is_chosen {
+                    job.walk.chosen = Some(blocks.chosen());
                 }
-                self.finish(&job, scratch);
-                write_out(&job, scratch, output, lse);
-                self.observe(&job, query, scratch);
+                self.run_job(&job, query, output, lse, scratch);
+                scratch.blocks = blocks;
             }
         });
+    }
+
+    fn run_job(
+        &self,
+        job: &Job<'_>,
+        query: &Tensor<'_>,
+        output: &TensorMut<'_>,
+        lse: Option<&TensorMut<'_>>,
+        scratch: &mut Scratch,
+    ) {
+        self.attend(job, query, scratch);
+        let Task { part, num_parts, split, .. } = job.task;
+        if num_parts > 1 {
+            let split = &self.plan.splits[split];
+            if !split.arrive(self.layer, part, num_parts, &mut scratch.total) {
+                return;
+            }
+        }
+        self.finish(job, scratch);
+        write_out(job, scratch, output, lse);
+        self.observe(job, query, scratch);
     }
 
     fn job(&self, task: Task) -> Job<'_> {
@@ -98,6 +124,7 @@ impl Call<'_> {
             target.iter_mut().for_each(|x| *x *= scale);
         }
         scratch.total.reset(rows, job.dim);
+        scratch.weights.clear();
         for format in 0..self.cache.formats().len() {
             if job.walk.spans.iter().any(|span| span.block.view.format() == format) {
                 self.attend_format(job, format, scratch);
@@ -108,14 +135,18 @@ impl Call<'_> {
 
     /// Attends to the spans in one format: fills `scratch.part`.
     fn attend_format(&self, job: &Job<'_>, format: usize, scratch: &mut Scratch) {
-        let Scratch { queries, rows, part, .. } = scratch;
+        let Scratch { queries, rows, part, weights, .. } = scratch;
         part.reset(job.rows(), job.dim);
+        let keeps_weights = job.keeps_weights();
         let kernels = simd::active();
         let value = self.cache.formats()[format].side(Side::Value);
         self.visit(job, Some(format), queries, rows, |piece, next, scores, decoded| {
             let first = piece.queries.start * job.group;
             for (row, scores) in scores.chunks_exact_mut(piece.rows.len()).enumerate() {
                 part.weigh(first + row, scores, kernels);
+            }
+            if keeps_weights {
+                weights.push(piece, scores, &part.max);
             }
             let view = &piece.span.block.view;
             let mut cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
@@ -146,20 +177,24 @@ impl Call<'_> {
         let RowScratch { prepared, scores, decoded } = scratch;
         let part = job.part();
         let mut ready: Option<(usize, i32)> = None;
-        for i in job.walk.stop_of(part.start)..job.walk.num_stops() {
+        let mut following = job.walk.stop_of(part.start);
+        while following < job.walk.num_stops() {
+            let i = following;
             let stop = job.walk.stop(i);
             if stop.offset >= part.end {
                 break;
             }
+            let spans = self.spans_of_block(job, i);
+            following += spans.len().max(1);
             let span = stop.span;
             let this = span.block.view.format();
             if format.is_some_and(|format| format != this) {
                 continue;
             }
             let key = self.cache.formats()[this].side(Side::Key);
-            let next = self.keys_of_stop(job, i + 1);
+            let next = self.keys_of_stop(job, following);
             let shift = job.shift(span);
-            for piece in job.pieces(stop, self.options.sliding_window) {
+            for piece in job.pieces(stop, spans, self.options.sliding_window) {
                 if ready != Some((this, shift)) {
                     self.turn(job, shift, queries, prepared);
                     if job.rows() < DECODE_FROM {
@@ -180,9 +215,35 @@ impl Call<'_> {
                     key.dot(&cell, queries, scores);
                 }
                 self.shape_logits(job, &piece, scores);
+                piece.hide_evicted(scores);
                 each(&piece, next, scores, decoded);
             }
         }
+    }
+
+    /// The spans from stop `i` on that are of one block, if they are several and can be gone over as
+    /// one: there is one query, and nothing depends on where each row was.
+    fn spans_of_block<'a>(&self, job: &Job<'a>, i: usize) -> &'a [Span] {
+        let Options { sliding_window, alibi_slopes, .. } = *self.options;
+        let (walk, sequence) = (&job.walk, job.sequence);
+        let observation = sequence.observation.as_ref();
+        let is_plain = job.task.num_queries == 1
+            && walk.chosen.is_none()
+            && sliding_window == 0
+            && alibi_slopes.is_none()
+            && !sequence.cache_relative
+            && !observation.is_some_and(|seen| seen.needs().contains(Needs::LOW_COUNT));
+        let is_split = |pair: &[Span]| pair.len() == 2 && pair[0].block.id == pair[1].block.id;
+        if !is_plain || !is_split(&walk.spans[i..(i + 2).min(walk.spans.len())]) {
+            return &[];
+        }
+        let id = walk.spans[i].block.id;
+        let count = walk.spans[i..].iter().take_while(|span| span.block.id == id).count();
+        let last = i + count - 1;
+        let rows = walk.starts[i]..walk.starts[last] + walk.spans[last].count as usize;
+        let part = job.part();
+        let fits = part.start <= rows.start && rows.end <= part.end.min(job.last_index(0) + 1);
+        if fits { &walk.spans[i..=last] } else { &[] }
     }
 
     /// The keys at a stop of the walk, if there is one.
@@ -249,7 +310,11 @@ impl Call<'_> {
         let needs = observation.needs();
         if needs.contains(Needs::QUERY_WINDOW) {
             let mut head = observation.head(self.layer, job.task.kv_head).lock();
-            let newest = job.sequence.num_queries.saturating_sub(observation.window());
+            // Any of a few drafts may turn out to be the last that counts.
+            let newest = match job.sequence.num_queries <= MAX_DRAFTS {
+                true => 0,
+                false => job.sequence.num_queries.saturating_sub(observation.window()),
+            };
             let observed = &mut scratch.observed;
             observed.resize(job.group * job.dim, 0.0);
             for i in newest.saturating_sub(job.task.first_query)..job.task.num_queries {
@@ -266,8 +331,8 @@ impl Call<'_> {
             let Scratch { queries, rows, lse, .. } = &mut *scratch;
             self.add_low_counts(job, observation, queries, rows, lse);
         }
-        if needs.contains(Needs::COLUMN_SUM) {
-            self.add_column_sums(job, scratch);
+        if needs.0 & Needs::COLUMN_SUM.union(Needs::LAST_ROW).0 != 0 {
+            self.note_received(job, observation, scratch);
         }
     }
 
@@ -288,26 +353,6 @@ impl Call<'_> {
             }
             statistics.add(rows, job.dim);
         }
-    }
-
-    /// Second pass: probabilities from the log-sum-exp, exact without having been kept.
-    fn add_column_sums(&self, job: &Job<'_>, scratch: &mut Scratch) {
-        let Some(observation) = &job.sequence.observation else { return };
-        let Scratch { queries, rows, lse, .. } = scratch;
-        let kernels = simd::active();
-        let mut head = observation.head(self.layer, job.task.kv_head).lock();
-        if head.column_sums.len() < job.lane.len {
-            head.column_sums.resize(job.lane.len, 0.0);
-        }
-        self.visit(job, None, queries, rows, |piece, _, scores, _| {
-            let first = piece.queries.start * job.group;
-            let rows = piece.rows.len();
-            for (row, scores) in scores.chunks_exact_mut(rows).enumerate() {
-                kernels.exp_sub(scores, lse[first + row]);
-                let sums = &mut head.column_sums[piece.index..][..rows];
-                sums.iter_mut().zip(scores).for_each(|(sum, p)| *sum += *p);
-            }
-        });
     }
 }
 

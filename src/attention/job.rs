@@ -8,7 +8,9 @@
 //! ```
 //!
 //! Every query of a piece may see every row of it, as far as causality goes. So a row is never
-//! weighted with 0 to hide it from an earlier query: 0 times NaN would not hide it.
+//! weighted with 0 to hide it from an earlier query: 0 times NaN would not hide it. The one exception are
+//! rows that a policy has evicted between others of their block: whoever split the span has made sure
+//! that their values are finite, and such a piece goes over them rather than be many short ones.
 
 use std::ops::Range;
 
@@ -27,19 +29,37 @@ pub(super) struct Job<'a> {
     pub(super) dim: usize,
 }
 
-/// Rows of a span and the queries of the task that see them.
+/// Rows of a span, or of all spans of a block, and the queries of the task that see them.
 #[derive(Debug, Clone)]
 pub(super) struct Piece<'a> {
     pub(super) span: &'a Span,
     /// Index in the lane of the first row.
     pub(super) index: usize,
-    /// Rows of the block.
+    /// Rows of the block, those that were evicted between spans included.
     pub(super) rows: Range<usize>,
+    /// All spans of the piece if they are several, for tasks of one query; else empty.
+    pub(super) spans: &'a [Span],
     /// Queries of the task.
     pub(super) queries: Range<usize>,
 }
 
-impl Piece<'_> {
+impl<'a> Piece<'a> {
+    /// The piece of several spans of one block, the first of which is at `index`, for the only query.
+    fn of_spans(spans: &'a [Span], index: usize) -> Self {
+        let rows = spans[0].first as usize..spans[spans.len() - 1].end();
+        Self { span: &spans[0], index, rows, spans, queries: 0..1 }
+    }
+
+    /// Hides evicted rows: their logits in `scores`, `[n, rows]`, become negative infinity.
+    pub(super) fn hide_evicted(&self, scores: &mut [f32]) {
+        for pair in self.spans.windows(2) {
+            let gap = pair[0].end() - self.rows.start..pair[1].first as usize - self.rows.start;
+            for row in scores.chunks_exact_mut(self.rows.len()) {
+                row[gap.clone()].fill(f32::NEG_INFINITY);
+            }
+        }
+    }
+
     /// The position of the `i`-th row.
     pub(super) fn position(&self, i: usize) -> i32 {
         self.span.positions.at(self.rows.start + i)
@@ -94,8 +114,19 @@ impl<'a> Job<'a> {
         if self.sequence.cache_relative { self.lane.evicted - span.evicted_before } else { 0 }
     }
 
-    /// The pieces of a span.
-    pub(super) fn pieces(&self, stop: Stop<'a>, window: u32) -> impl Iterator<Item = Piece<'a>> {
+    /// The pieces of a span, or the one of several `spans` of its block.
+    pub(super) fn pieces(
+        &self,
+        stop: Stop<'a>,
+        spans: &'a [Span],
+        window: u32,
+    ) -> impl Iterator<Item = Piece<'a>> {
+        let whole = (!spans.is_empty()).then(|| Piece::of_spans(spans, stop.index));
+        let single = whole.is_none().then(|| self.pieces_of_span(stop, window));
+        whole.into_iter().chain(single.into_iter().flatten())
+    }
+
+    fn pieces_of_span(&self, stop: Stop<'a>, window: u32) -> impl Iterator<Item = Piece<'a>> {
         let shared_end = self.last_index(0) + 1;
         let own = move |query| {
             let rows = shared_end..self.last_index(query) + 1;
@@ -126,7 +157,8 @@ impl<'a> Job<'a> {
             return None;
         }
         let rows = |i: usize| span.first as usize + i - index;
-        let mut piece = Piece { span, index: start, rows: rows(start)..rows(end), queries };
+        let rows = rows(start)..rows(end);
+        let mut piece = Piece { span, index: start, rows, spans: &[], queries };
         if window > 0 {
             let hidden = self.beyond(piece.queries.start, &piece, window);
             piece.index += hidden;

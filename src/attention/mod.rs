@@ -12,15 +12,19 @@
 //! `(worker, num_workers)`. With few queries over a long context the rows are split as well, and
 //! the last worker to finish a head merges. Outputs do not depend on the number of workers.
 //!
+//! A sequence whose policy has a selector chooses for itself which blocks a decode step reads.
+//!
 //! Row `t` of a lane is visible to query `i` of `n` if `t <= len - n + i` and, with a sliding
 //! window, if their distance is below it. Distances are differences of original positions, or of
 //! indices inside the cache for sequences that are cache relative.
 
+mod choose;
 mod counts;
 mod cpu;
 pub(crate) mod decoded;
 mod job;
 mod plan;
+mod received;
 pub mod reference;
 mod replay;
 pub(crate) mod split;
@@ -69,7 +73,8 @@ impl Attention {
     }
 
     /// Plans one step: sequence `i` contributes its last `num_queries` tokens, reserved ones
-    /// included. The only call that allocates. On failure the previous plan is gone.
+    /// included. The only call that allocates, but for the indexes of selectors, which grow in the first
+    /// run after a block was sealed. On failure the previous plan is gone.
     pub fn plan(&mut self, batch: &[(&Sequence, usize)]) -> Result<()> {
         self.plan.clear();
         let result = self.plan.fill(&self.cache, batch);

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::choose::Choice;
 use super::split::{self, Split};
 use super::walk::{Selection, Walk};
 use crate::cache::Cache;
@@ -24,6 +25,8 @@ pub(super) struct Plan {
     starts: Vec<usize>,
     /// Explicit block lists, for each layer.
     selections: Vec<Selection>,
+    /// What selectors choose, for each head of each sequence.
+    pub(super) choices: Vec<Choice>,
     pub(super) tasks: Vec<Task>,
     /// For each layer, the running sum of the costs of its tasks.
     costs: Vec<u64>,
@@ -165,7 +168,7 @@ impl Plan {
         let shape = &cache.config().shape;
         for (i, sequence) in self.sequences.iter().enumerate() {
             let n = sequence.num_queries;
-            let num_parts = self.num_parts(sequence, cache.config().num_lanes());
+            let num_parts = self.num_parts(cache, sequence);
             for kv_head in 0..shape.num_kv_heads {
                 for first_query in (0..n).step_by(TILE) {
                     let num_queries = TILE.min(n - first_query);
@@ -193,6 +196,7 @@ impl Plan {
             }
         }
         self.selections.resize_with(shape.num_layers, Selection::default);
+        self.reset_choices(shape.num_kv_heads);
         self.costs.resize(shape.num_layers * self.tasks.len(), 0);
         for layer in 0..shape.num_layers {
             self.count_costs(cache, layer);
@@ -206,7 +210,11 @@ impl Plan {
             let sequence = &self.sequences[task.sequence];
             let (_, walk) = self.walk(cache, layer, task.sequence, task.kv_head);
             let after = sequence.num_queries - task.first_query - task.num_queries;
-            sum += ((walk.rows() - after) * task.num_queries / task.num_parts) as u64 + 1;
+            let rows = match sequence.selector(layer) {
+                Some(selector) if walk.chosen.is_none() => selector.reach().limit(walk.rows()),
+                _ => walk.rows(),
+            };
+            sum += ((rows - after) * task.num_queries / task.num_parts) as u64 + 1;
             self.costs[layer * self.tasks.len() + i] = sum;
         }
     }
@@ -243,17 +251,20 @@ impl Plan {
 
     /// Parts of the rows of each head of a sequence: by its longest lane, so that all layers have
     /// the same tasks.
-    fn num_parts(&self, sequence: &Planned, num_lanes: usize) -> usize {
+    fn num_parts(&self, cache: &Cache, sequence: &Planned) -> usize {
         let observation = sequence.observation.as_ref();
-        let sums = observation
-            .is_some_and(|seen| seen.needs().0 & Needs::COLUMN_SUM.union(Needs::LOW_COUNT).0 != 0);
+        let whole = Needs::COLUMN_SUM.union(Needs::LAST_ROW).union(Needs::LOW_COUNT);
+        let sums = observation.is_some_and(|seen| seen.needs().0 & whole.0 != 0);
         if sums || sequence.replay.is_some() {
-            // Probabilities need the merged log-sum-exp; one worker goes over all rows again.
+            // Probabilities need the log-sum-exp of all rows, and who has it looks back at them.
             return 1;
         }
-        let lanes = &self.lanes[sequence.first_lane..][..num_lanes];
+        let lanes = &self.lanes[sequence.first_lane..][..cache.config().num_lanes()];
         let longest = lanes.iter().map(|lane| lane.len).max().unwrap_or(0);
-        split::num_parts(longest, sequence.num_queries)
+        // Leading layers may read all; most do as the last.
+        let last = cache.config().shape.num_layers - 1;
+        let read = sequence.selector(last).map(|selector| selector.reach().limit(longest));
+        split::num_parts(read.unwrap_or(longest), sequence.num_queries)
     }
 
     /// The tasks of `layer` that `worker` does: a run whose cost is close to its fair share.

@@ -33,6 +33,48 @@ pub(super) struct Chosen<'a> {
     rows: usize,
 }
 
+/// A list of spans of a lane.
+#[derive(Debug, Default)]
+pub(super) struct Blocks {
+    spans: Vec<u32>,
+    offsets: Vec<usize>,
+    rows: usize,
+}
+
+impl Clone for Blocks {
+    fn clone(&self) -> Self {
+        Self { spans: self.spans.clone(), offsets: self.offsets.clone(), rows: self.rows }
+    }
+
+    fn clone_from(&mut self, other: &Self) {
+        self.spans.clone_from(&other.spans);
+        self.offsets.clone_from(&other.offsets);
+        self.rows = other.rows;
+    }
+}
+
+impl Blocks {
+    pub(super) fn clear(&mut self) {
+        self.spans.clear();
+        self.offsets.clear();
+        self.rows = 0;
+    }
+
+    /// Adds spans of a lane, ascending.
+    pub(super) fn extend(&mut self, lane: &[Span], spans: impl Iterator<Item = u32>) {
+        for span in spans {
+            self.spans.push(span);
+            self.offsets.push(self.rows);
+            self.rows += lane[span as usize].count as usize;
+        }
+    }
+
+    /// The list for a walk.
+    pub(super) fn chosen(&self) -> Chosen<'_> {
+        Chosen { spans: &self.spans, offsets: &self.offsets, rows: self.rows }
+    }
+}
+
 /// One stop of a walk.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Stop<'a> {

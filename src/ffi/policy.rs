@@ -451,6 +451,7 @@ impl<'a> Input<'a> {
                         self.raw.num_queries as usize
                     },
                     column_sums: part(self.column_sums, h),
+                    last_row: &[],
                     query_mean: part(self.query_mean, h),
                     query_covariance: part(self.query_covariance, h),
                     gate_scores: part(&self.gate_scores, h),

@@ -60,6 +60,8 @@ pub struct kvmgr_sequence_stats {
     pub bytes: u64,
     /// Blocks referred to, shared ones included.
     pub num_blocks: u64,
+    /// Bytes of what the spec's selector knows of the blocks; not part of `bytes`.
+    pub selector_bytes: u64,
 }
 
 /// Ends a sequence and frees what only it refers to. NULL is fine.
@@ -442,6 +444,8 @@ pub unsafe extern "C" fn kvmgr_sequence_get_stats(
                 rows_evicted: sequence.num_evicted(),
                 bytes: if sequence.is_swapped() { 0 } else { sequence.bytes() as u64 },
                 num_blocks: if sequence.is_swapped() { 0 } else { sequence.num_blocks() as u64 },
+                selector_bytes: sequence.observation().map_or(0, |seen| seen.selector_bytes())
+                    as u64,
             };
             convert::fill_struct(out_stats, &stats, "kvmgr_sequence_stats")
         })

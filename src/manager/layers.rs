@@ -27,6 +27,7 @@ struct HeadBuffers {
     queries: Vec<f32>,
     num_queries: usize,
     column_sums: Vec<f32>,
+    last_row: Vec<f32>,
     low_counts: Vec<f32>,
     query_mean: Vec<f32>,
     query_covariance: Vec<f32>,
@@ -73,7 +74,9 @@ impl<'a> Layers<'a> {
                 let seen = observation.head(layer, head).lock();
                 seen.queries_by_head(shape.group(), shape.head_dim, &mut buffers.queries);
                 buffers.num_queries = seen.num_queries();
-                buffers.column_sums.clone_from(&seen.column_sums);
+                buffers.column_sums.clone_from(&seen.received.sums);
+                buffers.last_row.clear();
+                buffers.last_row.extend_from_slice(seen.received.last());
                 buffers.low_counts.clone_from(&seen.low_counts);
                 if self.needs.contains(Needs::HIDDEN) {
                     buffers.gate_scores.clone_from(&seen.gate_scores);
@@ -117,6 +120,7 @@ impl LayerSource for Layers<'_> {
             queries: &head.queries,
             num_queries: head.num_queries,
             column_sums: &head.column_sums,
+            last_row: &head.last_row,
             low_counts: &head.low_counts,
             query_mean: &head.query_mean,
             query_covariance: &head.query_covariance,

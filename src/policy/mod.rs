@@ -3,7 +3,7 @@
 //! A policy is a pipeline of small stages, written in one line of text:
 //!
 //! ```text
-//! trigger? score map* budget? keep? act? position? quant?
+//! trigger? score map* budget? keep? act? position? quant? selector?
 //! every(16) | snapkv(w=64) | adakv(0.2) | keep(0.25) | pos(keep) | quant(k=had+q4_0, v=q4_0)
 //! ```
 //!
@@ -12,6 +12,7 @@
 //! * a *budget* spreads the allowance of a layer over its KV heads;
 //! * *keep* says how large the allowance is;
 //! * an *act* lets survivors take over values of the evicted;
+//! * a *selector* evicts nothing: it says which blocks a decode step reads;
 //! * what is absent takes its default. A spec without a score keeps everything.
 //!
 //! Phases (`prefill: ... ; decode: ...`) give the two moments different pipelines. Without a phase a
@@ -35,7 +36,9 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::selector::Selector;
 use crate::shape::{KeepSet, LaneWidth, Needs, Rope};
+use crate::spec;
 
 pub use stages::{STAGES, StageClass, StageInfo};
 
@@ -71,6 +74,9 @@ pub struct HeadInput<'a> {
     pub query_mean: &'a [f32],
     /// Their population covariance, `[group, head_dim, head_dim]`; empty unless needed and seen.
     pub query_covariance: &'a [f32],
+    /// Attention probability that the last query gave each token, summed over the query heads of the
+    /// group, `[T]`. Empty unless the engine's attention knows it.
+    pub last_row: &'a [f32],
     /// What the policy's gate made of the hidden state of each token, `[T]`; empty unless needed.
     pub gate_scores: &'a [f32],
     /// Queries that gave each token less than an even share since the policy last ran, `[T]`. Missing
@@ -116,6 +122,17 @@ pub struct LayerInput<'a> {
     pub rope: Option<&'a Rope>,
     /// The output projection, if known.
     pub output_projection: Option<OutputProjection<'a>>,
+}
+
+impl LayerInput<'_> {
+    /// What there is besides what policies need.
+    fn offered(&self) -> Needs {
+        let is_known = |head: &HeadInput<'_>| head.last_row.len() == head.positions.len();
+        match self.heads.iter().all(is_known) {
+            true => Needs::LAST_ROW,
+            false => Needs::NONE,
+        }
+    }
 }
 
 /// Hands out the layers of a sequence one at a time, so that only one is decoded at any moment.
@@ -186,6 +203,8 @@ pub struct Pipeline {
     position: PositionMode,
     quantizers: (Option<String>, Option<String>),
     width: (LaneWidth, Option<String>),
+    /// What decode steps read, with its name in the spec.
+    selector: Option<(String, Arc<dyn Selector>)>,
 }
 
 /// The stages that act at one moment.
@@ -226,11 +245,18 @@ impl Pipeline {
 
     /// What the engine has to hand over.
     pub fn needs(&self) -> Needs {
+        self.needs_with(Needs::NONE)
+    }
+
+    /// What an engine has to hand over that can hand over `offered` too, which may spare it more.
+    pub fn needs_with(&self, offered: Needs) -> Needs {
         let position = match self.position {
             PositionMode::Keep => Needs::NONE,
             PositionMode::CacheRelative => Needs::ROPE,
         };
-        self.phases().fold(position, |needs, phase| needs.union(phase.needs()))
+        let selector = self.selector().map_or(Needs::NONE, |selector| selector.needs());
+        self.phases()
+            .fold(position.union(selector), |needs, phase| needs.union(phase.needs(offered)))
     }
 
     /// The first stage that needs any of `bits`, to name it when an engine lacks them.
@@ -238,17 +264,26 @@ impl Pipeline {
         let wants = |needs: Needs| needs.0 & bits.0 != 0;
         let position = self.position == PositionMode::CacheRelative && wants(Needs::ROPE);
         let stage = self.phases().find_map(|phase| phase.needed_by(wants));
-        stage.or(position.then_some("pos"))
+        let selector = self.selector.as_ref().filter(|(_, selector)| wants(selector.needs()));
+        let selector = selector.map(|(name, _)| name.as_str());
+        stage.or(selector).or(position.then_some("pos"))
+    }
+
+    /// The column at which a stage of the spec starts; 1 if it has none of this name.
+    pub fn column_of(&self, stage: &str) -> usize {
+        let phases = spec::parse(&self.spec).unwrap_or_default();
+        let mut stages = phases.iter().flat_map(|phase| &phase.stages);
+        stages.find(|other| other.name == stage).map_or(1, |stage| stage.column)
     }
 
     /// Whether scores or maps read the rotation; closing gaps of positions does not count.
     pub fn rotation_is_read(&self) -> bool {
-        self.phases().any(|phase| phase.needs().contains(Needs::ROPE))
+        self.phases().any(|phase| phase.needs(Needs::NONE).contains(Needs::ROPE))
     }
 
     /// Queries of each head that have to be remembered.
     pub fn query_window(&self) -> usize {
-        self.phases().map(|phase| phase.score.query_window()).max().unwrap_or(0)
+        self.phases().map(|phase| phase.query_window()).max().unwrap_or(0)
     }
 
     /// The coarsest lanes that can express the keep sets, and the stage that demands it.
@@ -261,7 +296,7 @@ impl Pipeline {
     pub fn step_query_window(&self) -> usize {
         match self.query_window() {
             window if window < score::ALL_QUERIES => window,
-            _ => self.decode.as_ref().map_or(0, |phase| phase.score.query_window()),
+            _ => self.decode.as_ref().map_or(0, |phase| phase.query_window()),
         }
     }
 
@@ -278,6 +313,11 @@ impl Pipeline {
     /// Quantizer specs of keys and values, where the spec names them.
     pub fn quantizers(&self) -> (Option<&str>, Option<&str>) {
         (self.quantizers.0.as_deref(), self.quantizers.1.as_deref())
+    }
+
+    /// What chooses the blocks that decode steps read, if not all of them.
+    pub fn selector(&self) -> Option<&Arc<dyn Selector>> {
+        self.selector.as_ref().map(|(_, selector)| selector)
     }
 
     /// How evicted gaps are treated.
@@ -383,6 +423,14 @@ impl HeadScores {
     pub fn equal(head: &HeadInput<'_>) -> Self {
         let len = head.positions.len();
         Self { scores: vec![0.0; len], protected: vec![false; len] }
+    }
+
+    /// These scores, the last `recent` tokens protected.
+    pub fn recent(scores: Vec<f32>, recent: usize) -> Self {
+        let mut protected = vec![false; scores.len()];
+        let first = scores.len().saturating_sub(recent);
+        protected[first..].fill(true);
+        Self { scores, protected }
     }
 
     /// These scores, nothing protected.

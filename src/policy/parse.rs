@@ -12,6 +12,7 @@ use super::{Allowance, Event, Phase, Pipeline, PositionMode};
 use crate::error::{Error, Kind, Result, ensure};
 use crate::quantizer::{self, Granularity, Side};
 use crate::registry::{self, Args};
+use crate::selector::{SELECTORS, Selector};
 use crate::shape::{LaneWidth, Needs};
 use crate::spec::{self, Stage, Value, When};
 
@@ -35,6 +36,9 @@ struct Builder {
     width: Option<(LaneWidth, String)>,
     /// The stage that evicts single tokens while decoding, if any.
     step_evictor: Option<String>,
+    selector: Option<(&'static str, Arc<dyn Selector>)>,
+    /// Its column.
+    selector_column: usize,
 }
 
 /// A score of the engine's own.
@@ -87,7 +91,7 @@ impl Builder {
                     class < info.class || (class == info.class && class == StageClass::Map),
                     InvalidArgument,
                     "column {}: {} ({:?}) cannot follow {name} ({class:?}); the order is trigger, \
-                     score, maps, budget, keep, act, position, quant, one of each but maps",
+                     score, maps, budget, keep, act, position, quant, selector, one of each but maps",
                     stage.column,
                     stage.name,
                     info.class
@@ -149,6 +153,14 @@ impl Builder {
             StageClass::Quant => {
                 ensure_first(self.quant.is_none(), stage)?;
                 self.quant = Some(quantizers(stage, &args)?);
+            }
+            StageClass::Select => {
+                ensure_first(self.selector.is_none(), stage)?;
+                let entry = registry::find("selector", SELECTORS, stage)?;
+                let selector = (entry.create)(&args);
+                let selector = selector.map_err(|error| in_column(stage.column, &error))?;
+                self.selector = Some((entry.name, selector.into()));
+                self.selector_column = stage.column;
             }
         }
         Ok(())
@@ -242,6 +254,14 @@ impl Builder {
                 check_quantizer(name, side, *column, self.step_evictor.as_deref())?;
             }
         }
+        if let (Some((name, _)), Some(PositionMode::CacheRelative)) =
+            (&self.selector, self.position)
+        {
+            let text = format!(
+                "{name} compares queries with keys at their positions, which cache_relative moves"
+            );
+            return Err(at(self.selector_column, &text));
+        }
         let (width, stage) = self.width.unzip();
         let name = |asked: Option<(String, usize)>| asked.map(|(name, _)| name);
         Ok(Pipeline {
@@ -251,6 +271,7 @@ impl Builder {
             position: self.position.unwrap_or_default(),
             quantizers: (name(key), name(value)),
             width: (width.unwrap_or(LaneWidth::Sequence), stage),
+            selector: self.selector.map(|(name, selector)| (name.to_string(), selector)),
         })
     }
 }

@@ -1,23 +1,33 @@
 //! From scores to keep sets: shared by every pipeline.
 
 use super::act::Evicted;
-use super::budget::LayerShare;
+use super::budget::{LayerShare, divide};
 use super::map::{Context, Decision, Scores};
 use super::{Allowance, HeadInput, HeadScores, Kept, LayerInput, LayerSource, Phase};
 use crate::error::{Result, ensure};
+use crate::order::ordered;
 use crate::shape::{KeepSet, LaneWidth, Needs};
 
 impl Phase {
-    /// What the engine has to hand over.
-    pub(super) fn needs(&self) -> Needs {
+    /// What the engine has to hand over if it can hand over `offered` besides.
+    pub(super) fn needs(&self, offered: Needs) -> Needs {
+        let score = match self.score.shortcut() {
+            Some(instead) if offered.contains(instead) => instead,
+            _ => self.score.needs(),
+        };
         let maps = self.maps.iter().map(|(_, map)| map.needs());
         let acts = self.act.iter().map(|(_, act)| act.needs());
-        maps.chain(acts).fold(self.score.needs(), Needs::union)
+        maps.chain(acts).fold(score.union(self.budget.needs()), Needs::union)
     }
 
     /// Whether scores decide one by one.
     pub(super) fn has_threshold(&self) -> bool {
         matches!(self.allowance, Allowance::Threshold(_))
+    }
+
+    /// Queries of each head to remember.
+    pub(super) fn query_window(&self) -> usize {
+        self.score.query_window().max(self.budget.query_window())
     }
 
     /// The first stage whose needs are `wanted`.
@@ -48,14 +58,20 @@ impl Phase {
     /// Heads of all layers compete, so that all scores come first.
     fn select_all(&self, source: &mut dyn LayerSource) -> Result<Vec<Vec<KeepSet>>> {
         let (mut heads, mut shares, mut counts) = (Vec::new(), Vec::new(), Vec::new());
+        let mut preferences = Vec::new();
         for layer in 0..source.num_layers() {
             source.visit(layer, &mut |input| {
                 let scores = self.score(input)?.heads;
                 counts.push(scores.len());
                 heads.extend(scores);
                 shares.extend(self.shares(input));
+                preferences.extend(self.budget.preference(input)?);
                 Ok(())
             })?;
+        }
+        if !preferences.is_empty() {
+            let lens: Vec<usize> = heads.iter().map(|head| head.scores.len()).collect();
+            shares = divide(&preferences, &counts, &lens, &shares);
         }
         let budgets = self.budget.spread(0, &heads, &shares)?;
         let mut sets = heads.iter().zip(budgets).map(|(head, budget)| top(head, budget));
@@ -123,11 +139,12 @@ impl Phase {
             InvalidArgument,
             "group is {group} and head_dim is {head_dim}, must be at least 1"
         );
+        let needs = self.needs(layer.offered());
         for (h, head) in layer.heads.iter().enumerate() {
             let place = || format!("layer {}, KV head {h}", layer.layer);
-            check(self.needs(), layer, head).map_err(|error| error.within(place()))?;
+            check(needs, layer, head).map_err(|error| error.within(place()))?;
         }
-        check_projection(self.needs(), layer)?;
+        check_projection(needs, layer)?;
         self.score_until(self.maps.len(), layer, &self.shares(layer))
     }
 
@@ -163,8 +180,10 @@ impl Phase {
 /// Refuses lists whose lengths do not fit together.
 fn check(needs: Needs, layer: &LayerInput<'_>, head: &HeadInput<'_>) -> Result<()> {
     let (len, dim) = (head.positions.len(), layer.head_dim);
+    // Without a way out of the loop, which vectors have no use for.
+    let pairs = head.positions.iter().zip(head.positions.iter().skip(1));
     ensure!(
-        head.positions.is_sorted_by(|a, b| a < b),
+        pairs.fold(true, |ascends, (a, b)| ascends & (a < b)),
         InvalidArgument,
         "positions must ascend without repeats"
     );
@@ -226,11 +245,17 @@ fn above(head: &HeadScores, threshold: f32, whole: usize) -> KeepSet {
     if kept.is_empty() { top(head, 1) } else { kept }
 }
 
+/// Evicted tokens up to which they are looked for one by one.
+const FEW: usize = 8;
+
 /// The `n` best tokens of a head.
 pub(super) fn top(head: &HeadScores, n: usize) -> KeepSet {
     let len = head.scores.len();
     if n >= len {
         return KeepSet::all(len);
+    }
+    if len - n <= FEW {
+        return without_worst(head, len - n);
     }
     let mut ranks = ranks(head);
     ranks.select_nth_unstable_by(n, |a, b| b.cmp(a));
@@ -240,44 +265,84 @@ pub(super) fn top(head: &HeadScores, n: usize) -> KeepSet {
     KeepSet::from_indices(kept)
 }
 
-/// Orders the tokens of a head; greater is better. Protected tokens come first and the latest of
-/// them are the best, for when not all fit. The others follow by score, and ties go to the lower
-/// position.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Rank {
-    is_protected: bool,
-    score: u32,
-    tie: u32,
+/// All tokens of a head but the `n` worst, which are few: at a decode step one goes.
+fn without_worst(head: &HeadScores, n: usize) -> KeepSet {
+    const RUN: usize = 64;
+    let mut worst: Vec<Rank> = Vec::with_capacity(n + 1);
+    for (run, (scores, protected)) in
+        head.scores.chunks(RUN).zip(head.protected.chunks(RUN)).enumerate()
+    {
+        let last = worst.last().filter(|_| worst.len() == n);
+        if last.is_some_and(|last| !last.is_protected() && least(scores, protected) > last.score())
+        {
+            continue;
+        }
+        for (i, (score, is_protected)) in scores.iter().zip(protected).enumerate() {
+            let rank = Rank::new(run * RUN + i, *score, *is_protected);
+            if worst.len() == n && worst.last().is_some_and(|last| rank > *last) {
+                continue;
+            }
+            worst.insert(worst.partition_point(|other| *other < rank), rank);
+            worst.truncate(n);
+        }
+    }
+    let mut gone: Vec<usize> = worst.into_iter().map(Rank::index).collect();
+    gone.sort_unstable();
+    let mut kept = KeepSet::default();
+    let mut start = 0;
+    for index in gone {
+        kept.push_range(start..index);
+        start = index + 1;
+    }
+    kept.push_range(start..head.scores.len());
+    kept
 }
 
+/// The least score of tokens that are not protected, as an integer; the largest integer if all are.
+fn least(scores: &[f32], protected: &[bool]) -> u32 {
+    let score = |(score, is_protected): (&f32, &bool)| {
+        ordered(*score) | 0u32.wrapping_sub(u32::from(*is_protected))
+    };
+    scores.iter().zip(protected).map(score).fold(u32::MAX, u32::min)
+}
+
+/// Orders the tokens of a head; greater is better. Protected tokens come first and the latest of
+/// them are the best, for when not all fit. The others follow by score, and ties go to the lower
+/// position. One bit of protection, 32 of score, 31 of index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank(u64);
+
+const INDEX: u64 = (1 << 31) - 1;
+
 impl Rank {
+    fn new(index: usize, score: f32, is_protected: bool) -> Self {
+        let index = index as u64;
+        Self(match is_protected {
+            true => 1 << 63 | index,
+            false => u64::from(ordered(score)) << 31 | (INDEX - index),
+        })
+    }
+
     /// The token, as an index into its head.
     pub(super) fn index(self) -> usize {
-        (if self.is_protected { self.tie } else { !self.tie }) as usize
+        let tie = self.0 & INDEX;
+        (if self.is_protected() { tie } else { INDEX - tie }) as usize
+    }
+
+    fn is_protected(self) -> bool {
+        self.0 >> 63 == 1
     }
 
     /// The score as an integer of the same order.
     pub(super) fn score(self) -> u32 {
-        self.score
+        (self.0 >> 31) as u32
     }
 }
 
 /// The ranks of all tokens of a head, in the order of their positions.
 pub(super) fn ranks(head: &HeadScores) -> Vec<Rank> {
-    let rank = |(i, (score, is_protected)): (usize, (&f32, &bool))| match *is_protected {
-        true => Rank { is_protected: true, score: 0, tie: i as u32 },
-        false => Rank { is_protected: false, score: ordered(*score), tie: !(i as u32) },
-    };
-    head.scores.iter().zip(&head.protected).enumerate().map(rank).collect()
-}
-
-/// Maps floats to integers of the same order: NaN below everything, the two zeros equal.
-fn ordered(score: f32) -> u32 {
-    if score.is_nan() {
-        return 0;
-    }
-    let bits = (score + 0.0).to_bits();
-    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
+    let tokens = head.scores.iter().zip(&head.protected).enumerate();
+    tokens.map(|(i, (score, is_protected))| Rank::new(i, *score, *is_protected)).collect()
 }
 
 #[cfg(test)]
@@ -294,16 +359,6 @@ mod tests {
     }
 
     #[test]
-    fn floats_keep_their_order_as_integers() {
-        let ascending =
-            [f32::NEG_INFINITY, f32::MIN, -1.0, -1e-40, 0.0, 1e-40, 1.0, f32::MAX, f32::INFINITY];
-        assert!(ascending.is_sorted_by(|a, b| ordered(*a) < ordered(*b)));
-        assert_eq!(ordered(0.0), ordered(-0.0));
-        assert!(ordered(f32::NAN) < ordered(f32::NEG_INFINITY));
-        assert!(ordered(-f32::NAN) < ordered(f32::NEG_INFINITY));
-    }
-
-    #[test]
     fn ties_go_to_the_lower_position_and_nan_comes_last() {
         let head = head(&[f32::NAN, 1.0, -0.0, 0.0, 1.0, f32::NEG_INFINITY], &[]);
         assert_eq!(kept(&head, 1), [1]);
@@ -311,6 +366,24 @@ mod tests {
         assert_eq!(kept(&head, 4), [1, 2, 3, 4]);
         assert_eq!(kept(&head, 5), [1, 2, 3, 4, 5]);
         assert_eq!(kept(&head, 6), [0, 1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn a_few_are_found_as_many_are() {
+        let mut scores: Vec<f32> = (0..200).map(|i| (i * 17 % 23) as f32 - 9.0).collect();
+        scores[150] = f32::NAN;
+        let all: Vec<usize> = (0..200).collect();
+        for protected in [&[0, 3, 38, 120][..], &all[..196], &all] {
+            let head = head(&scores, protected);
+            let mut order = ranks(&head);
+            order.sort_unstable();
+            for gone in 0..20 {
+                let mut expected: Vec<usize> =
+                    order[gone..].iter().map(|rank| rank.index()).collect();
+                expected.sort_unstable();
+                assert_eq!(kept(&head, 200 - gone), expected);
+            }
+        }
     }
 
     #[test]

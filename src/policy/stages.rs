@@ -7,6 +7,7 @@ use super::budget::BUDGETS;
 use super::map::MAPS;
 use super::score::SCORES;
 use crate::registry::{Domain, Member, Param};
+use crate::selector::SELECTORS;
 use crate::shape::Needs;
 
 /// The classes of stages, in the order in which a spec must write them.
@@ -28,6 +29,8 @@ pub enum StageClass {
     Position,
     /// How survivors are stored.
     Quant,
+    /// Which of them a decode step reads.
+    Select,
 }
 
 /// One stage, as documentation shows it.
@@ -97,13 +100,23 @@ pub static STAGES: LazyLock<Vec<StageInfo>> = LazyLock::new(|| {
         needs: entry.needs,
         examples: entry.examples,
     });
+    let selectors = SELECTORS.iter().map(|entry| StageInfo {
+        class: StageClass::Select,
+        name: entry.name,
+        summary: entry.summary,
+        paper: entry.paper,
+        params: entry.params,
+        needs: entry.needs,
+        examples: entry.examples,
+    });
     let of = |classes: std::ops::RangeInclusive<StageClass>| {
         PLUMBING.iter().filter(move |stage| classes.contains(&stage.class)).copied()
     };
     let before = of(StageClass::Trigger..=StageClass::Trigger);
     let keep = of(StageClass::Keep..=StageClass::Keep);
     let after = of(StageClass::Position..=StageClass::Quant);
-    before.chain(scores).chain(maps).chain(budgets).chain(keep).chain(acts).chain(after).collect()
+    let before = before.chain(scores).chain(maps).chain(budgets).chain(keep).chain(acts);
+    before.chain(after).chain(selectors).collect()
 });
 
 /// Stages with a meaning of their own.

@@ -1,9 +1,10 @@
 //! Compaction: a lane keeps the rows that a policy chose and frees the blocks of the others.
 //!
-//! Blocks never change. If the survivors of each block are one run and few blocks are left partly
-//! used, spans are trimmed: nothing is copied, which is all that sink-and-recent policies need.
-//! Otherwise survivors are gathered into new blocks: as bytes where the format allows it, through
-//! f32 where it does not. Other sequences that share the old blocks do not notice.
+//! Blocks never change. As long as few blocks are left partly used, spans are trimmed and split:
+//! nothing is copied, which is all that sink-and-recent policies need, and spares those that evict a
+//! token at each step from copying a lane each time. Otherwise survivors are gathered into new blocks:
+//! as bytes where the format allows it, through f32 where it does not. Other sequences that share the
+//! old blocks do not notice.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,7 +16,8 @@ use crate::error::{Result, ensure};
 use crate::quantizer::Side;
 use crate::shape::KeepSet;
 
-/// Partly used blocks that a trim may leave before a gather is the better choice.
+/// Blocks beyond what the survivors need that a trim may leave before a gather is the better choice;
+/// for long lanes a sixteenth of what they need.
 const TRIM_SLACK: usize = 2;
 
 /// Where a surviving row is now.
@@ -74,11 +76,27 @@ impl Sequence {
             self.leave_prefix();
         }
         let old = std::mem::replace(&mut self.lanes[index], lane);
-        // Spans keep their order, so one walk over both lists finds the blocks that are gone.
+        // Spans keep their order, and those of a block are neighbours, so one walk over both lists
+        // finds the references that are gone, or that split spans have besides.
         let mut kept = self.lanes[index].spans.iter().map(|span| span.block.id).peekable();
-        let ids = old.spans.iter().map(|span| span.block.id);
-        let gone: Vec<_> = ids.filter(|id| kept.next_if_eq(id).is_none()).collect();
-        self.cache.release(gone.into_iter(), std::iter::empty());
+        let (mut gone, mut more) = (Vec::new(), Vec::new());
+        for spans in old.spans.chunk_by(|a, b| a.block.id == b.block.id) {
+            let id = spans[0].block.id;
+            let mut left = spans.len();
+            while kept.next_if_eq(&id).is_some() {
+                match left {
+                    0 => more.push(id),
+                    _ => left -= 1,
+                }
+            }
+            gone.extend(std::iter::repeat_n(id, left));
+        }
+        if !more.is_empty() {
+            self.cache.retain(more);
+        }
+        if !gone.is_empty() {
+            self.cache.release(gone.into_iter(), std::iter::empty());
+        }
 
         let shape = self.cache.config().shape;
         let mut heads = 0;
@@ -99,41 +117,69 @@ impl Sequence {
         self.touch();
     }
 
-    /// The lane with trimmed spans, if that is possible without wasting blocks.
+    /// The lane with trimmed and split spans, if that is possible without wasting blocks.
     fn trim(&self, index: usize, keep: &KeepSet) -> Option<Lane> {
         let old = &self.lanes[index];
-        let block_size = self.cache.config().block_size;
-        let mut lane = Lane { spans: Vec::new(), evicted: old.evicted };
+        let needed = keep.len().div_ceil(self.cache.config().block_size);
+        let slack = TRIM_SLACK.max(needed / 16);
+        let mut lane =
+            Lane { spans: Vec::with_capacity(old.spans.len() + 1), evicted: old.evicted };
         let mut ranges = keep.ranges().iter().cloned().peekable();
-        let (mut start, mut evicted) = (0, 0);
+        let (mut start, mut evicted, mut blocks) = (0, 0, 0);
         for (i, span) in old.spans.iter().enumerate() {
             let end = start + span.count as usize;
-            let inside = runs_within(&mut ranges, start..end);
-            let run = match inside.as_slice() {
-                [] => None,
-                [run] => Some(run.clone()),
-                _ => return None,
-            };
-            // Later rows go behind the last row of the open tail, which therefore has to stay.
-            let is_open_tail = i + 1 == old.spans.len() && !span.sealed;
-            match run {
-                Some(run) if is_open_tail && run.end < end => return None,
-                Some(run) => {
-                    let skipped = run.start - start;
-                    let mut kept = span.clone();
-                    kept.first += skipped as u32;
-                    kept.count = run.len() as u32;
-                    kept.evicted_before += (evicted + skipped) as i32;
-                    lane.spans.push(kept);
-                    evicted += span.count as usize - run.len();
-                }
-                None => evicted += span.count as usize,
+            let (before, mut next) = (lane.spans.len(), start);
+            for run in runs_within(&mut ranges, start..end) {
+                evicted += run.start - next;
+                next = run.end;
+                let mut kept = span.clone();
+                kept.first += (run.start - start) as u32;
+                kept.count = run.len() as u32;
+                kept.evicted_before += evicted as i32;
+                lane.spans.push(kept);
             }
+            evicted += end - next;
+            // Later rows go behind the last row of the open tail, and an open block is sealed through
+            // its span, which therefore has to stay one.
+            let runs = lane.spans.len() - before;
+            let is_open_tail = i + 1 == old.spans.len() && !span.sealed;
+            if !span.sealed && (runs > 1 || is_open_tail && runs == 1 && next < end) {
+                return None;
+            }
+            let last = before.checked_sub(1).map(|last| lane.spans[last].block.id);
+            let is_new = last != Some(span.block.id);
+            blocks += usize::from(is_new && runs > 0);
             start = end;
         }
         lane.evicted += evicted as i32;
-        let enough = keep.len().div_ceil(block_size) + TRIM_SLACK;
-        (lane.spans.len() <= enough).then_some(lane)
+        let few = blocks <= needed + slack && lane.spans.len() <= 4 * needed + slack;
+        (few && self.gaps_are_finite(index, &lane)).then_some(lane)
+    }
+
+    /// Whether the values of rows that `lane` loses from between others of their block are finite:
+    /// attention goes over such rows with a weight of 0.
+    fn gaps_are_finite(&self, index: usize, lane: &Lane) -> bool {
+        let is_same = |a: &Span, b: &Span| a.block.id == b.block.id;
+        let mut blocks = self.lanes[index].spans.chunk_by(is_same);
+        lane.spans.chunk_by(is_same).filter(|spans| spans.len() > 1).all(|spans| {
+            let Some(old) = blocks.find(|old| is_same(&old[0], &spans[0])) else { return true };
+            let gaps = spans.windows(2).map(|pair| pair[0].end()..pair[1].first as usize);
+            let mut lost = gaps.flat_map(|gap| {
+                let part =
+                    move |span: &Span| gap.start.max(span.first as usize)..gap.end.min(span.end());
+                old.iter().map(part)
+            });
+            lost.all(|rows| rows.is_empty() || self.values_are_finite(&spans[0].block, rows))
+        })
+    }
+
+    fn values_are_finite(&self, block: &Block, rows: Range<usize>) -> bool {
+        let shape = &self.cache.config().shape;
+        let mut values = vec![0.0f32; rows.len() * shape.head_dim];
+        (0..self.cache.config().lane_width.cells(shape)).all(|cell| {
+            self.cache.read_rows(&block.view, cell, Side::Value, rows.clone(), &mut values);
+            values.iter().all(|x| x.is_finite())
+        })
     }
 
     /// The lane with its survivors copied into new blocks: full ones sealed, the rest open.
@@ -284,19 +330,16 @@ impl Sequence {
 fn runs_within(
     ranges: &mut std::iter::Peekable<impl Iterator<Item = Range<usize>>>,
     window: Range<usize>,
-) -> Vec<Range<usize>> {
-    let mut runs = Vec::new();
-    while let Some(range) = ranges.peek() {
-        if range.start >= window.end {
-            break;
+) -> impl Iterator<Item = Range<usize>> {
+    let mut is_over = false;
+    std::iter::from_fn(move || {
+        let range = ranges.peek().filter(|range| range.start < window.end && !is_over)?.clone();
+        is_over = range.end > window.end;
+        if !is_over {
+            ranges.next();
         }
-        runs.push(range.start.max(window.start)..range.end.min(window.end));
-        if range.end > window.end {
-            break;
-        }
-        ranges.next();
-    }
-    runs
+        Some(range.start.max(window.start)..range.end.min(window.end))
+    })
 }
 
 /// Every surviving row in order.

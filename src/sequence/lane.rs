@@ -28,7 +28,8 @@ impl Positions {
     }
 }
 
-/// A run of rows of one block.
+/// A run of rows of one block. Each span has a reference of its own to its block; those of one block
+/// are neighbours in a lane.
 #[derive(Debug, Clone)]
 pub struct Span {
     /// The block.
@@ -85,6 +86,12 @@ impl Lane {
     /// Rows of all spans.
     pub fn len(&self) -> usize {
         self.spans.iter().map(|span| span.count as usize).sum()
+    }
+
+    /// The blocks of the lane, each once.
+    pub fn blocks(&self) -> impl Iterator<Item = &Block> {
+        let groups = self.spans.chunk_by(|a, b| a.block.id == b.block.id);
+        groups.map(|spans| &spans[0].block)
     }
 
     /// Whether the lane holds no row.

@@ -8,17 +8,21 @@
 //! committed; what is not committed is dropped. Every failing call leaves the sequence unchanged.
 
 mod compact;
+mod index;
 mod lane;
 mod observation;
 mod prefix;
+mod received;
 mod statistics;
 mod swap;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+pub use index::BlockIndex;
 pub use lane::{Lane, Positions, Span};
 pub use observation::{FIRST_STATISTIC, HeadObservation, Observation, Replay};
+pub use received::{MAX_DRAFTS, Received};
 pub use statistics::QueryStatistics;
 
 use crate::block::prefix::Digest;
@@ -225,6 +229,9 @@ impl Sequence {
             _ => self.hashable &= n == 0,
         }
         self.shared.written.iter().for_each(|layer| layer.store(0, Ordering::Release));
+        if let Some(observation) = &self.observation {
+            observation.commit(self.committed as i32);
+        }
         if !self.defer {
             self.seal_full();
         }
@@ -317,8 +324,7 @@ impl Sequence {
 
     /// Bytes of the blocks that the sequence refers to, shared ones included.
     pub fn bytes(&self) -> usize {
-        let bytes =
-            |lane: &Lane| lane.spans.iter().map(|span| span.block.view.len()).sum::<usize>();
+        let bytes = |lane: &Lane| lane.blocks().map(|block| block.view.len()).sum::<usize>();
         self.lanes.iter().map(bytes).sum()
     }
 
@@ -338,6 +344,7 @@ impl Sequence {
         Ok(())
     }
 
+    /// The block of each span: one for each reference.
     fn blocks(&self) -> impl DoubleEndedIterator<Item = BlockId> + '_ {
         self.lanes.iter().flat_map(|lane| lane.spans.iter().map(|span| span.block.id))
     }
@@ -467,7 +474,13 @@ impl Sequence {
     pub fn positions(&self, lane: usize, out: &mut Vec<i32>) {
         out.clear();
         for span in &self.lanes[lane].spans {
-            out.extend((0..span.count as usize).map(|i| span.position(i)));
+            let rows = span.first as usize..span.end();
+            match &span.positions {
+                Positions::From(start) => {
+                    out.extend((start + rows.start as i32)..(start + rows.end as i32));
+                }
+                Positions::List(list) => out.extend_from_slice(&list[rows]),
+            }
         }
     }
 

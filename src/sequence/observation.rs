@@ -2,10 +2,14 @@
 //! its tokens through eviction, truncation and fork.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
+use super::index::BlockIndex;
+use super::received::{MAX_DRAFTS, Received, keep_rows};
 use super::statistics::QueryStatistics;
+use crate::selector::Selector;
 use crate::shape::{KeepSet, ModelShape, Needs};
 
 /// Queries of earlier positions are left out of statistics: sinks are unlike all others.
@@ -20,6 +24,7 @@ pub struct Observation {
     heads: Vec<Mutex<HeadObservation>>,
     num_kv_heads: usize,
     history: usize,
+    selector: Option<Arc<dyn Selector>>,
     /// What reserved tokens replay, if they do.
     replay: RwLock<Option<Replay>>,
     /// For each layer, the lengths of the hidden states of the reserved tokens.
@@ -37,13 +42,14 @@ pub struct Replay {
 }
 
 /// Observations of one (layer, KV head).
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default)]
 pub struct HeadObservation {
     /// The last queries, oldest first: position and `[group, head_dim]` elements each.
     queries: Vec<(i32, Box<[f32]>)>,
-    /// Attention probability that each cached row received so far, summed over queries and over
-    /// the query heads of the group.
-    pub column_sums: Vec<f32>,
+    /// Buffers of queries that are used again.
+    spare_queries: Vec<Box<[f32]>>,
+    /// Attention probability that each cached row received.
+    pub received: Received,
     /// Queries that gave each row less than an even share since the last eviction.
     pub low_counts: Vec<f32>,
     /// Statistics of each query head of the group, from position [`FIRST_STATISTIC`] on. Tokens that
@@ -54,6 +60,8 @@ pub struct HeadObservation {
     /// For each query head of the group, the largest probability that each row received from a token
     /// that replays it; NaN for rows that none has.
     pub replay_maxima: Vec<Vec<f32>>,
+    /// What the selector knows of the blocks, once attention has asked it.
+    pub index: Option<BlockIndex>,
 }
 
 impl Observation {
@@ -66,6 +74,7 @@ impl Observation {
             heads,
             num_kv_heads: shape.num_kv_heads,
             history: 0,
+            selector: None,
             replay: RwLock::default(),
             replay_norms: (0..shape.num_layers).map(|_| RwLock::default()).collect(),
         }
@@ -75,6 +84,24 @@ impl Observation {
     #[must_use]
     pub fn with_history(self, history: usize) -> Self {
         Self { history, ..self }
+    }
+
+    /// The same for a policy that chooses what decode steps read.
+    #[must_use]
+    pub fn with_selector(self, selector: Option<Arc<dyn Selector>>) -> Self {
+        Self { selector, ..self }
+    }
+
+    /// What chooses the blocks that decode steps read, if not all of them.
+    pub fn selector(&self) -> Option<&Arc<dyn Selector>> {
+        self.selector.as_ref()
+    }
+
+    /// Bytes of what the selector knows of the blocks.
+    pub fn selector_bytes(&self) -> usize {
+        let bytes =
+            |head: &Mutex<HeadObservation>| head.lock().index.as_ref().map_or(0, BlockIndex::bytes);
+        self.heads.iter().map(bytes).sum()
     }
 
     /// Queries of each call that count.
@@ -107,6 +134,7 @@ impl Observation {
             heads: self.heads.iter().map(copy).collect(),
             num_kv_heads: self.num_kv_heads,
             history: self.history,
+            selector: self.selector.clone(),
             replay: RwLock::default(),
             replay_norms: self.replay_norms.iter().map(|_| RwLock::default()).collect(),
         }
@@ -139,21 +167,31 @@ impl Observation {
         }
     }
 
+    /// Says that the tokens below `limit` are real and that no others are reserved.
+    pub fn commit(&self, limit: i32) {
+        for head in &self.heads {
+            head.lock().commit(limit, self.window, self.needs);
+        }
+    }
+
     /// Forgets queries at positions of `limit` and above.
     pub fn truncate(&self, limit: i32) {
         for head in &self.heads {
-            head.lock().queries.retain(|(position, _)| *position < limit);
+            head.lock().commit(limit, self.window, Needs::NONE);
         }
     }
 }
 
 impl HeadObservation {
-    /// Remembers the query of one position, dropping the oldest beyond `window`. Workers may bring
-    /// the tiles of one step in any order.
+    /// Remembers the query of one position. A commit drops the oldest beyond `window`; before it the
+    /// queries of drafts must not push out those that stay if they are rejected. Workers may bring the
+    /// tiles of one step in any order.
     pub fn push_query(&mut self, window: usize, position: i32, query: &[f32]) {
         let place = self.queries.partition_point(|(other, _)| *other < position);
-        if self.queries.len() < window {
-            self.queries.insert(place, (position, query.into()));
+        if self.queries.len() < window.saturating_add(window.max(MAX_DRAFTS)) {
+            let mut row = self.spare_queries.pop().unwrap_or_else(|| query.into());
+            row.copy_from_slice(query);
+            self.queries.insert(place, (position, row));
         } else if place > 0 {
             // The oldest makes room, and its allocation is used again.
             self.queries[0].0 = position;
@@ -186,21 +224,33 @@ impl HeadObservation {
     /// Keeps what is known of the surviving rows of a lane. Counts start anew.
     pub fn keep(&mut self, keep: &KeepSet, len: usize) {
         self.low_counts.clear();
-        for (plane, missing) in [(&mut self.column_sums, 0.0), (&mut self.gate_scores, f32::NAN)] {
-            if !plane.is_empty() {
-                plane.resize(len, missing);
-                *plane = keep.iter().map(|row| plane[row]).collect();
-            }
+        self.received.keep(keep, len);
+        if let Some(index) = &mut self.index {
+            index.keep(keep);
         }
+        keep_rows(&mut self.gate_scores, keep, len, f32::NAN);
         for plane in &mut self.replay_maxima {
-            plane.resize(len, f32::NAN);
-            *plane = keep.iter().map(|row| plane[row]).collect();
+            keep_rows(plane, keep, len, f32::NAN);
         }
+    }
+
+    /// Tokens below `limit` are real: what is known of queries of others is forgotten, and of those that
+    /// count the last `window` stay.
+    fn commit(&mut self, limit: i32, window: usize, asked: Needs) {
+        let real = self.queries.partition_point(|(position, _)| *position < limit);
+        let spare = &mut self.spare_queries;
+        spare.extend(self.queries.drain(real..).map(|(_, row)| row));
+        spare.extend(self.queries.drain(..real.saturating_sub(window)).map(|(_, row)| row));
+        spare.truncate(MAX_DRAFTS);
+        self.received.commit(limit, asked);
     }
 
     /// Forgets what is known of rows from `len` on.
     pub fn truncate_rows(&mut self, len: usize) {
-        self.column_sums.truncate(len);
+        self.received.truncate_rows(len);
+        if let Some(index) = &mut self.index {
+            index.truncate_rows(len);
+        }
         self.low_counts.truncate(len);
         self.gate_scores.truncate(len);
         self.replay_maxima.iter_mut().for_each(|plane| plane.truncate(len));

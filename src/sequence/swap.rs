@@ -1,6 +1,6 @@
 //! Preemption: the bytes of a sequence leave the cache and come back later.
 
-use super::Sequence;
+use super::{Lane, Sequence};
 use crate::cache::{Block, BlockView};
 use crate::error::{Result, ensure};
 
@@ -16,8 +16,8 @@ impl Sequence {
             "{} tokens are reserved; commit or truncate before preempting",
             self.reserved
         );
-        for (i, span) in self.lanes.iter().flat_map(|lane| &lane.spans).enumerate() {
-            put(i, span.block.view.bytes())?;
+        for (i, block) in self.lanes.iter().flat_map(Lane::blocks).enumerate() {
+            put(i, block.view.bytes())?;
         }
         let blocks: Vec<_> = self.blocks().collect();
         let entries = std::mem::take(&mut self.entries);
@@ -37,10 +37,16 @@ impl Sequence {
             self.cache.release(blocks.iter().map(|block| block.id), std::iter::empty());
             return Err(error);
         }
-        let spans = self.lanes.iter_mut().flat_map(|lane| &mut lane.spans);
-        for (span, block) in spans.zip(blocks) {
-            span.block = block;
+        let mut blocks = blocks.into_iter();
+        let mut more = Vec::new();
+        for lane in &mut self.lanes {
+            for spans in lane.spans.chunk_by_mut(|a, b| a.block.id == b.block.id) {
+                let Some(block) = blocks.next() else { break };
+                more.extend(std::iter::repeat_n(block.id, spans.len() - 1));
+                spans.iter_mut().for_each(|span| span.block = block);
+            }
         }
+        self.cache.retain(more);
         self.swapped = false;
         self.touch();
         Ok(())
@@ -53,7 +59,7 @@ impl Sequence {
 
     /// Blocks that the sequence refers to, or will when it is back.
     pub fn num_blocks(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.spans.len()).sum()
+        self.lanes.iter().map(|lane| lane.blocks().count()).sum()
     }
 
     fn allocate_and_fill(
@@ -61,8 +67,8 @@ impl Sequence {
         blocks: &mut Vec<Block>,
         get: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        for (i, span) in self.lanes.iter().flat_map(|lane| &lane.spans).enumerate() {
-            self.cache.allocate(1, span.block.view.format(), blocks)?;
+        for (i, block) in self.lanes.iter().flat_map(Lane::blocks).enumerate() {
+            self.cache.allocate(1, block.view.format(), blocks)?;
             let view: BlockView = blocks[i].view;
             get(i, view.write(0..view.len()))?;
         }

@@ -131,12 +131,19 @@ pub fn parse_spec(spec: &str) -> Result<Pipeline> {
         Unsupported,
         "slots cannot change values of tokens that stay, as merging does"
     );
+    ensure!(
+        policy.selector().is_none(),
+        Unsupported,
+        "slots are read as the mask says, a selector would have to choose among them"
+    );
     let missing = policy.needs().without(OBSERVED);
+    let stage = policy.needed_by(missing).unwrap_or("pos");
     ensure!(
         missing == Needs::NONE && policy.position_mode() == PositionMode::Keep,
         Unsupported,
-        "stage {:?} needs {}, which an engine that addresses its cache by slot does not hand over",
-        policy.needed_by(missing).unwrap_or("pos"),
+        "column {}: {stage:?} needs {}, which an engine that addresses its cache by slot does not hand \
+         over",
+        policy.column_of(stage),
         policy.needs().missing_from(OBSERVED).join(" and ")
     );
     Ok(policy)

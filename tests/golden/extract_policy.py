@@ -79,6 +79,8 @@ def main():
             subset[field.format(layer)] = presses[field.format(layer)]
         subset[f"cam_knorm/{layer}.merge_prob"] = presses[f"cam_knorm/{layer}.merge_prob"]
     subset |= {name: tensor for name, tensor in traces.items() if name.split("/")[0] in TRACES}
+    quest = {name: tensor for name, tensor in traces.items() if name.startswith("quest_p16/")}
+    subset |= {name: tensor for name, tensor in quest.items() if ".ub" in name or ".sel_kvmax_" in name}
     subset = {name: np.ascontiguousarray(tensor) for name, tensor in subset.items()}
     save_file(subset, Path(__file__).with_name("policy_subset.safetensors"))
     names = sorted(press["key"] for press in manifest)

@@ -11,7 +11,7 @@ use crate::shape::{KeepSet, Needs};
 
 registry! {
     /// Every act, in the order of the documentation.
-    pub static ACTS: Entry = { merge, cam, d2o, }
+    pub static ACTS: Entry = { merge, cam, d2o, kvmerger, }
 }
 
 /// What an act sees of one head.

@@ -2,14 +2,16 @@
 
 use std::fmt::Debug;
 
-use super::HeadScores;
+use super::{HeadScores, LayerInput};
 use crate::error::Result;
 use crate::registry::{Args, Param, registry};
-use crate::shape::LaneWidth;
+use crate::shape::{LaneWidth, Needs};
+
+pub(super) use preferences::divide;
 
 registry! {
     /// Every budget, in the order of the documentation.
-    pub static BUDGETS: Entry = { uniform, adakv, global, pyramid, lukv, headkv, }
+    pub static BUDGETS: Entry = { uniform, adakv, global, pyramid, preferences, lukv, headkv, }
 }
 
 /// What a budget over layers knows of one head.
@@ -27,6 +29,22 @@ pub struct LayerShare {
 
 /// Spreads an allowance.
 pub trait Budget: Debug + Send + Sync {
+    /// What the engine has to hand over.
+    fn needs(&self) -> Needs {
+        Needs::NONE
+    }
+
+    /// Queries of each head to remember.
+    fn query_window(&self) -> usize {
+        0
+    }
+
+    /// How much of the allowance of all layers together this one should have, in proportion to the
+    /// others; `None` if it keeps its own. Only asked of budgets over all layers.
+    fn preference(&self, _layer: &LayerInput<'_>) -> Result<Option<f64>> {
+        Ok(None)
+    }
+
     /// The allowance of a head of this layer; possibly more than the head has. The same for all
     /// layers unless a budget says otherwise.
     fn layer_share(&self, at: &LayerShare) -> usize {

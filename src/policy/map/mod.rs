@@ -17,7 +17,9 @@ use subset::Subset;
 
 registry! {
     /// Every map, in the order of the documentation.
-    pub static MAPS: Entry = { protect, pool, vnorm, rank, znorm, agree, critical, chunk, entropy_chunk, quota, blockwise, }
+    pub static MAPS: Entry = {
+        protect, pool, vnorm, rank, znorm, agree, buzz, critical, chunk, entropy_chunk, quota, blockwise,
+    }
 }
 
 /// Scores of a layer on their way to keep sets.

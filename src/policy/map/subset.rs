@@ -57,6 +57,7 @@ impl Subset {
             replay_maxima: &rows.replay_maxima,
             queries: &[],
             num_queries: 0,
+            last_row: &[],
             ..*head
         };
         LayerInput {

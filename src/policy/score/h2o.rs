@@ -69,7 +69,7 @@ impl Score for H2o {
             let recent = self.recent.min(*budget);
             let mut scores = head.column_sums.to_vec();
             scores.resize(len, 0.0);
-            HeadScores { scores, protected: (0..len).map(|i| i + recent >= len).collect() }
+            HeadScores::recent(scores, recent)
         };
         Ok(layer.heads.iter().zip(budgets).map(score).collect())
     }

@@ -12,7 +12,7 @@ use crate::error::{Result, bail};
 use crate::registry::{Args, Param, registry};
 use crate::shape::{KeepSet, LaneWidth, Needs};
 
-use probability::QueryWindow;
+pub(super) use probability::QueryWindow;
 pub use probability::WindowProbabilities;
 
 /// The query window of scores that read all queries of the prompt.
@@ -23,7 +23,7 @@ registry! {
     pub static SCORES: Entry = {
         full, stream, snapkv, h2o, scissorhands, tova, keydiff, expected, knorm, lagkv, cur,
         observed, finch, capkv, leverage, noncausal, compactor, qfilter, kvzip, kvzap, fastkvzip,
-        duo, simlayer, fastgen, nacl, random,
+        duo, simlayer, fastgen, nacl, cake, pyramidinfer, keyformer, random,
     }
 }
 
@@ -31,6 +31,11 @@ registry! {
 pub trait Score: Debug + Send + Sync {
     /// What the engine has to hand over.
     fn needs(&self) -> Needs;
+
+    /// What it can do with instead of its needs.
+    fn shortcut(&self) -> Option<Needs> {
+        None
+    }
 
     /// Queries of each head to remember.
     fn query_window(&self) -> usize {

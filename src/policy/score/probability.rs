@@ -12,14 +12,13 @@ const TILE: usize = 32;
 pub struct WindowProbabilities {
     kernels: &'static Kernels,
     rows: Vec<f32>,
-    tile: Vec<u8>,
     products: Vec<f32>,
 }
 
 impl WindowProbabilities {
     /// Buffers that run on `kernels`.
     pub fn new(kernels: &'static Kernels) -> Self {
-        Self { kernels, rows: Vec::new(), tile: Vec::new(), products: Vec::new() }
+        Self { kernels, rows: Vec::new(), products: Vec::new() }
     }
 
     /// `P[t, j] = softmax over j of queries[t] . keys[j] / sqrt(dim)` with `queries` `[n, dim]`,
@@ -51,13 +50,10 @@ impl WindowProbabilities {
         let (len, num_queries) = (keys.len() / dim, queries.len() / dim);
         self.rows.resize(num_queries * len, 0.0);
         for (start, keys) in (0..len).step_by(TILE).zip(keys.chunks(TILE * dim)) {
-            self.tile.clear();
-            self.tile.extend(keys.iter().flat_map(|x| x.to_le_bytes()));
             let count = keys.len() / dim;
-            let rows =
-                Rows { bytes: &self.tile, stride: dim * 4, count, dim, group: dim, ahead: &[] };
             self.products.resize(num_queries * count, 0.0);
-            self.kernels.dot(Format::F32, &rows, queries, &mut self.products);
+            let keys = Rows::of_f32(keys, dim);
+            self.kernels.dot(Format::F32, &keys, queries, &mut self.products);
             for (t, products) in self.products.chunks_exact(count).enumerate() {
                 self.rows[t * len + start..][..count].copy_from_slice(products);
             }
@@ -67,7 +63,7 @@ impl WindowProbabilities {
 
 /// The last queries of a head and what they see of its tokens.
 #[derive(Debug)]
-pub(super) struct QueryWindow<'a> {
+pub(in crate::policy) struct QueryWindow<'a> {
     head: &'a HeadInput<'a>,
     dim: usize,
     /// Queries in the window, at least 1.
@@ -80,11 +76,11 @@ impl<'a> QueryWindow<'a> {
     /// The scores that `score` gives the tokens before the last `w` queries of each head, of as many
     /// elements as there are tokens. Heads of at most `w` tokens stay whole. `name` is that of the
     /// stage. If fewer queries were observed, the window is as short as they are.
-    pub(super) fn score_heads(
+    pub(in crate::policy) fn score_heads(
         name: &str,
         w: usize,
         layer: &LayerInput<'_>,
-        score: impl Fn(&QueryWindow<'_>, &mut WindowProbabilities) -> Vec<f32>,
+        mut score: impl FnMut(&QueryWindow<'_>, &mut WindowProbabilities) -> Vec<f32>,
     ) -> Result<Vec<HeadScores>> {
         let mut probabilities = WindowProbabilities::new(simd::active());
         let mut one = |head: &HeadInput<'_>| {
@@ -103,8 +99,13 @@ impl<'a> QueryWindow<'a> {
     }
 
     /// Tokens of the head.
-    pub(super) fn len(&self) -> usize {
+    pub(in crate::policy) fn len(&self) -> usize {
         self.head.positions.len()
+    }
+
+    /// Positions of the tokens of the head.
+    pub(super) fn positions(&self) -> &'a [i32] {
+        self.head.positions
     }
 
     /// The position of query `t` of the window.
@@ -125,6 +126,35 @@ impl<'a> QueryWindow<'a> {
             let visible = |t| self.up_to(self.position(t));
             each(g, probabilities.compute(keys, last, self.dim, visible));
         }
+    }
+
+    /// Over the queries of the window, mean and variance of what they give each token before it, on the
+    /// mean over the query heads: `[old]` each.
+    pub(in crate::policy) fn moments(
+        &self,
+        probabilities: &mut WindowProbabilities,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let mut rows = vec![0.0f32; self.queries * self.old];
+        let mut group = 0;
+        self.for_each_query_head(probabilities, |_, all| {
+            group += 1;
+            for (sums, row) in rows.chunks_exact_mut(self.old.max(1)).zip(all.chunks(self.len())) {
+                sums.iter_mut().zip(row).for_each(|(sum, p)| *sum += p);
+            }
+        });
+        let scale = 1.0 / (self.queries * group.max(1)) as f32;
+        let mut mean = vec![0.0f32; self.old];
+        for row in rows.chunks_exact(self.old.max(1)) {
+            mean.iter_mut().zip(row).for_each(|(mean, sum)| *mean += sum * scale);
+        }
+        let mut variance = vec![0.0f32; self.old];
+        for row in rows.chunks_exact(self.old.max(1)) {
+            for ((variance, sum), mean) in variance.iter_mut().zip(row).zip(&mean) {
+                let deviation = sum / group.max(1) as f32 - mean;
+                *variance += deviation * deviation / self.queries as f32;
+            }
+        }
+        (mean, variance)
     }
 
     /// Tokens up to a position. Those of the window may have been evicted, so what a query sees goes

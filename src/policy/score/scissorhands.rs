@@ -68,10 +68,7 @@ impl Score for Scissorhands {
             let low = |i: usize| head.low_counts.get(i).copied().unwrap_or(0.0);
             // Counts are whole numbers: a part of one breaks ties.
             let later = |i: usize| i as f32 / (len as f32 + 1.0);
-            HeadScores {
-                scores: (0..len).map(|i| later(i) - low(i)).collect(),
-                protected: (0..len).map(|i| i + recent >= len).collect(),
-            }
+            HeadScores::recent((0..len).map(|i| later(i) - low(i)).collect(), recent)
         };
         Ok(layer.heads.iter().zip(budgets).map(score).collect())
     }

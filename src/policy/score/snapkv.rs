@@ -117,14 +117,22 @@ impl SnapKv {
     }
 
     fn pool(&self, values: &[f32], out: &mut [f32]) {
+        if !self.max_pool {
+            return average_pool(values, self.kernel, out);
+        }
         let half = self.kernel / 2;
         for (i, out) in out.iter_mut().enumerate() {
             let near = &values[i.saturating_sub(half)..(i + half + 1).min(values.len())];
-            *out = if self.max_pool {
-                near.iter().copied().fold(f32::NEG_INFINITY, f32::max)
-            } else {
-                near.iter().sum::<f32>() / self.kernel as f32
-            };
+            *out = near.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         }
+    }
+}
+
+/// Mean over `kernel` neighbours, of which those beyond the ends count as 0.
+pub(super) fn average_pool(values: &[f32], kernel: usize, out: &mut [f32]) {
+    let half = kernel / 2;
+    for (i, out) in out.iter_mut().enumerate().take(values.len()) {
+        let near = &values[i.saturating_sub(half)..(i + half + 1).min(values.len())];
+        *out = near.iter().sum::<f32>() / kernel as f32;
     }
 }

@@ -7,7 +7,8 @@
 //! All KV heads of a layer share the scores, so they keep the same tokens. The `recent` newest tokens
 //! are protected; the authors protect none, and then the newest one may be dropped itself. Where an
 //! earlier stage left the heads of a layer with different tokens, each head uses the mean of its own
-//! group.
+//! group. The library's own attention knows these probabilities already; else they are computed from
+//! the last query and the keys.
 
 use super::{Entry, Score, WindowProbabilities};
 use crate::error::{Result, ensure};
@@ -40,6 +41,10 @@ impl Score for Tova {
         ENTRY.needs
     }
 
+    fn shortcut(&self) -> Option<Needs> {
+        Some(Needs::LAST_ROW)
+    }
+
     fn query_window(&self) -> usize {
         1
     }
@@ -58,9 +63,13 @@ impl Score for Tova {
 
     fn score(&self, layer: &LayerInput<'_>, budgets: &[usize]) -> Result<Vec<HeadScores>> {
         let mut probabilities = WindowProbabilities::new(simd::active());
+        let observed = layer.offered().contains(Needs::LAST_ROW);
         let mut means = Vec::with_capacity(layer.heads.len());
         for head in &layer.heads {
-            means.push(group_mean(layer, head, &mut probabilities)?);
+            means.push(match observed {
+                true => head.last_row.iter().map(|sum| sum / layer.group as f32).collect(),
+                false => group_mean(layer, head, &mut probabilities)?,
+            });
         }
         let is_even = layer.heads.windows(2).all(|pair| pair[0].positions == pair[1].positions);
         if let (true, [first, others @ ..]) = (is_even, means.as_mut_slice()) {
@@ -71,8 +80,7 @@ impl Score for Tova {
             others.iter_mut().for_each(|other| other.clone_from(first));
         }
         let finish = |(scores, budget): (Vec<f32>, &usize)| {
-            let first = scores.len() - self.recent.min(*budget).min(scores.len());
-            HeadScores { protected: (0..scores.len()).map(|i| i >= first).collect(), scores }
+            HeadScores::recent(scores, self.recent.min(*budget))
         };
         Ok(means.into_iter().zip(budgets).map(finish).collect())
     }
@@ -97,4 +105,37 @@ fn group_mean(
     }
     mean.iter_mut().for_each(|sum| *sum /= layer.group as f32);
     Ok(mean)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_observed_row_says_the_same_as_keys_and_the_last_query() {
+        let (len, dim, group) = (50, 16, 3);
+        let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 20.0;
+        let keys: Vec<f32> = (0..len * dim).map(value).collect();
+        let queries: Vec<f32> = (0..group * dim).map(|i| value(i + 7)).collect();
+        let positions: Vec<i32> = (0..len as i32).collect();
+        let mut probabilities = WindowProbabilities::new(simd::active());
+        let mut row = vec![0.0; len];
+        for query in queries.chunks_exact(dim) {
+            let p = probabilities.compute(&keys, query, dim, |_| len);
+            row.iter_mut().zip(p).for_each(|(sum, p)| *sum += p);
+        }
+        let head = HeadInput { positions: &positions, ..HeadInput::default() };
+        let computed = HeadInput { keys: &keys, queries: &queries, num_queries: 1, ..head };
+        let observed = HeadInput { last_row: &row, ..head };
+        let scores = |head| {
+            let heads = vec![head];
+            let layer = LayerInput { group, head_dim: dim, heads, ..LayerInput::default() };
+            Tova { recent: 1 }.score(&layer, &[10]).unwrap().remove(0)
+        };
+        let (computed, observed) = (scores(computed), scores(observed));
+        assert_eq!(computed.protected, observed.protected);
+        for (a, b) in computed.scores.iter().zip(&observed.scores) {
+            assert!((a - b).abs() <= 1e-6 * a, "{a} {b}");
+        }
+    }
 }

@@ -1,0 +1,67 @@
+//! What a policy asks for, and what this library and its engine can serve.
+
+use std::sync::Arc;
+
+use crate::cache::Cache;
+use crate::error::{Result, bail};
+use crate::policy::Pipeline;
+use crate::sequence::Observation;
+use crate::shape::{LaneWidth, Needs};
+
+/// What attention of this library tells policies that have a use for it, though none insists.
+pub(super) const OFFERED: Needs = Needs::LAST_ROW;
+
+/// Refuses a policy that the cache or the engine cannot serve, naming the stage and what is missing.
+/// The engine has `told` these things.
+pub(super) fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Result<()> {
+    // Attention of this library observes queries and probabilities; hidden states are handed over
+    // with each step.
+    let mut caps = told.union(Needs::KEYS).union(Needs::VALUES).union(Needs::HIDDEN);
+    caps = caps.union(Needs::REPLAY).union(Needs::REPLAY_HIDDEN).union(Needs::LOW_COUNT);
+    caps = caps.union(Needs::QUERY_WINDOW).union(Needs::COLUMN_SUM);
+    if cache.config().rope.is_some() {
+        // Statistics are of queries that are turned back.
+        caps = caps.union(Needs::ROPE).union(Needs::QUERY_STATISTICS);
+    }
+    let needs = policy.needs();
+    let missing = needs.without(caps);
+    if missing != Needs::NONE {
+        let remedy = match missing.contains(Needs::OUTPUT_PROJECTION) {
+            true => "hand over the weights of every layer first",
+            false => "set rope_style in the cache configuration",
+        };
+        let stage = policy.needed_by(missing).unwrap_or(policy.spec());
+        bail!(
+            Unsupported,
+            "column {}: {stage} needs {} from the engine: {remedy}",
+            policy.column_of(stage),
+            needs.missing_from(caps).join(", ")
+        );
+    }
+    let rank = |width: LaneWidth| width.num_lanes(&cache.config().shape);
+    let (needed, stage) = policy.lane_width();
+    let found = cache.config().lane_width;
+    if rank(found) < rank(needed) {
+        let stage = stage.unwrap_or("the spec");
+        bail!(
+            Unsupported,
+            "column {}: {stage} needs lanes of width {needed:?}, the cache has {found:?}",
+            policy.column_of(stage)
+        );
+    }
+    Ok(())
+}
+
+/// Where attention notes what the policy of a sequence asks for; `None` if it asks for nothing.
+pub(super) fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Observation>> {
+    let attention = Needs::QUERY_WINDOW.union(Needs::COLUMN_SUM).union(Needs::QUERY_STATISTICS);
+    let attention = attention.union(Needs::HIDDEN).union(Needs::REPLAY);
+    let attention = attention.union(Needs::LOW_COUNT).union(Needs::LAST_ROW);
+    let needs = policy.needs_with(OFFERED);
+    (needs.0 & attention.0 != 0 || policy.selector().is_some()).then(|| {
+        let shape = &cache.config().shape;
+        let observation = Observation::new(shape, needs, policy.query_window());
+        let observation = observation.with_history(policy.history());
+        Arc::new(observation.with_selector(policy.selector().cloned()))
+    })
+}

@@ -1,0 +1,90 @@
+//! Quest: blocks whose keys could match a query best, by an upper bound.
+//!
+//! ```text
+//! low[c], high[c] = the least and the most of channel c of the keys of the block
+//! bound[h]        = sum over c of max(q[h, c] * low[c], q[h, c] * high[c])  >=  q[h] . k  for each k
+//! score           = max over the query heads h of the group of bound[h]
+//! ```
+//!
+//! The sum is a product of `[high, low]` with the positive and the negative part of the query. The
+//! bounds are kept in f16, `4 * head_dim` bytes for a block, so a block should have 32 tokens or more:
+//! with 16 the bounds alone are an eighth of the keys. The authors choose for each query head, and
+//! leave the first two layers dense; here the group shares one choice.
+
+use super::rows::BlockRows;
+use super::{Entry, Index, NewBlocks, Reach, Selector, reach};
+use crate::registry::Param;
+use crate::shape::Needs;
+
+pub(super) static ENTRY: Entry = Entry {
+    name: "quest",
+    summary: "decode reads the blocks whose keys could match best, by their least and most in each \
+              channel",
+    paper: "Quest, arXiv 2406.10774",
+    params: PARAMS,
+    needs: Needs::NONE,
+    examples: &["quest(tokens=2k)", "snapkv | keep(0.5) | quest(tokens=64, dense=0)"],
+    create: |args| Ok(Box::new(Quest(Reach::from_args(args)))),
+};
+
+const PARAMS: &[Param] = &reach(1024, 0, 0, 2);
+
+#[derive(Debug)]
+struct Quest(Reach);
+
+#[derive(Debug, Clone)]
+struct Bounds {
+    dim: usize,
+    /// `[high, low]` of each block.
+    rows: BlockRows,
+    /// Positive and negative parts of the queries.
+    parts: Vec<f32>,
+}
+
+impl Selector for Quest {
+    fn reach(&self) -> Reach {
+        self.0
+    }
+
+    fn index(&self, dim: usize) -> Box<dyn Index> {
+        Box::new(Bounds { dim, rows: BlockRows::new(2 * dim), parts: Vec::new() })
+    }
+}
+
+impl Index for Bounds {
+    fn extend(&mut self, blocks: &NewBlocks<'_>) {
+        let mut bounds = vec![0.0; 2 * self.dim];
+        for (keys, _) in blocks.each(self.dim) {
+            let (high, low) = bounds.split_at_mut(self.dim);
+            high.fill(f32::NEG_INFINITY);
+            low.fill(f32::INFINITY);
+            for key in keys.chunks_exact(self.dim) {
+                high.iter_mut().zip(key).for_each(|(high, x)| *high = high.max(*x));
+                low.iter_mut().zip(key).for_each(|(low, x)| *low = low.min(*x));
+            }
+            self.rows.push(&bounds);
+        }
+    }
+
+    fn truncate(&mut self, blocks: usize) {
+        self.rows.truncate(blocks);
+    }
+
+    fn score(&mut self, queries: &[f32], scores: &mut [f32]) {
+        self.parts.clear();
+        for query in queries.chunks_exact(self.dim) {
+            self.parts.extend(query.iter().map(|x| x.max(0.0)));
+            self.parts.extend(query.iter().map(|x| x.min(0.0)));
+        }
+        self.rows.multiply(&self.parts);
+        self.rows.largest(scores);
+    }
+
+    fn fork(&self) -> Box<dyn Index> {
+        Box::new(self.clone())
+    }
+
+    fn bytes(&self) -> usize {
+        self.rows.bytes()
+    }
+}

@@ -1,0 +1,124 @@
+//! Lanes that lose single rows: split spans against a list of rows.
+
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod common;
+
+use common::{Engine, Random, config};
+use kvmgr::manager::Session;
+use kvmgr::quantizer::Side;
+use kvmgr::shape::{KeepSet, LaneWidth, ModelShape};
+
+const SHAPE: ModelShape =
+    ModelShape { num_layers: 1, num_q_heads: 2, num_kv_heads: 2, head_dim: 32 };
+const BLOCK: usize = 16;
+
+/// A sequence and, for each KV head, the positions and keys that it must hold.
+struct Watched {
+    session: Session,
+    rows: Vec<Vec<(i32, Vec<f32>)>>,
+}
+
+impl Watched {
+    /// Commits `n` random tokens.
+    fn extend(&mut self, engine: &mut Engine, n: usize) {
+        let first = self.session.sequence().num_tokens();
+        let _ = engine.step(&mut [&mut self.session], &[n]);
+        self.session.commit(n, None).unwrap();
+        for (head, rows) in self.rows.iter_mut().enumerate() {
+            let decoded = decode(&self.session, head);
+            let new = decoded.chunks_exact(SHAPE.head_dim).rev().take(n).rev();
+            rows.extend((first as i32..).zip(new.map(<[f32]>::to_vec)));
+        }
+    }
+
+    /// Evicts `n` random rows of each head but the last.
+    fn evict(&mut self, random: &mut Random, n: usize) {
+        for (head, rows) in self.rows.iter_mut().enumerate() {
+            let len = rows.len();
+            let gone: Vec<usize> = (0..n).map(|_| random.below(len - 1)).collect();
+            let kept: Vec<usize> = (0..len).filter(|i| !gone.contains(i)).collect();
+            *rows = kept.iter().map(|i| rows[*i].clone()).collect();
+            self.session.sequence_mut().compact(head, &KeepSet::from_indices(kept)).unwrap();
+        }
+    }
+
+    /// Compares, up to what encoding a row again may change.
+    fn check(&self, tolerance: f32) {
+        let sequence = self.session.sequence();
+        for (head, rows) in self.rows.iter().enumerate() {
+            let mut positions = Vec::new();
+            sequence.positions(head, &mut positions);
+            assert_eq!(positions, rows.iter().map(|row| row.0).collect::<Vec<_>>());
+            let decoded = decode(&self.session, head);
+            for (found, (position, expected)) in decoded.chunks(SHAPE.head_dim).zip(rows) {
+                let is_same = found.iter().zip(expected).all(|(a, b)| (a - b).abs() <= tolerance);
+                assert!(is_same, "position {position}");
+            }
+            let lane = &sequence.lanes()[head];
+            let needed = rows.len().div_ceil(BLOCK);
+            let blocks = lane.blocks().count();
+            assert!(blocks <= needed + 3.max(needed / 16 + 1), "{blocks} blocks, {needed} needed");
+            assert!(lane.spans.len() <= 4 * needed + 4, "{} spans", lane.spans.len());
+        }
+    }
+
+    fn fork(&self) -> Self {
+        Self { session: self.session.fork().unwrap(), rows: self.rows.clone() }
+    }
+}
+
+fn decode(session: &Session, head: usize) -> Vec<f32> {
+    let mut rows = Vec::new();
+    session.sequence().decode(0, head, Side::Key, &mut rows);
+    rows
+}
+
+#[test]
+fn single_rows_go_without_a_copy_and_everything_else_still_works() {
+    for (spec, tolerance) in [("full", 0.0), ("quant(q8_0)", 0.1)] {
+        let mut random = Random(3);
+        let mut config = config(SHAPE, spec);
+        config.lane_width = Some(LaneWidth::Head);
+        let mut engine = Engine::new(config, 4);
+        let session = engine.session();
+        let mut watched = Watched { session, rows: vec![Vec::new(); 2] };
+        watched.extend(&mut engine, 200);
+        let mut splits = 0;
+        for step in 0..120 {
+            watched.extend(&mut engine, 1);
+            watched.evict(&mut random, 1 + step % 2);
+            watched.check(tolerance);
+            let lane = &watched.session.sequence().lanes()[0];
+            splits += usize::from(lane.spans.len() > lane.blocks().count());
+            let used = engine.manager.stats().cache.bytes_used;
+            assert_eq!(used, watched.session.sequence().bytes() as u64, "{spec} step {step}");
+            if step % 10 == 9 {
+                let mut child = watched.fork();
+                child.evict(&mut random, 3);
+                child.extend(&mut engine, 2);
+                child.check(tolerance);
+                let end = child.session.sequence().num_tokens() - 5;
+                child.session.sequence_mut().truncate(end).unwrap();
+                child.rows.iter_mut().for_each(|rows| rows.retain(|row| row.0 < end as i32));
+                child.check(tolerance);
+                watched.check(tolerance);
+                engine.manager.cache().check_integrity();
+            }
+            if step % 30 == 29 {
+                let store = kvmgr::store::create("host").unwrap();
+                let before = watched.session.sequence().bytes();
+                watched.session.preempt(store).unwrap();
+                assert_eq!(engine.manager.stats().cache.bytes_used, 0);
+                watched.session.resume().unwrap();
+                assert_eq!(watched.session.sequence().bytes(), before);
+                watched.check(tolerance);
+                engine.manager.cache().check_integrity();
+            }
+        }
+        assert!(splits > 20, "{spec}: {splits} steps with split spans");
+        drop(watched);
+        assert_eq!(engine.manager.stats().cache.bytes_used, 0);
+        engine.manager.cache().check_integrity();
+    }
+}
