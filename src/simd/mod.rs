@@ -20,6 +20,7 @@
 //!
 //! To add a level: one module with a static `Kernels`, and one word in `ALL`.
 
+mod ahead;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -29,11 +30,13 @@ mod encode_affine;
 mod rows;
 mod scalar;
 mod scalar_levels;
+pub mod sha256;
 mod softmax;
 
 use std::sync::OnceLock;
 
 use crate::error::{Error, Result, bail};
+pub use ahead::prefetch;
 use rows::RowKernels;
 pub use rows::{BLOCK, Format, Rows};
 
