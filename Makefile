@@ -6,6 +6,7 @@
 # make install  PREFIX=/usr/local DESTDIR=
 # make bench    every benchmark
 # make bench-peers  the block manager beside kvbm-logical
+# make simulate     hit rate by evictor and size of the pool: SIMULATE="--log FILE --plot FILE"
 # make test-loom    the block pool's shared part under a model checker
 
 CARGO   ?= cargo
@@ -17,7 +18,7 @@ SONAME  := libkvmgr.so.$(basename $(VERSION))
 OUT     ?= $(TARGET)/cpp-examples
 
 .PHONY: demo pareto quality lib examples test test-install test-plugin test-loom install bench \
-  bench-peers clean
+  bench-peers simulate clean
 
 demo: examples
 	$(OUT)/kvmgr-compare tests/data/tiny.gguf --text tests/data/heldout.txt \
@@ -46,11 +47,15 @@ test: examples test-install
 	RUSTDOCFLAGS=-Dwarnings $(CARGO) doc --no-deps --quiet
 	KVMGR_EXAMPLES=$(abspath $(OUT)) KVMGR_SHIP=$(abspath $(TARGET))/release $(CARGO) test
 	KVMGR_CPU=scalar $(CARGO) test --quiet --test attention --test quantizer_golden
+	KVMGR_CPU=avx2 $(CARGO) test --quiet --test attention
 	$(CARGO) bench --quiet -- --test
 
 # What an engine does with an installation: the shared and the static library, by plain flags.
 test-install: STAGE := $(abspath $(OUT))/stage
-test-install: lib
+test-simulate:
+	$(CARGO) run --quiet --release --example simulate -- $(SIMULATE)
+
+install: lib
 	rm -rf $(STAGE)
 	$(MAKE) --no-print-directory install DESTDIR=$(STAGE) PREFIX=/usr
 	gcc -std=c99 cpp-examples/01-hello.c -I$(STAGE)/usr/include -L$(STAGE)/usr/lib -lkvmgr \

@@ -158,6 +158,12 @@
 #define KVMGR_POOL_LOG 8
 
 /**
+ * Flag: blocks that are handed out with the bytes of a sequence before are listed, so that the
+ * engine can wipe or poison them first: kvmgr_pool_take_recycled.
+ */
+#define KVMGR_POOL_RECYCLED 16
+
+/**
  * In a block table: the group keeps no block here.
  */
 #define KVMGR_NO_BLOCK UINT32_MAX
@@ -583,7 +589,7 @@ typedef struct {
    */
   uint32_t block_size;
   /**
-   * KVMGR_POOL_PREFIX, _DEDUP, _PARTIAL, _LOG or 0.
+   * KVMGR_POOL_PREFIX, _DEDUP, _PARTIAL, _LOG, _RECYCLED or 0.
    */
   uint32_t flags;
   /**
@@ -719,8 +725,14 @@ typedef struct {
 } kvmgr_pool_stats;
 
 /**
+ * What an extra key is.
+ */
+typedef uint32_t kvmgr_key_kind;
+
+/**
  * What distinguishes equal tokens of a prompt: the hash of the image behind placeholder tokens. It
- * becomes part of the hash of every block that the tokens touch. With KVMGR_HASH_VLLM it is a text.
+ * becomes part of the hash of every block that the tokens touch, and events tell it. With
+ * KVMGR_HASH_VLLM items and texts are UTF-8.
  */
 typedef struct {
   /**
@@ -739,6 +751,14 @@ typedef struct {
    * Bytes of the key.
    */
   size_t key_size;
+  /**
+   * KVMGR_KEY_ITEM, _TEXT or _BYTES.
+   */
+  kvmgr_key_kind kind;
+  /**
+   * Must be 0.
+   */
+  uint32_t reserved;
 } kvmgr_extra_key;
 
 /**
@@ -763,8 +783,8 @@ typedef struct {
    */
   size_t num_hashes;
   /**
-   * The operator's secret for this tenant, or the name of an adapter: prompts with different
-   * salts share nothing and learn nothing of one another. NULL for none.
+   * The operator's secret for this tenant: prompts with different salts share nothing and learn
+   * nothing of one another. NULL for none.
    */
   const uint8_t *salt;
   /**
@@ -779,6 +799,11 @@ typedef struct {
    * How many.
    */
   size_t num_extra_keys;
+  /**
+   * The name of the adapter (LoRA) that computes the sequence, which shares nothing with others.
+   * Events tell it. NULL or "" for none.
+   */
+  const char *adapter;
   /**
    * Microseconds after the sequence ends until its entries are reclaimed before all others; 0
    * for never.
@@ -1566,6 +1591,22 @@ typedef struct {
  */
 #define KVMGR_MISS_CHECKPOINT 4
 
+/**
+ * The identifier of an image or another input behind placeholder tokens. Its distance from the
+ * start of the block is hashed with it, which tells its parts apart.
+ */
+#define KVMGR_KEY_ITEM 0
+
+/**
+ * A text.
+ */
+#define KVMGR_KEY_TEXT 1
+
+/**
+ * Bytes: the hash of prompt embeddings.
+ */
+#define KVMGR_KEY_BYTES 2
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1921,29 +1962,6 @@ kvmgr_pool *kvmgr_pool_retain(kvmgr_pool *pool);
 void kvmgr_pool_release(kvmgr_pool *pool);
 
 /**
- * Numbers about a pool.
- *
- * @param out_stats its struct_size must be set; receives the numbers
- */
-KVMGR_NODISCARD
-kvmgr_status kvmgr_pool_get_stats(const kvmgr_pool *pool,
-                                  kvmgr_pool_stats *out_stats);
-
-/**
- * The numbers as Prometheus' text exposition format, without a final NUL.
- *
- * @param labels put between braces on every line, such as "pool=\"0\""; NULL means none
- * @param out room for capacity bytes; NULL with capacity 0 asks for the size alone
- * @param out_size receives the number of bytes
- */
-KVMGR_NODISCARD
-kvmgr_status kvmgr_pool_prometheus(const kvmgr_pool *pool,
-                                   const char *labels,
-                                   char *out,
-                                   size_t capacity,
-                                   size_t *out_size);
-
-/**
  * Sets the clock of a pool in microseconds: leases and times to live that have passed end. The
  * clock is the engine's alone and starts at 0; it never goes back.
  */
@@ -1980,6 +1998,29 @@ KVMGR_NODISCARD
 kvmgr_status kvmgr_pool_replay(const void *log,
                                size_t size,
                                size_t *out_num_operations);
+
+/**
+ * Numbers about a pool.
+ *
+ * @param out_stats its struct_size must be set; receives the numbers
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_get_stats(const kvmgr_pool *pool,
+                                  kvmgr_pool_stats *out_stats);
+
+/**
+ * The numbers as Prometheus' text exposition format, without a final NUL.
+ *
+ * @param labels put between braces on every line, such as "pool=\"0\""; NULL means none
+ * @param out room for capacity bytes; NULL with capacity 0 asks for the size alone
+ * @param out_size receives the number of bytes
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_prometheus(const kvmgr_pool *pool,
+                                   const char *labels,
+                                   char *out,
+                                   size_t capacity,
+                                   size_t *out_size);
 
 /**
  * Makes sequences of prompts, in order, until one does not fit. Cached blocks are taken over for
@@ -2058,8 +2099,9 @@ kvmgr_status kvmgr_pool_append(kvmgr_pool *pool,
                                size_t num_sequences);
 
 /**
- * Forgets the committed tokens from num_tokens on and every reservation. KVMGR_INVALID_STATE where
- * a window has left those tokens, KVMGR_UNSUPPORTED where a state would have to go back.
+ * Forgets the committed tokens from num_tokens on and every reservation. A recurrent group goes back
+ * to a cached state, which there is after every `value` blocks: KVMGR_UNSUPPORTED elsewhere,
+ * KVMGR_INVALID_STATE if it has been reclaimed or where a window has left those tokens.
  */
 KVMGR_NODISCARD
 kvmgr_status kvmgr_pool_truncate(kvmgr_pool *pool,
@@ -2129,6 +2171,20 @@ kvmgr_status kvmgr_pool_take_copies(kvmgr_pool *pool,
                                     kvmgr_block_copy *out,
                                     size_t capacity,
                                     size_t *out_num);
+
+/**
+ * The blocks that were handed out since the last call and still hold the bytes of a sequence before.
+ * An engine wipes them, or in a debug build fills them with NaN, before it makes copies or writes.
+ * Needs KVMGR_POOL_RECYCLED.
+ *
+ * @param out room for capacity; NULL with capacity 0 asks for the number and takes nothing
+ * @param out_num receives how many there are
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_take_recycled(kvmgr_pool *pool,
+                                      uint32_t *out,
+                                      size_t capacity,
+                                      size_t *out_num);
 
 /**
  * Tokens of a sequence.
@@ -2232,6 +2288,23 @@ kvmgr_status kvmgr_pool_keep(kvmgr_pool *pool,
                              uint32_t priority,
                              uint64_t ttl,
                              uint64_t session);
+
+/**
+ * Changes how long a part of a sequence stays: the blocks that its tokens touch, as they are now and
+ * as they become entries later. What is said last about a block counts.
+ *
+ * @param start first token
+ * @param end behind the last token, larger than start; may lie beyond the tokens so far
+ * @param priority 1 to 100, or 0 for 35
+ * @param ttl microseconds after the end of the sequence, or 0 for never
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_pool_keep_range(kvmgr_pool *pool,
+                                   kvmgr_pool_sequence sequence,
+                                   uint64_t start,
+                                   uint64_t end,
+                                   uint32_t priority,
+                                   uint64_t ttl);
 
 /**
  * Changes how long entries stay whose sequences have ended.

@@ -125,10 +125,10 @@ fn layouts_agree() {
     use kvmgr::ffi::attention::kvmgr_attention_options;
     use kvmgr::ffi::cache::{kvmgr_cache_config, kvmgr_cache_stats};
     use kvmgr::ffi::policy::kvmgr_policy_input;
-    use kvmgr::ffi::pool::{kvmgr_group, kvmgr_pool_config, kvmgr_pool_stats};
-    use kvmgr::ffi::pool_sequence::{
-        kvmgr_extra_key, kvmgr_placement, kvmgr_pool_admission, kvmgr_pool_request,
-    };
+    use kvmgr::ffi::pool::{kvmgr_group, kvmgr_pool_config};
+    use kvmgr::ffi::pool_request::{kvmgr_extra_key, kvmgr_pool_admission, kvmgr_pool_request};
+    use kvmgr::ffi::pool_sequence::kvmgr_placement;
+    use kvmgr::ffi::pool_stats::kvmgr_pool_stats;
     use kvmgr::ffi::schedule::{kvmgr_running, kvmgr_waiting};
     use kvmgr::ffi::sequence::{kvmgr_block_copy, kvmgr_sequence_stats};
     use kvmgr::ffi::store::{kvmgr_store_ops, kvmgr_store_stats};
@@ -152,8 +152,8 @@ fn layouts_agree() {
             hash_seed, groups, num_groups, hash
         }
         kvmgr_pool_stats { struct_size, num_blocks, evictions, misses_checkpoint }
-        kvmgr_extra_key { start, end, key, key_size }
-        kvmgr_pool_request { tokens, num_tokens, hashes, salt, extra_keys, ttl, session, priority, reserved }
+        kvmgr_extra_key { start, end, key, key_size, kind, reserved }
+        kvmgr_pool_request { tokens, num_tokens, hashes, salt, extra_keys, adapter, ttl, session, priority, reserved }
         kvmgr_pool_admission { sequence, num_cached, num_copied, miss_token, miss, miss_group }
         kvmgr_placement { place, block }
         kvmgr_waiting { cached_blocks, needed_blocks, tenant, reserved, waited }

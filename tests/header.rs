@@ -16,6 +16,8 @@ fn the_committed_header_is_fresh() {
         "policy",
         "score",
         "pool",
+        "pool_stats",
+        "pool_request",
         "pool_sequence",
         "pool_tables",
         "pool_index",

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 
 use common::Random;
 use kvmgr::block::groups::Reason;
+use kvmgr::block::keys::{Key, Kind};
 use kvmgr::block::prefix::{self, Hash};
 use kvmgr::block::{BlockId, BlockPool, Request, Tables, TablesConfig};
 use kvmgr::evictor::{self, EVICTORS, Idle};
@@ -175,11 +176,59 @@ fn vllm_digests_are_vllms() {
     let root = prefix::vllm_root("0");
     assert_eq!(hex(&root), "4e1195df020de59e0d65a33a4279f1183e7ae4e5d980e309f8b55adff2e61c3e");
     let tokens: Vec<i32> = (0..16).collect();
-    let first = prefix::extend_with(Hash::VllmCbor, &root, &tokens, &[]);
+    let first = prefix::extend_with(Hash::VllmCbor, &root, &tokens, "", &[]);
     assert_eq!(hex(&first), "d830de3d42c00f25a2949b5d12d98642664a44872c1614c5b0147556276afc9c");
     let tokens =
         [23, 24, 255, 256, 65535, 65536, i32::MAX, 100, 101, 102, 103, 104, 105, 106, 107, 108];
-    let keys: [&[u8]; 2] = [b"lora-a", b"salt"];
-    let second = prefix::extend_with(Hash::VllmCbor, &first, &tokens, &keys);
+    let key = |kind, bytes, offset| Key { kind, bytes, offset };
+    let salt = key(Kind::Text, b"salt", 0);
+    let second = prefix::extend_with(Hash::VllmCbor, &first, &tokens, "lora-a", &[salt]);
     assert_eq!(hex(&second), "54a5a760d5637c5f122f056c9d99adc0681b26bccf7df6aac30c4773a7a06241");
+    let embeddings: Vec<u8> = (0..32).collect();
+    let keys = [
+        key(Kind::Item, b"image-1", 3),
+        key(Kind::Item, b"image-0", -40),
+        salt,
+        key(Kind::Bytes, &embeddings, 0),
+    ];
+    let all = prefix::extend_with(Hash::VllmCbor, &first, &tokens, "lora-a", &keys);
+    assert_eq!(hex(&all), "10dc2c1fa6bc8e4f04ca8dcde66915af42257c0c03f23e06b07fef64d5d7b165");
+}
+
+/// The cost of a step must not depend on how full the pool is: the faster of many short runs on
+/// each side, in turn, so that what else the machine does cancels out.
+#[test]
+fn a_nearly_full_pool_is_as_fast_as_an_empty_one() {
+    const BLOCKS: usize = 50_000;
+    let mut costs = [f64::MAX; 2];
+    let mut pools = [BLOCKS / 2, BLOCKS / 1000].map(|free| {
+        let mut pool = pool(BLOCKS, "lru");
+        let mut tables = tables();
+        let tokens: Vec<i32> = (0..(BLOCKS - free) * BLOCK).map(|i| i as i32).collect();
+        for tokens in tokens.chunks(100 * BLOCK) {
+            let id = tables.admit(&mut pool, &Request::new(tokens, root(b""))).unwrap().id;
+            tables.commit(&mut pool, &[id], &[tokens.len() as u32], &[]).unwrap();
+        }
+        assert_eq!(pool.num_available(), free);
+        (pool, tables)
+    });
+    let mut next = 1 << 24;
+    for _ in 0..200 {
+        for ((pool, tables), cost) in pools.iter_mut().zip(&mut costs) {
+            let start = std::time::Instant::now();
+            for _ in 0..20 {
+                next += 1;
+                let prompt = [next; 2 * BLOCK + 1];
+                let id = tables.admit(pool, &Request::new(&prompt, root(b""))).unwrap().id;
+                tables.commit(pool, &[id], &[prompt.len() as u32], &[]).unwrap();
+                tables.reserve(pool, &[id], &[1]).unwrap();
+                (0..2 * BLOCK).for_each(|_| tables.append(pool, &[id], &[7]).unwrap());
+                tables.release(pool, &[id]).unwrap();
+            }
+            *cost = cost.min(start.elapsed().as_secs_f64());
+        }
+    }
+    let [half, full] = costs;
+    assert!(full < 3.0 * half, "{:.1} times the cost at 99.9 % full", full / half);
+    assert!(pools[1].0.evictions() > 10_000, "the full pool reclaims for every new block");
 }

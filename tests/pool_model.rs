@@ -36,16 +36,31 @@ struct Model {
     tables: Tables,
     live: Vec<Live>,
     dead: Vec<SequenceId>,
+    /// The tokens of the last ones that ended.
+    ended: Vec<Vec<i32>>,
     memory: HashMap<u32, Content>,
     hits: usize,
+    states_restored: usize,
+}
+
+fn groups_have_states(groups: &[Group]) -> bool {
+    groups.iter().any(|group| matches!(group, Group::Recurrent(_)))
 }
 
 impl Model {
     fn new(blocks: usize, evictor: &str, config: TablesConfig) -> Self {
         let pool = BlockPool::new(blocks, evictor::create(evictor, blocks).unwrap());
         let tables = Tables::new(config).unwrap();
-        let (live, dead) = (Vec::new(), Vec::new());
-        Self { pool, tables, live, dead, memory: HashMap::new(), hits: 0 }
+        Self {
+            pool,
+            tables,
+            live: Vec::new(),
+            dead: Vec::new(),
+            ended: Vec::new(),
+            memory: HashMap::new(),
+            hits: 0,
+            states_restored: 0,
+        }
     }
 
     fn groups(&self) -> Vec<Group> {
@@ -53,7 +68,7 @@ impl Model {
     }
 
     fn has_states(&self) -> bool {
-        self.groups().iter().any(|group| matches!(group, Group::Recurrent(_)))
+        groups_have_states(&self.tables.config().groups)
     }
 
     fn step(&mut self, random: &mut Random) {
@@ -78,7 +93,13 @@ impl Model {
     }
 
     fn admit(&mut self, random: &mut Random) {
-        let prompt: Vec<i32> = (0..random.within(1, 18)).map(|_| random.below(2) as i32).collect();
+        // New tokens, or those of somebody before and a few more.
+        let mut prompt = match &self.ended[..] {
+            ended @ [_, ..] if random.chance(30) => ended[random.below(ended.len())].clone(),
+            _ => Vec::new(),
+        };
+        prompt.extend((0..random.within(1, 18)).map(|_| random.below(2) as i32));
+        prompt.truncate(24);
         let root = prefix::root(SIZE, random.below(2) as u64, b"model");
         match self.tables.admit(&mut self.pool, &Request::new(&prompt, root)) {
             Ok(admission) => {
@@ -181,6 +202,8 @@ impl Model {
         let kept = random.below(self.live[i].tokens.len() + 1);
         match self.tables.truncate(&mut self.pool, self.live[i].id, kept) {
             Ok(()) => {
+                let went_back = kept > 0 && kept < self.live[i].tokens.len();
+                self.states_restored += usize::from(went_back && self.has_states());
                 self.live[i].tokens.truncate(kept);
                 self.live[i].rest.clear();
             }
@@ -188,7 +211,9 @@ impl Model {
                 let is_window = |group: &Group| matches!(group, Group::Window(_));
                 match error.kind() {
                     Kind::Unsupported => assert!(self.has_states()),
-                    Kind::InvalidState => assert!(self.groups().iter().any(is_window)),
+                    Kind::InvalidState => {
+                        assert!(self.has_states() || self.groups().iter().any(is_window));
+                    }
                     other => panic!("{other:?}"),
                 }
             }
@@ -236,6 +261,10 @@ impl Model {
         let live = self.live.swap_remove(i);
         self.tables.release(&mut self.pool, &[live.id]).unwrap();
         self.dead.push(live.id);
+        self.ended.push(live.tokens);
+        if self.ended.len() > 8 {
+            self.ended.remove(0);
+        }
     }
 
     fn misuse(&mut self, random: &mut Random) {
@@ -342,7 +371,8 @@ impl Model {
     }
 }
 
-fn run(operations: usize, seed: u64, evictor: &str, config: TablesConfig) -> usize {
+/// Answers the tokens found and how often a state went back.
+fn run(operations: usize, seed: u64, evictor: &str, config: TablesConfig) -> (usize, usize) {
     let mut random = Random(seed);
     let mut model = Model::new(64, evictor, config);
     for operation in 0..operations {
@@ -357,18 +387,19 @@ fn run(operations: usize, seed: u64, evictor: &str, config: TablesConfig) -> usi
     (0..model.live.len()).rev().for_each(|i| model.end(i));
     model.check();
     assert_eq!(model.pool.num_available(), 64, "blocks leak");
-    model.hits
+    (model.hits, model.states_restored)
 }
 
 /// One million operations over all evictors, both ways to treat duplicates and mixes of groups.
 #[test]
 fn random_operations_agree_with_a_model() {
-    let mixes: [&[Group]; 5] = [
+    let mixes: [&[Group]; 6] = [
         &[Group::Full],
         &[Group::Full, Group::Window(6)],
         &[Group::Window(5), Group::Latent],
         &[Group::Full, Group::Recurrent(2)],
         &[Group::Recurrent(1), Group::Window(3), Group::Full],
+        &[Group::Recurrent(2), Group::Full],
     ];
     let runs = 2 * EVICTORS.len() * mixes.len();
     for run_index in 0..runs {
@@ -376,7 +407,9 @@ fn random_operations_agree_with_a_model() {
         let entry = EVICTORS[run_index / mixes.len() % EVICTORS.len()];
         let dedup = run_index >= runs / 2;
         let config = TablesConfig { groups, dedup, ..TablesConfig::new(SIZE) };
-        let hits = run(1_000_000 / runs + 1, run_index as u64, entry.name, config);
+        let has_states = groups_have_states(&config.groups);
+        let (hits, restored) = run(1_000_000 / runs + 1, run_index as u64, entry.name, config);
         assert!(hits > 0, "{}: nothing was ever shared", entry.name);
+        assert_eq!(restored > 0, has_states, "{}: no state ever went back", entry.name);
     }
 }

@@ -210,6 +210,59 @@ fn exponentials_are_accurate_and_ordered_at_the_edges() {
     }
 }
 
+/// Rows in pieces, with rows that see nothing, NaN, and values that no single maximum fits.
+#[test]
+fn a_running_softmax_equals_one_over_everything() {
+    for kernels in levels() {
+        for n in [1, 15, 16, 33, 2000] {
+            let mut logits: Vec<Vec<f32>> = (0..5).map(|i| random(i, 3 * n)).collect();
+            logits[1].iter_mut().enumerate().for_each(|(i, x)| *x += i as f32);
+            logits[2][..n].fill(f32::NEG_INFINITY);
+            logits[3].fill(f32::NEG_INFINITY);
+            logits[4][n] = f32::NAN;
+            let (mut max, mut sum) = (vec![f32::NEG_INFINITY; 5], vec![0.0f32; 5]);
+            let mut weights = vec![Vec::new(); 5];
+            for piece in 0..3 {
+                let mut scores: Vec<f32> =
+                    logits.iter().flat_map(|row| row[piece * n..][..n].to_vec()).collect();
+                let mut factor = vec![f32::NAN; 5];
+                let mut softmax =
+                    simd::Softmax { max: &mut max, sum: &mut sum, factor: &mut factor };
+                kernels.weigh(&mut scores, &mut softmax);
+                for (row, scores) in scores.chunks(n).enumerate() {
+                    weights[row].iter_mut().for_each(|w| *w *= factor[row]);
+                    weights[row].extend_from_slice(scores);
+                }
+            }
+            for (row, logits) in logits.iter().enumerate() {
+                let name = kernels.name;
+                if row == 3 {
+                    assert_eq!((max[row], sum[row]), (f32::NEG_INFINITY, 0.0), "{name}");
+                    assert!(weights[row].iter().all(|w| *w == 0.0), "{name}");
+                    continue;
+                }
+                assert_eq!(sum[row].is_nan(), row == 4, "{name}");
+                if row == 4 {
+                    continue;
+                }
+                let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                assert_eq!(max[row], most, "{name}");
+                let exact = |x: &f32| (f64::from(*x) - f64::from(most)).exp();
+                let total: f64 = logits.iter().map(exact).sum();
+                assert!((f64::from(sum[row]) - total).abs() <= 1e-5 * total, "{name} {n}");
+                for (w, x) in weights[row].iter().zip(logits) {
+                    assert!((f64::from(*w) - exact(x)).abs() <= 1e-5, "{name} {n}");
+                }
+            }
+        }
+        // Nothing but NaN is not nothing.
+        let (mut max, mut sum, mut factor) = ([f32::NEG_INFINITY], [0.0], [0.0]);
+        let mut softmax = simd::Softmax { max: &mut max, sum: &mut sum, factor: &mut factor };
+        kernels.weigh(&mut [f32::NAN; 3], &mut softmax);
+        assert!(sum[0].is_nan(), "{}", kernels.name);
+    }
+}
+
 #[test]
 fn hadamard_is_its_own_inverse_and_equal_on_all_levels() {
     for size in [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024] {

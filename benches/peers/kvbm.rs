@@ -126,20 +126,28 @@ pub fn w3() -> Costs {
 
 pub fn w4() -> Costs {
     let manager = manager(100_000);
-    let mut held = manager.allocate_blocks(50_000).expect("room");
-    let mut random = Stream(3);
-    let picks: Vec<usize> = (0..500_000).map(|_| random.below(50_000)).collect();
-    let (pair, ()) = time(picks.len(), || {
-        for pick in &picks {
-            held[*pick] = take(&manager);
-        }
+    let mut held = Vec::new();
+    let [pair, full] = [50_000, 99_900].map(|count| {
+        held.resize_with(count, || take(&manager));
+        let mut random = Stream(3);
+        let picks: Vec<usize> = (0..500_000).map(|_| random.below(count)).collect();
+        let churn = || {
+            for pick in &picks {
+                held[*pick] = take(&manager);
+            }
+        };
+        time(picks.len(), churn).0
     });
     let (immediate, ()) = time(500_000, || {
         for _ in 0..500_000 {
             drop(black_box(take(&manager)));
         }
     });
-    Costs::from([("W4 alloc + free random", pair), ("W4 alloc + free at once", immediate)])
+    Costs::from([
+        ("W4 alloc + free random", pair),
+        ("W4 alloc + free random, 99.9 % full", full),
+        ("W4 alloc + free at once, 99.9 % full", immediate),
+    ])
 }
 
 pub fn w5(n: usize) -> Costs {

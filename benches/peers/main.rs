@@ -1,7 +1,8 @@
 //! Workloads W1 to W5 on the block manager and on kvbm-logical, alternating in one process.
 //!
-//! `cargo run --release --manifest-path benches/peers/Cargo.toml [rounds]` prints one row for each
-//! cost: median of the rounds for both sides and the ratio of the medians. W2 reads the trace
+//! `cargo run --release --manifest-path benches/peers/Cargo.toml [rounds] [alone]` prints one row for
+//! each cost: the minimum of the rounds for both sides, which a shared machine disturbs least, and
+//! the ratio of the minima; with `alone` the peer does not run. W2 reads the trace
 //! `tests/golden/w2.csv`. Tokens are tok(space, pos) = splitmix64(space * gamma + pos) % 32000.
 
 mod kvbm;
@@ -68,24 +69,20 @@ pub fn trace() -> Vec<(u64, usize, usize)> {
     text.lines().filter_map(row).collect()
 }
 
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn compare(rounds: usize, ours: &dyn Fn() -> Costs, theirs: &dyn Fn() -> Costs) {
-    let (mut a, mut b) = (BTreeMap::new(), BTreeMap::new());
+/// Both sides in turn, so that what slows the machine down slows both.
+fn compare(rounds: usize, ours: &dyn Fn() -> Costs, theirs: Option<&dyn Fn() -> Costs>) {
+    let mut sides = [Costs::new(), Costs::new()];
     for _ in 0..rounds {
-        for (row, cost) in ours() {
-            a.entry(row).or_insert_with(Vec::new).push(cost);
-        }
-        for (row, cost) in theirs() {
-            b.entry(row).or_insert_with(Vec::new).push(cost);
+        for (side, body) in sides.iter_mut().zip([Some(ours), theirs]) {
+            for (row, cost) in body.map_or(Costs::new(), |body| body()) {
+                let least = side.entry(row).or_insert(cost);
+                *least = least.min(cost);
+            }
         }
     }
-    for (row, costs) in &mut a {
-        let ours = median(costs);
-        match b.get_mut(row).map(|costs| median(costs)) {
+    let [ours, theirs] = sides;
+    for (row, ours) in ours {
+        match theirs.get(row) {
             Some(theirs) => {
                 println!("| {row} | {ours:.1} | {theirs:.1} | {:.1} |", theirs / ours);
             }
@@ -94,16 +91,32 @@ fn compare(rounds: usize, ours: &dyn Fn() -> Costs, theirs: &dyn Fn() -> Costs) 
     }
 }
 
+/// Memory that was mapped once stays mapped, as in a server that has run for a while: otherwise the
+/// rows of both sides measure the page faults of the system.
+fn keep_memory() {
+    // SAFETY: settings of the allocator, before the first thread.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+    }
+}
+
 fn main() {
-    let rounds = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(3);
+    keep_memory();
+    let mut args = std::env::args().skip(1);
+    let rounds = args.next().and_then(|text| text.parse().ok()).unwrap_or(5);
+    let is_alone = args.next().is_some_and(|text| text == "alone");
+    let pair = |ours: &dyn Fn() -> Costs, theirs: &dyn Fn() -> Costs| {
+        compare(rounds, ours, (!is_alone).then_some(theirs));
+    };
     println!("| row, ns | kvmgr | kvbm-logical 1.6.1 | ratio |\n|---|---|---|---|");
-    compare(rounds, &ours::w1, &kvbm::w1);
-    compare(rounds, &ours::w3, &kvbm::w3);
-    compare(rounds, &ours::w4, &kvbm::w4);
+    pair(&ours::w1, &kvbm::w1);
+    pair(&ours::w3, &kvbm::w3);
+    pair(&ours::w4, &kvbm::w4);
     println!("| W5, 10k blocks | | | |");
-    compare(rounds, &|| ours::w5(10_000), &|| kvbm::w5(10_000));
+    pair(&|| ours::w5(10_000), &|| kvbm::w5(10_000));
     println!("| W5, 1M blocks | | | |");
-    compare(rounds, &|| ours::w5(1_000_000), &|| kvbm::w5(1_000_000));
+    pair(&|| ours::w5(1_000_000), &|| kvbm::w5(1_000_000));
     println!("\nmetadata: {:.1} bytes a block at 1M blocks", ours::metadata(1_000_000));
     println!("\n| evictor | hit % at 8k | 16k | 32k |\n|---|---|---|---|");
     for evictor in ["lru", "fifo", "lfu", "slru", "s3_fifo", "priority", "cost"] {

@@ -142,9 +142,7 @@ impl Call<'_> {
         let value = self.cache.formats()[format].side(Side::Value);
         self.visit(job, Some(format), queries, rows, |piece, next, scores, decoded| {
             let first = piece.queries.start * job.group;
-            for (row, scores) in scores.chunks_exact_mut(piece.rows.len()).enumerate() {
-                part.weigh(first + row, scores, kernels);
-            }
+            part.weigh(first, piece.rows.len(), scores, kernels);
             if keeps_weights {
                 weights.push(piece, scores, &part.max);
             }
@@ -163,7 +161,7 @@ impl Call<'_> {
         }
     }
 
-    /// Hands the logits of each visible piece, `[queries * group, rows]`, to `each`, with the keys
+    /// Hands the logits of each visible piece, `[queries * group, rows]`, to `each`, with the values
     /// that come next and a buffer for decoded rows; invisible ones are negative infinity. Only spans
     /// of `format`, if given.
     pub(super) fn visit(
@@ -192,7 +190,7 @@ impl Call<'_> {
                 continue;
             }
             let key = self.cache.formats()[this].side(Side::Key);
-            let next = self.keys_of_stop(job, following);
+            let next = |side| self.bytes_of_stop(job, following, side);
             let shift = job.shift(span);
             for piece in job.pieces(stop, spans, self.options.sliding_window) {
                 if ready != Some((this, shift)) {
@@ -207,7 +205,7 @@ impl Call<'_> {
                 scores.resize(piece.queries.len() * job.group * piece.rows.len(), 0.0);
                 let view = &span.block.view;
                 let mut cell = self.cache.cell(view, job.cell, Side::Key, piece.rows.clone());
-                cell.ahead = self.cache.cell(view, job.cell, Side::Value, 0..0).bytes;
+                cell.ahead = next(Side::Key);
                 if decodes(job, &piece, this) {
                     let rows = decode(key, &cell, decoded);
                     simd::active().dot(Format::F32, &rows, queries, scores);
@@ -216,7 +214,7 @@ impl Call<'_> {
                 }
                 self.shape_logits(job, &piece, scores);
                 piece.hide_evicted(scores);
-                each(&piece, next, scores, decoded);
+                each(&piece, next(Side::Value), scores, decoded);
             }
         }
     }
@@ -246,12 +244,12 @@ impl Call<'_> {
         if fits { &walk.spans[i..=last] } else { &[] }
     }
 
-    /// The keys at a stop of the walk, if there is one.
-    fn keys_of_stop<'a>(&'a self, job: &Job<'a>, i: usize) -> &'a [u8] {
+    /// One side of what is at a stop of the walk, if there is one.
+    fn bytes_of_stop<'a>(&'a self, job: &Job<'a>, i: usize, side: Side) -> &'a [u8] {
         if i >= job.walk.num_stops() {
             return &[];
         }
-        self.cache.cell(&job.walk.stop(i).span.block.view, job.cell, Side::Key, 0..0).bytes
+        self.cache.cell(&job.walk.stop(i).span.block.view, job.cell, side, 0..0).bytes
     }
 
     /// Queries turned back by `shift` positions.

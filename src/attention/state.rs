@@ -7,7 +7,7 @@
 //!
 //! The empty state has `m = -inf`; it must never meet another `-inf` in a subtraction.
 
-use crate::simd::Kernels;
+use crate::simd::{Kernels, Softmax};
 
 /// `rows` states, each with an output of `dim` elements.
 #[derive(Debug, Default)]
@@ -15,6 +15,8 @@ pub(crate) struct States {
     pub(crate) max: Vec<f32>,
     pub(crate) sum: Vec<f32>,
     pub(crate) out: Vec<f32>,
+    /// What `out` was last multiplied with.
+    factor: Vec<f32>,
     dim: usize,
 }
 
@@ -28,6 +30,7 @@ impl States {
         self.sum.resize(rows, 0.0);
         self.out.clear();
         self.out.resize(rows * dim, 0.0);
+        self.factor.resize(rows, 1.0);
     }
 
     /// Makes every state empty again.
@@ -60,20 +63,23 @@ impl States {
         self.out[row * self.dim..][..self.dim].iter_mut().for_each(|x| *x *= factor);
     }
 
-    /// Turns logits of a row into weights, `exp(logit - maximum)`, and adds them to the denominator.
-    /// The values times these weights are then the caller's to add to `out`.
-    pub(crate) fn weigh(&mut self, row: usize, scores: &mut [f32], kernels: &Kernels) {
-        let mut max = kernels.max(scores);
-        if max == f32::NEG_INFINITY {
-            if !scores.iter().any(|score| score.is_nan()) {
-                scores.fill(0.0);
-                return;
+    /// Turns logits of the rows from `first` on, `[rows, n]`, into weights, `exp(logit - maximum)`, and
+    /// adds them to the denominators. The values times these weights are then the caller's to add to
+    /// `out`.
+    pub(crate) fn weigh(&mut self, first: usize, n: usize, scores: &mut [f32], kernels: &Kernels) {
+        let rows = first..first + scores.len() / n;
+        let mut softmax = Softmax {
+            max: &mut self.max[rows.clone()],
+            sum: &mut self.sum[rows.clone()],
+            factor: &mut self.factor[rows.clone()],
+        };
+        kernels.weigh(scores, &mut softmax);
+        for row in rows {
+            if self.factor[row] != 1.0 {
+                let out = &mut self.out[row * self.dim..][..self.dim];
+                kernels.scale(out, self.factor[row]);
             }
-            // Nothing but NaN is not the same as nothing: let it into the sum.
-            max = f32::MIN;
         }
-        self.raise(row, max);
-        self.sum[row] += kernels.exp_sub(scores, self.max[row]);
     }
 
     /// Adds the states of `other`.

@@ -4,11 +4,14 @@
 //! batch   = [ timestamp (float, seconds), [event, ...], nil ]
 //! maps    = {"type": "BlockStored", "block_hashes": [bin], "parent_block_hash": bin | nil,
 //!            "token_ids": [int], "block_size": int, "lora_id": nil, "medium": text,
-//!            "lora_name": nil, "group_idx"?: int, "kv_cache_spec_kind"?: text, ...}
+//!            "lora_name": text | nil, "extra_keys"?: [nil | [key, ...], one for each block],
+//!            "group_idx"?: int, "kv_cache_spec_kind"?: text, ...}
 //!           {"type": "BlockRemoved", "block_hashes": [bin], "medium": text, "group_idx"?: int}
 //!           {"type": "AllBlocksCleared"}
 //! arrays  = ["BlockStored", block_hashes, parent_block_hash, token_ids, block_size, nil, medium,
-//!            nil, nil, group_idx, ...], the same fields by position, for older readers
+//!            lora_name, extra_keys, group_idx, ...], the same by position, for older readers
+//! key     = text | bin | [text, int]: the adapter's name, a salt, the hash of embeddings, or the
+//!           identifier of an image and its distance from the start of the block
 //! ```
 //!
 //! Batches are numbered from 0 without gaps; the last ones are kept, so that a reader that lost
@@ -17,6 +20,7 @@
 use std::collections::VecDeque;
 
 use super::groups::Group;
+use super::keys::{Key, Kind};
 use super::prefix::Digest;
 
 /// Something that happened to the index.
@@ -32,6 +36,10 @@ pub enum Event {
         digests: Vec<Digest>,
         /// The tokens of all blocks.
         tokens: Vec<i32>,
+        /// The name of the adapter, or "".
+        adapter: String,
+        /// What else went into the digests: one list for each block, encoded; empty if there is none.
+        keys: Vec<Vec<u8>>,
     },
     /// Blocks can no longer be found.
     Removed {
@@ -42,6 +50,17 @@ pub enum Event {
     },
     /// Nothing can be found any more.
     Cleared,
+}
+
+/// A block that became an entry.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stored<'a> {
+    pub(super) group: u8,
+    pub(super) parent: Option<&'a Digest>,
+    pub(super) digest: &'a Digest,
+    pub(super) tokens: &'a [i32],
+    pub(super) adapter: &'a str,
+    pub(super) keys: &'a [Key<'a>],
 }
 
 /// Events since the last batch, and the batches before.
@@ -73,27 +92,26 @@ impl Journal {
     }
 
     /// A block became an entry. Joins the event before it if that is its parent's.
-    pub(super) fn stored(
-        &mut self,
-        group: u8,
-        parent: Option<&Digest>,
-        digest: &Digest,
-        tokens: &[i32],
-    ) {
-        if let Some(Event::Stored { group: last, digests, tokens: all, .. }) =
+    pub(super) fn stored(&mut self, it: &Stored<'_>) {
+        let of_block = extra_keys(it);
+        if let Some(Event::Stored { group, digests, tokens, adapter, keys, .. }) =
             self.events.last_mut()
-            && *last == group
-            && digests.last() == parent
+            && *group == it.group
+            && digests.last() == it.parent
+            && adapter == it.adapter
         {
-            digests.push(*digest);
-            all.extend_from_slice(tokens);
+            digests.push(*it.digest);
+            tokens.extend_from_slice(it.tokens);
+            keys.push(of_block);
             return;
         }
         self.events.push(Event::Stored {
-            group,
-            parent: parent.copied(),
-            digests: vec![*digest],
-            tokens: tokens.to_vec(),
+            group: it.group,
+            parent: it.parent.copied(),
+            digests: vec![*it.digest],
+            tokens: it.tokens.to_vec(),
+            adapter: it.adapter.to_string(),
+            keys: vec![of_block],
         });
     }
 
@@ -173,8 +191,21 @@ impl EventFormat {
         out.array(events.len());
         for event in events {
             match event {
-                Event::Stored { group, parent, digests, tokens } => {
-                    self.stored(&mut out, *group, parent.as_ref(), digests, tokens);
+                Event::Stored { group, parent, digests, tokens, adapter, keys } => {
+                    let has_keys = self.open_stored(&mut out, *group, keys);
+                    self.name(&mut out, "block_hashes");
+                    out.digests(digests);
+                    self.name(&mut out, "parent_block_hash");
+                    match parent {
+                        Some(parent) => out.bytes(parent),
+                        None => out.nil(),
+                    }
+                    self.name(&mut out, "token_ids");
+                    out.array(tokens.len());
+                    tokens.iter().for_each(|token| out.int(i64::from(*token)));
+                    self.origin(&mut out, adapter);
+                    self.keys(&mut out, keys, has_keys);
+                    self.group(&mut out, *group);
                 }
                 Event::Removed { group, digests } => {
                     let fields = if self.is_plain() { 2 } else { 3 };
@@ -195,30 +226,20 @@ impl EventFormat {
         out.0
     }
 
-    fn stored(
-        &self,
-        out: &mut Pack,
-        group: u8,
-        parent: Option<&Digest>,
-        digests: &[Digest],
-        tokens: &[i32],
-    ) {
-        let kind = self.groups.get(usize::from(group)).copied().unwrap_or(Group::Full);
-        let window = if let Group::Window(window) = kind { Some(window) } else { None };
-        let extra = if self.is_plain() { 0 } else { 2 + usize::from(window.is_some()) };
-        // By position, the empty extra_keys cannot be left out before the fields behind it.
-        let gap = usize::from(self.arrays && extra > 0);
-        self.open(out, "BlockStored", 7 + gap + extra);
-        self.name(out, "block_hashes");
-        out.digests(digests);
-        self.name(out, "parent_block_hash");
-        match parent {
-            Some(parent) => out.bytes(parent),
-            None => out.nil(),
-        }
-        self.name(out, "token_ids");
-        out.array(tokens.len());
-        tokens.iter().for_each(|token| out.int(i64::from(*token)));
+    /// Opens an event of stored blocks; answers whether it has a field for keys.
+    fn open_stored(&self, out: &mut Pack, group: u8, keys: &[Vec<u8>]) -> bool {
+        let of_group = match self.kind(group) {
+            _ if self.is_plain() => 0,
+            Group::Window(_) => 3,
+            _ => 2,
+        };
+        // By position, absent keys cannot be left out before the fields behind them.
+        let has_keys = keys.iter().any(|it| !it.is_empty()) || (self.arrays && of_group > 0);
+        self.open(out, "BlockStored", 7 + usize::from(has_keys) + of_group);
+        has_keys
+    }
+
+    fn origin(&self, out: &mut Pack, adapter: &str) {
         self.name(out, "block_size");
         out.int(self.block_size as i64);
         self.name(out, "lora_id");
@@ -226,25 +247,51 @@ impl EventFormat {
         self.name(out, "medium");
         out.text(&self.medium);
         self.name(out, "lora_name");
-        out.nil();
-        if gap > 0 {
-            out.nil();
+        match adapter {
+            "" => out.nil(),
+            name => out.text(name),
         }
-        if extra > 0 {
-            self.name(out, "group_idx");
-            out.int(i64::from(group));
-            self.name(out, "kv_cache_spec_kind");
-            out.text(match kind {
-                Group::Full => "full_attention",
-                Group::Latent => "mla_attention",
-                Group::Window(_) => "sliding_window",
-                Group::Recurrent(_) => "mamba",
-            });
+    }
+
+    fn keys(&self, out: &mut Pack, keys: &[Vec<u8>], has_keys: bool) {
+        if !has_keys {
+            return;
         }
-        if let Some(window) = window {
+        self.name(out, "extra_keys");
+        if keys.iter().all(Vec::is_empty) {
+            return out.nil();
+        }
+        out.array(keys.len());
+        for of_block in keys {
+            match of_block[..] {
+                [] => out.nil(),
+                ref bytes => out.0.extend_from_slice(bytes),
+            }
+        }
+    }
+
+    fn group(&self, out: &mut Pack, group: u8) {
+        if self.is_plain() {
+            return;
+        }
+        let kind = self.kind(group);
+        self.name(out, "group_idx");
+        out.int(i64::from(group));
+        self.name(out, "kv_cache_spec_kind");
+        out.text(match kind {
+            Group::Full => "full_attention",
+            Group::Latent => "mla_attention",
+            Group::Window(_) => "sliding_window",
+            Group::Recurrent(_) => "mamba",
+        });
+        if let Group::Window(window) = kind {
             self.name(out, "kv_cache_spec_sliding_window");
             out.int(i64::from(window));
         }
+    }
+
+    fn kind(&self, group: u8) -> Group {
+        self.groups.get(usize::from(group)).copied().unwrap_or(Group::Full)
     }
 
     /// Whether consumers need not know about groups.
@@ -267,6 +314,36 @@ impl EventFormat {
             out.text(name);
         }
     }
+}
+
+/// The keys of one block as an event tells them, encoded; nothing if there are none.
+fn extra_keys(it: &Stored<'_>) -> Vec<u8> {
+    let count = it.keys.len() + usize::from(!it.adapter.is_empty());
+    let mut out = Pack(Vec::new());
+    if count == 0 {
+        return out.0;
+    }
+    out.array(count);
+    if !it.adapter.is_empty() {
+        out.text(it.adapter);
+    }
+    for key in it.keys {
+        match (key.kind, std::str::from_utf8(key.bytes)) {
+            (Kind::Item, Ok(text)) => {
+                out.array(2);
+                out.text(text);
+                out.int(key.offset);
+            }
+            (Kind::Text, Ok(text)) => out.text(text),
+            (Kind::Item, Err(_)) => {
+                out.array(2);
+                out.bytes(key.bytes);
+                out.int(key.offset);
+            }
+            _ => out.bytes(key.bytes),
+        }
+    }
+    out.0
 }
 
 /// A writer of msgpack.
@@ -299,7 +376,10 @@ impl Pack {
     }
 
     fn bytes(&mut self, bytes: &[u8]) {
-        self.0.extend_from_slice(&[0xC4, bytes.len() as u8]);
+        match bytes.len() {
+            len @ 0..0x100 => self.0.extend_from_slice(&[0xC4, len as u8]),
+            len => self.head(len, 0, 0, None, 0xC5),
+        }
         self.0.extend_from_slice(bytes);
     }
 

@@ -10,6 +10,17 @@
 //! without reading a digest. 12 bytes for each block of the pool, made once.
 
 use super::prefix::Digest;
+use crate::device::host;
+use crate::simd::prefetch;
+
+/// Where a digest is in the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Its block.
+    Taken(u32),
+    /// The slot that [`Index::fill`] gives to its block.
+    Empty(usize),
+}
 
 /// From digest to block number, over at most the number of blocks it was made for.
 #[derive(Debug)]
@@ -34,7 +45,7 @@ pub(super) fn tag(digest: &Digest, group: u8) -> u32 {
 impl Index {
     /// A table for `num_blocks` blocks: at most two thirds full.
     pub(super) fn new(num_blocks: usize) -> Self {
-        Self { slots: vec![0; num_blocks + num_blocks / 2 + 8], len: 0 }
+        Self { slots: host::large(num_blocks + num_blocks / 2 + 8, |_| 0), len: 0 }
     }
 
     /// Entries in the table.
@@ -47,34 +58,42 @@ impl Index {
         self.slots.len() * size_of::<u64>()
     }
 
-    /// The slot where the search for `tag` starts, read ahead of [`Self::find_from`] so that the
-    /// cache misses of a batch overlap.
-    pub(super) fn first(&self, tag: u32) -> u64 {
-        self.slots[self.home(tag)]
+    /// Asks memory for the slot where the search for `tag` starts.
+    pub(super) fn prefetch(&self, tag: u32) {
+        prefetch(&self.slots, self.home(tag));
     }
 
-    /// The block with `tag` for which `is_it` holds.
-    pub(super) fn find(&self, tag: u32, is_it: impl Fn(u32) -> bool) -> Option<u32> {
+    /// The block that has `tag` among the first places of the search, without a branch that depends
+    /// on which; a number of no block if none of them has. What has the tag need not be what is
+    /// looked for, and what is looked for may be further on.
+    pub(super) fn guess(&self, tag: u32) -> u32 {
+        const NEAR: usize = 4;
+        let home = self.home(tag);
+        let mut guess = 0;
+        for slot in self.slots.get(home..home + NEAR).unwrap_or(&[]).iter().rev() {
+            guess = if (*slot >> 32) as u32 == tag { *slot as u32 } else { guess };
+        }
+        guess.wrapping_sub(1)
+    }
+
+    /// The block with `tag` for which `is_it` holds, or where it would be.
+    pub(super) fn place(&self, tag: u32, is_it: impl Fn(u32) -> bool) -> Place {
         let mut at = self.home(tag);
         loop {
             let slot = self.slots[at];
             if slot == 0 {
-                return None;
+                return Place::Empty(at);
             }
             let block = slot as u32 - 1;
             if (slot >> 32) as u32 == tag && is_it(block) {
-                return Some(block);
+                return Place::Taken(block);
             }
             at = self.next(at);
         }
     }
 
-    /// Adds `block`, which is not in the table.
-    pub(super) fn insert(&mut self, tag: u32, block: u32) {
-        let mut at = self.home(tag);
-        while self.slots[at] != 0 {
-            at = self.next(at);
-        }
+    /// Gives an empty slot, the [`Place`] of `tag`, to `block`.
+    pub(super) fn fill(&mut self, at: usize, tag: u32, block: u32) {
         self.slots[at] = u64::from(tag) << 32 | u64::from(block + 1);
         self.len += 1;
     }
@@ -141,15 +160,16 @@ mod tests {
             match model.remove(&block) {
                 Some(tag) => index.remove(tag, block),
                 None => {
-                    index.insert(tag, block);
+                    let Place::Empty(at) = index.place(tag, |_| false) else { unreachable!() };
+                    index.fill(at, tag, block);
                     model.insert(block, tag);
                 }
             }
             assert_eq!(index.len(), model.len());
         }
         for block in 0..64 {
-            let found = model.get(&block).and_then(|tag| index.find(*tag, |it| it == block));
-            assert_eq!(found.is_some(), model.contains_key(&block));
+            let place = model.get(&block).map(|tag| index.place(*tag, |it| it == block));
+            assert!(place.is_none_or(|place| place == Place::Taken(block)));
         }
         assert_eq!(index.blocks().count(), model.len());
     }

@@ -1,9 +1,11 @@
 //! Blocks: fixed-size runs of tokens, reference counted, shared through a prefix index.
 
 mod counts;
+mod entries;
 pub mod events;
 pub mod groups;
 mod index;
+pub mod keys;
 pub mod manager;
 mod partial;
 pub mod pool;

@@ -14,20 +14,22 @@
 //! that matched or registered the entry owns its own references and counts as a holder. Entries
 //! without a holder are idle: an evictor orders them, and they are reclaimed when blocks run out.
 //!
-//! Everything lies in flat arrays made once: for each block a record (32 bytes), a digest (32), a
-//! place in the index (12), in the free list (4), in the memory of evicted prefixes (1), and what
-//! the evictor keeps (9 to 14).
+//! Everything lies in flat arrays made once: for each block a record (64 bytes, one cache
+//! line, the digest included), a place in the index (12), in the free list (4), in the memory of
+//! evicted prefixes (1), and what the evictor keeps (9 to 14).
 //!
 //! Lookups need shared access only: they add to atomic counts (`counts`) and leave the
 //! evictor alone, which therefore may name held blocks; those are passed over when they come up.
 
 use super::counts::{Counts, Snapshot};
 use super::events::{EventFormat, EventStream, Journal};
-use super::index::{Index, tag};
+use super::index::Index;
 use super::partial::Partial;
 use super::prefix::Digest;
+use crate::device::host;
 use crate::error::{Result, ensure};
-use crate::evictor::Evictor;
+use crate::evictor::{Evictor, Idle};
+use crate::simd::prefetch;
 use crate::sync::{AtomicUsize, Ordering};
 
 /// Names a block of a pool: an index below its number of blocks.
@@ -62,7 +64,6 @@ pub(super) const NONE: u32 = u32::MAX;
 #[derive(Debug)]
 pub struct BlockPool {
     pub(super) records: Vec<Record>,
-    pub(super) digests: Vec<Digest>,
     free: Vec<u32>,
     pub(super) index: Index,
     pub(super) evictor: Box<dyn Evictor>,
@@ -74,10 +75,13 @@ pub struct BlockPool {
     pub(super) journal: Option<Box<Journal>>,
     /// Tokens of entries, if blocks are reused in part.
     pub(super) partial: Option<Box<Partial>>,
+    /// Blocks handed out that somebody had before, if somebody wants to wipe them.
+    recycled: Option<Vec<u32>>,
 }
 
+/// What is known of a block, in one cache line.
 #[derive(Debug)]
-#[repr(align(32))]
+#[repr(align(64))]
 pub(super) struct Record {
     pub(super) counts: Counts,
     /// Grows when the block is freed, so that stale names are recognised.
@@ -95,6 +99,9 @@ pub(super) struct Record {
     pub(super) group: u8,
     /// [`REUSED`] and [`DOOMED`].
     pub(super) flags: u8,
+    /// What the entry is found by. A block without an entry may have one too: the digest of the
+    /// tokens that it holds a second copy of.
+    pub(super) digest: Digest,
 }
 
 /// The entry has been idle before.
@@ -103,7 +110,7 @@ pub(super) const REUSED: u8 = 1;
 pub(super) const DOOMED: u8 = 2;
 
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<Record>() == 32);
+const _: () = assert!(size_of::<Record>() == 64);
 
 impl BlockPool {
     /// A pool of `num_blocks` free blocks whose idle entries `evictor` orders.
@@ -118,12 +125,12 @@ impl BlockPool {
             priority: DEFAULT_PRIORITY,
             group: 0,
             flags: 0,
+            digest: [0; 32],
         };
         Self {
-            records: (0..num_blocks).map(empty).collect(),
-            digests: vec![[0; 32]; num_blocks],
+            records: host::large(num_blocks, empty),
             // Popped from the end: low numbers first, and the block freed last is used next.
-            free: (0..num_blocks as u32).rev().collect(),
+            free: host::large(num_blocks, |i| (num_blocks - 1 - i) as u32),
             index: Index::new(num_blocks),
             evictor,
             idle_blocks: AtomicUsize::new(0),
@@ -131,7 +138,24 @@ impl BlockPool {
             evicted: vec![0; num_blocks / 4 + 64],
             journal: None,
             partial: None,
+            recycled: None,
         }
+    }
+
+    /// Writes down from now on which blocks are handed out with the bytes of somebody before.
+    pub fn watch_recycled(&mut self) {
+        self.recycled = Some(Vec::new());
+    }
+
+    /// The blocks handed out since the last call whose bytes are those of somebody before, if
+    /// [`Self::watch_recycled`] was called; in order, and twice if they went back meanwhile.
+    pub fn take_recycled(&mut self) -> Option<Vec<u32>> {
+        self.recycled.as_mut().map(std::mem::take)
+    }
+
+    /// How many blocks [`Self::take_recycled`] would answer.
+    pub fn num_recycled(&self) -> Option<usize> {
+        self.recycled.as_ref().map(Vec::len)
     }
 
     /// Writes down from now on which entries come and go, for [`Self::publish`].
@@ -189,7 +213,7 @@ impl BlockPool {
     /// Bytes of bookkeeping, the evictor's included.
     pub fn metadata_bytes(&self) -> usize {
         let n = self.num_blocks();
-        n * (size_of::<Record>() + size_of::<Digest>() + size_of::<u32>())
+        n * (size_of::<Record>() + size_of::<u32>())
             + self.index.bytes()
             + self.evicted.len() * size_of::<u32>()
             + self.evictor.bytes()
@@ -247,6 +271,11 @@ impl BlockPool {
         let id = self.free.pop()?;
         let record = &mut self.records[id as usize];
         record.counts.set(Snapshot { refs: 1, holders: 0 });
+        if let Some(recycled) = &mut self.recycled
+            && record.generation > 0
+        {
+            recycled.push(id);
+        }
         Some(BlockId(id))
     }
 
@@ -269,7 +298,7 @@ impl BlockPool {
                 Released::Freed
             }
             1 if record.cached => {
-                self.idle_blocks.fetch_add(1, Ordering::Relaxed);
+                self.add_idle(1, 0);
                 Released::Idle
             }
             _ => Released::Used,
@@ -282,153 +311,70 @@ impl BlockPool {
         let was_idle = record.cached && record.counts.get().refs == 1;
         let holders = u32::from(record.cached);
         record.counts.add_exclusive(1, holders);
-        self.idle_blocks.fetch_sub(usize::from(was_idle), Ordering::Relaxed);
+        self.add_idle(0, usize::from(was_idle));
     }
 
     /// Drops what [`Self::share`], [`Self::find_held`] or [`Self::register_one`] gave.
     pub fn unshare(&mut self, id: u32) {
+        let mut idle = 0;
+        if let Some(entry) = self.drop_user(id, &mut idle) {
+            self.evictor.insert(entry);
+        }
+        self.add_idle(idle, 0);
+    }
+
+    /// Drops all of `ids` but `u32::MAX`, the last one first, so that leaves are reclaimed before their
+    /// parents. Memory works ahead.
+    pub fn unshare_run(&mut self, ids: &[u32]) {
+        const BATCH: usize = 32;
+        let mut idle = 0;
+        let mut entries = [Idle::default(); BATCH];
+        let mut ahead = ids.rchunks(BATCH);
+        self.prefetch(ahead.next());
+        for batch in ids.rchunks(BATCH) {
+            self.prefetch(ahead.next());
+            let mut num_entries = 0;
+            for id in batch.iter().rev().filter(|id| **id != NONE) {
+                if let Some(entry) = self.drop_user(*id, &mut idle) {
+                    entries[num_entries] = entry;
+                    num_entries += 1;
+                }
+            }
+            self.evictor.insert_all(&entries[..num_entries]);
+        }
+        self.add_idle(idle, 0);
+    }
+
+    /// Asks memory for what dropping `ids` will touch.
+    fn prefetch(&self, ids: Option<&[u32]>) {
+        let Some(ids) = ids else { return };
+        ids.iter().for_each(|id| prefetch(&self.records, *id as usize));
+        self.evictor.prefetch(ids);
+    }
+
+    /// Drops a reference, and a hold if the block is an entry. Answers the entry if nobody holds it
+    /// any more, and counts it in `idle` if nobody refers to its block either.
+    fn drop_user(&mut self, id: u32, idle: &mut usize) -> Option<Idle> {
         let record = &mut self.records[id as usize];
         if !record.cached {
             if record.counts.sub_exclusive(1, 0).refs == 0 {
                 self.put_free(id);
             }
-            return;
-        }
-        let left = record.counts.sub_exclusive(1, 1);
-        if left.holders == 0 {
-            self.idle_blocks.fetch_add(usize::from(left.refs == 1), Ordering::Relaxed);
-            self.enlist(id);
-        }
-    }
-
-    /// Makes `blocks`, one for each lane and none of them cached yet, the entry for `digest`, held
-    /// once. `None` if the digest is known already: the caller keeps its blocks to itself.
-    pub fn register(&mut self, digest: &Digest, blocks: &[BlockId]) -> Option<EntryId> {
-        let head = blocks.first()?.0;
-        let fresh = |id: &BlockId| {
-            let record = &self.records[id.0 as usize];
-            record.counts.get().refs > 0 && !record.cached
-        };
-        if self.find(digest, 0).is_some() || !blocks.iter().all(fresh) {
             return None;
         }
-        for (i, id) in blocks.iter().enumerate() {
-            let record = &mut self.records[id.0 as usize];
-            record.counts.add_exclusive(1, u32::from(i == 0));
-            record.cached = true;
-            record.sibling = blocks.get(i + 1).map_or(NONE, |next| next.0);
+        let left = record.counts.sub_exclusive(1, 1);
+        (left.holders == 0).then(|| {
+            *idle += usize::from(left.refs == 1);
+            self.enlist(id)
+        })
+    }
+
+    /// Exclusive: counts idle blocks without the price of an atomic addition.
+    pub(super) fn add_idle(&mut self, more: usize, fewer: usize) {
+        if more != fewer {
+            let idle = self.idle_blocks.load(Ordering::Relaxed);
+            self.idle_blocks.store(idle + more - fewer, Ordering::Relaxed);
         }
-        self.enter(head, digest, 0, 0);
-        Some(EntryId(head))
-    }
-
-    /// Makes `block` the entry for `digest` in `group`, held by all who refer to it. Answers another block if that one is the entry already.
-    pub fn register_one(
-        &mut self,
-        digest: &Digest,
-        group: u8,
-        depth: u32,
-        block: u32,
-    ) -> Option<u32> {
-        if let Some(known) = self.find(digest, group) {
-            return Some(known);
-        }
-        let record = &mut self.records[block as usize];
-        let users = record.counts.get().refs;
-        record.counts.add_exclusive(1, users);
-        record.cached = true;
-        record.sibling = NONE;
-        self.enter(block, digest, group, depth);
-        None
-    }
-
-    /// The entry for `digest`, if it is known. Changes nothing; [`Self::hold`] takes it.
-    pub fn lookup(&self, digest: &Digest) -> Option<EntryId> {
-        self.find(digest, 0).map(EntryId)
-    }
-
-    /// Shared: holds the entry for `digest` in `group` and refers to its block once.
-    pub fn find_held(&self, digest: &Digest, group: u8) -> Option<u32> {
-        let head = self.find(digest, group)?;
-        self.hold_one(head);
-        Some(head)
-    }
-
-    /// Shared: holds the entries of the longest run of `digests`, from the first on, that is known
-    /// in `group`, and appends their blocks to `out`.
-    pub fn find_run(&self, digests: &[Digest], group: u8, out: &mut Vec<u32>) -> usize {
-        const BATCH: usize = 32;
-        let start = out.len();
-        for batch in digests.chunks(BATCH) {
-            // First reads of the index are independent of one another, so their misses overlap.
-            let (mut tags, mut firsts) = ([0; BATCH], [0; BATCH]);
-            for (i, digest) in batch.iter().enumerate() {
-                tags[i] = tag(digest, group);
-                firsts[i] = self.index.first(tags[i]);
-            }
-            for (i, digest) in batch.iter().enumerate() {
-                let guess = (firsts[i] as u32).wrapping_sub(1);
-                let guessed = (firsts[i] >> 32) as u32 == tags[i]
-                    && firsts[i] != 0
-                    && self.is_entry(guess, digest, group);
-                let found = if guessed {
-                    Some(guess)
-                } else {
-                    self.index.find(tags[i], |block| self.is_entry(block, digest, group))
-                };
-                let Some(head) = found else { return out.len() - start };
-                self.hold_one(head);
-                out.push(head);
-            }
-        }
-        out.len() - start
-    }
-
-    /// Shared: adds a holder to `entry` and a reference to each of its blocks, appended to `out` in
-    /// lane order with whether each was idle before.
-    pub fn hold(&self, entry: EntryId, out: &mut Vec<(BlockId, bool)>) {
-        self.records[entry.0 as usize].counts.add_holder();
-        let mut id = entry.0;
-        while id != NONE {
-            let was_idle = self.retain(BlockId(id));
-            out.push((BlockId(id), was_idle));
-            id = self.records[id as usize].sibling;
-        }
-    }
-
-    /// Removes a holder of `entry`. The holder's block references are released apart from this.
-    /// Call it for the last block of a chain first, so that leaves are reclaimed first.
-    pub fn unhold(&mut self, entry: EntryId) {
-        if self.records[entry.0 as usize].counts.sub_exclusive(0, 1).holders == 0 {
-            self.enlist(entry.0);
-        }
-    }
-
-    /// The block of the entry for `digest` in `group`. Holds nothing.
-    pub fn find(&self, digest: &Digest, group: u8) -> Option<u32> {
-        self.index.find(tag(digest, group), |block| self.is_entry(block, digest, group))
-    }
-
-    fn is_entry(&self, block: u32, digest: &Digest, group: u8) -> bool {
-        self.records[block as usize].group == group && self.digests[block as usize] == *digest
-    }
-
-    fn hold_one(&self, head: u32) {
-        let record = &self.records[head as usize];
-        let before = record.counts.add(true);
-        if before.refs == 1 {
-            self.idle_blocks.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-
-    fn enter(&mut self, head: u32, digest: &Digest, group: u8, depth: u32) {
-        let tag = tag(digest, group);
-        let record = &mut self.records[head as usize];
-        record.tag = tag;
-        (record.group, record.depth) = (group, depth);
-        (record.priority, record.flags) = (DEFAULT_PRIORITY, 0);
-        self.digests[head as usize] = *digest;
-        self.index.insert(tag, head);
     }
 }
 

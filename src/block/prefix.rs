@@ -1,12 +1,18 @@
-//! The identity of a prefix: a chain of SHA-256 digests, one for each full block of tokens.
+//! The identity of a prefix: a chain of SHA-256 states, one for each full block of tokens.
 //!
 //! ```text
-//! root   = H("kvmgr prefix v1" | block_size | salt | scope)
-//! next   = H(tokens as little-endian i32 | parent [ | extra | bytes of extra as u64 ])
+//! root   = H("kvmgr prefix v2" | block_size | salt | scope)         H is all of SHA-256
+//! next   = compress(parent, tokens as little-endian i32)            64 bytes a compression
+//! keys   = H("kvmgr keys v2" | next | number | kind, offset, size, bytes of each), if there are any
 //! ```
 //!
-//! Tokens come first so that most of the work for one block does not wait for the digest of the one
-//! before it.
+//! `compress` is SHA-256's own, so a digest is the state of one long SHA-256 computation that
+//! starts with the padded bytes of the root: 16 tokens cost one compression, half of what hashing
+//! `parent | tokens` with padding costs. It is as hard to collide as SHA-256. Equal digests of two
+//! chains lead back, block by block, to equal inputs of `compress` or to a collision of it; then
+//! to where the shorter chain starts, which is an output of H that nobody can aim at. The inputs
+//! can be told apart: a root says how long its text is, its block size how many tokens (the last
+//! 64 bytes of a block filled up with zeros) make a step, and H over keys starts like no root.
 //!
 //! A digest names the whole prefix up to and including its block, so equal digests mean equal
 //! tokens, model scope, salt and extra keys. The salt is the operator's: tenants with different
@@ -16,14 +22,17 @@
 //!
 //! ```text
 //! root   = H(cbor(seed text))
-//! next   = H(cbor([parent bytes, [tokens], extra])), extra null or an array of texts
+//! next   = H(cbor([parent bytes, [tokens], extra])), extra null or an array of the adapter's name,
+//!          [identifier, offset] of each image, the salt (first block only), bytes of embeddings
 //! ```
 
-use sha2::block_api::compress256;
 use sha2::{Digest as _, Sha256};
 
+use super::keys::{Key, Kind};
+use crate::simd::sha256;
+
 /// The digest of a prefix that ends at a block boundary.
-pub type Digest = [u8; 32];
+pub type Digest = sha256::State;
 
 /// How digests are chained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -39,7 +48,7 @@ pub enum Hash {
 /// with its length, so no two lists of scopes collide.
 pub fn root(block_size: usize, salt: u64, scope: &[u8]) -> Digest {
     let mut hash = Sha256::new();
-    hash.update(b"kvmgr prefix v1");
+    hash.update(b"kvmgr prefix v2");
     hash.update((block_size as u64).to_le_bytes());
     hash.update(salt.to_le_bytes());
     hash.update((scope.len() as u64).to_le_bytes());
@@ -47,94 +56,172 @@ pub fn root(block_size: usize, salt: u64, scope: &[u8]) -> Digest {
     hash.finalize().into()
 }
 
-/// The digest of the empty prefix of one tenant or adapter below `root`: `salt` is hashed with its
-/// length and apart from every token, so no prompt can imitate it.
+/// The digest of the empty prefix of one tenant below `root`: `salt` is hashed with its length and
+/// apart from every token, so no prompt can imitate it.
 pub fn tenant_root(root: &Digest, salt: &[u8]) -> Digest {
-    if salt.is_empty() {
+    below(root, b"kvmgr tenant v2", salt)
+}
+
+/// The digest of the empty prefix of the model with an adapter, told apart from every tenant.
+pub fn adapter_root(root: &Digest, adapter: &str) -> Digest {
+    below(root, b"kvmgr adapter v2", adapter.as_bytes())
+}
+
+fn below(root: &Digest, domain: &[u8], name: &[u8]) -> Digest {
+    if name.is_empty() {
         return *root;
     }
     let mut hash = Sha256::new();
-    hash.update(b"kvmgr tenant v1");
+    hash.update(domain);
     hash.update(root);
-    hash.update((salt.len() as u64).to_le_bytes());
-    hash.update(salt);
+    hash.update((name.len() as u64).to_le_bytes());
+    hash.update(name);
     hash.finalize().into()
 }
 
 /// The root of vLLM's chain: the hash of the text of `PYTHONHASHSEED`.
 pub fn vllm_root(seed: &str) -> Digest {
     let mut bytes = Vec::with_capacity(seed.len() + 9);
-    cbor_head(&mut bytes, 3, seed.len() as u64);
-    bytes.extend_from_slice(seed.as_bytes());
+    cbor_bytes(&mut bytes, 3, seed.as_bytes());
     Sha256::digest(&bytes).into()
 }
 
-/// The digest of `parent` extended by one full block of tokens.
+/// The digest of `parent` extended by one full block of tokens: as many as the root says, not none.
 pub fn extend(parent: &Digest, tokens: &[i32]) -> Digest {
-    let mut message = Message::new();
-    message.tokens(tokens);
-    message.bytes(parent);
-    message.finish()
+    let mut out = [[0; 32]];
+    extend_chunks(parent, tokens, tokens.len(), &mut out);
+    out[0]
 }
 
 /// Appends the digests of all full blocks of `block_size` tokens below `root` to `out`.
 pub fn extend_run(root: &Digest, tokens: &[i32], block_size: usize, out: &mut Vec<Digest>) {
-    let mut parent = *root;
-    let mut chunks = tokens.chunks_exact(block_size);
-    let start = |chunk: Option<&[i32]>| {
-        chunk.map(|tokens| {
-            let mut message = Message::new();
-            message.tokens(tokens);
-            message
-        })
-    };
-    // The next block's tokens are hashed beside this block's end, which waits for the parent.
-    let mut next = start(chunks.next());
-    while let Some(mut message) = next {
-        next = start(chunks.next());
-        message.bytes(&parent);
-        parent = message.finish();
-        out.push(parent);
+    let start = out.len();
+    let full = tokens.len() / block_size;
+    out.resize(start + full, [0; 32]);
+    extend_chunks(root, &tokens[..full * block_size], block_size, &mut out[start..]);
+}
+
+/// [`extend_run`] for two prompts, in little more than the time of the longer one.
+pub fn extend_runs(
+    roots: [&Digest; 2],
+    tokens: [&[i32]; 2],
+    block_size: usize,
+    outs: [&mut Vec<Digest>; 2],
+) {
+    let both = tokens[0].len().min(tokens[1].len()) / block_size;
+    let [first, second] = outs;
+    let starts = [first.len(), second.len()];
+    let mut done = 0;
+    if block_size.is_multiple_of(16) {
+        first.resize(starts[0] + both, [0; 32]);
+        second.resize(starts[1] + both, [0; 32]);
+        let messages = tokens.map(|tokens| tokens[..both * block_size].as_chunks().0);
+        let places = [&mut first[starts[0]..], &mut second[starts[1]..]];
+        sha256::run(roots, messages, block_size / 16, places);
+        done = both;
+    }
+    for (i, out) in [first, second].into_iter().enumerate() {
+        let parent = if done > 0 { out[out.len() - 1] } else { *roots[i] };
+        extend_run(&parent, &tokens[i][done * block_size..], block_size, out);
     }
 }
 
-/// The digest of `parent` extended by one full block of tokens that `extra` distinguishes: the
-/// adapter, or the hash and offset of an image in the block. No extra keys are [`extend`].
-pub fn extend_with(hash: Hash, parent: &Digest, tokens: &[i32], extra: &[&[u8]]) -> Digest {
-    match hash {
-        Hash::Native if extra.is_empty() => extend(parent, tokens),
-        Hash::Native => {
-            let mut message = Message::new();
-            message.tokens(tokens);
-            message.bytes(parent);
-            let mut total = 0;
-            for key in extra {
-                message.bytes(&(key.len() as u64).to_le_bytes());
-                message.bytes(key);
-                total += 8 + key.len() as u64;
-            }
-            message.bytes(&total.to_le_bytes());
-            message.finish()
+/// One block below each of two parents: what two calls of [`extend`] answer, in little more than
+/// the time of one.
+pub fn extend_pair(parents: [&Digest; 2], tokens: [&[i32]; 2]) -> [Digest; 2] {
+    let [(first, []), (second, [])] = tokens.map(|tokens| tokens.as_chunks()) else {
+        return [extend(parents[0], tokens[0]), extend(parents[1], tokens[1])];
+    };
+    let every = first.len();
+    if every == 0 || second.len() != every {
+        return [extend(parents[0], tokens[0]), extend(parents[1], tokens[1])];
+    }
+    let (mut a, mut b) = ([[0; 32]], [[0; 32]]);
+    sha256::run(parents, [first, second], every, [&mut a, &mut b]);
+    [a[0], b[0]]
+}
+
+/// The digests of as many blocks of `size` tokens as `out` has places.
+fn extend_chunks(root: &Digest, tokens: &[i32], size: usize, out: &mut [Digest]) {
+    if let (messages, []) = tokens.as_chunks()
+        && size.is_multiple_of(16)
+    {
+        return sha256::run([root], [messages], size / 16, [out]);
+    }
+    let mut parent = *root;
+    for (chunk, out) in tokens.chunks(size).zip(out) {
+        // Messages that are not full end with zeros; their number follows from the block size.
+        for part in chunk.chunks(16) {
+            let mut message = [0; 16];
+            message[..part.len()].copy_from_slice(part);
+            parent = sha256::step(&parent, &message);
         }
-        Hash::VllmCbor => {
-            let mut bytes = Vec::with_capacity(64 + 5 * tokens.len());
-            cbor_head(&mut bytes, 4, 3);
-            cbor_head(&mut bytes, 2, parent.len() as u64);
-            bytes.extend_from_slice(parent);
-            cbor_head(&mut bytes, 4, tokens.len() as u64);
-            tokens.iter().for_each(|token| cbor_int(&mut bytes, i64::from(*token)));
-            if extra.is_empty() {
-                bytes.push(0xF6);
-            } else {
-                cbor_head(&mut bytes, 4, extra.len() as u64);
-                for key in extra {
-                    cbor_head(&mut bytes, 3, key.len() as u64);
-                    bytes.extend_from_slice(key);
-                }
+        *out = parent;
+    }
+}
+
+/// The digest of `parent` extended by one full block of tokens that `keys` distinguish, and with
+/// vLLM's hash the name of an adapter; the library's own has that in its root. No keys are
+/// [`extend`].
+pub fn extend_with(
+    hash: Hash,
+    parent: &Digest,
+    tokens: &[i32],
+    adapter: &str,
+    keys: &[Key<'_>],
+) -> Digest {
+    match hash {
+        Hash::Native if keys.is_empty() => extend(parent, tokens),
+        Hash::Native => {
+            let mut hash = Sha256::new();
+            hash.update(b"kvmgr keys v2");
+            hash.update(extend(parent, tokens));
+            hash.update((keys.len() as u64).to_le_bytes());
+            for key in keys {
+                hash.update([key.kind as u8]);
+                hash.update(key.offset.to_le_bytes());
+                hash.update((key.bytes.len() as u64).to_le_bytes());
+                hash.update(key.bytes);
             }
-            Sha256::digest(&bytes).into()
+            hash.finalize().into()
+        }
+        Hash::VllmCbor => Sha256::digest(cbor_block(parent, tokens, adapter, keys)).into(),
+    }
+}
+
+fn cbor_block(parent: &Digest, tokens: &[i32], adapter: &str, keys: &[Key<'_>]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(64 + 5 * tokens.len());
+    cbor_head(&mut out, 4, 3);
+    cbor_bytes(&mut out, 2, parent);
+    cbor_head(&mut out, 4, tokens.len() as u64);
+    tokens.iter().for_each(|token| cbor_int(&mut out, i64::from(*token)));
+    let count = keys.len() + usize::from(!adapter.is_empty());
+    if count == 0 {
+        out.push(0xF6);
+        return out;
+    }
+    cbor_head(&mut out, 4, count as u64);
+    if !adapter.is_empty() {
+        cbor_bytes(&mut out, 3, adapter.as_bytes());
+    }
+    for key in keys {
+        match key.kind {
+            Kind::Item => {
+                cbor_head(&mut out, 4, 2);
+                cbor_bytes(&mut out, 3, key.bytes);
+                cbor_int(&mut out, key.offset);
+            }
+            Kind::Text => cbor_bytes(&mut out, 3, key.bytes),
+            Kind::Bytes => cbor_bytes(&mut out, 2, key.bytes),
         }
     }
+    out
+}
+
+/// Bytes (`major` 2) or a text (3).
+fn cbor_bytes(out: &mut Vec<u8>, major: u8, bytes: &[u8]) {
+    cbor_head(out, major, bytes.len() as u64);
+    out.extend_from_slice(bytes);
 }
 
 /// The head of a CBOR item in its shortest form.
@@ -166,77 +253,6 @@ fn cbor_int(out: &mut Vec<u8>, value: i64) {
     }
 }
 
-/// SHA-256 of a short message without the general interface, which costs a third more on 96 bytes.
-struct Message {
-    state: [u32; 8],
-    block: [u8; 64],
-    fill: usize,
-    total: u64,
-}
-
-impl Message {
-    fn new() -> Self {
-        Self { state: INITIAL, block: [0; 64], fill: 0, total: 0 }
-    }
-
-    fn tokens(&mut self, tokens: &[i32]) {
-        debug_assert_eq!(self.total, 0, "tokens come first");
-        let whole = tokens.chunks_exact(16);
-        let rest = whole.remainder();
-        for chunk in whole {
-            for (bytes, token) in self.block.chunks_exact_mut(4).zip(chunk) {
-                bytes.copy_from_slice(&token.to_le_bytes());
-            }
-            compress256(&mut self.state, std::slice::from_ref(&self.block));
-            self.total += 64;
-        }
-        rest.iter().for_each(|token| self.bytes(&token.to_le_bytes()));
-    }
-
-    #[inline]
-    fn bytes(&mut self, mut bytes: &[u8]) {
-        self.total += bytes.len() as u64;
-        while !bytes.is_empty() {
-            let take = bytes.len().min(64 - self.fill);
-            self.block[self.fill..self.fill + take].copy_from_slice(&bytes[..take]);
-            self.fill += take;
-            bytes = &bytes[take..];
-            if self.fill == 64 {
-                compress256(&mut self.state, std::slice::from_ref(&self.block));
-                self.fill = 0;
-            }
-        }
-    }
-
-    fn finish(mut self) -> Digest {
-        self.block[self.fill] = 0x80;
-        self.block[self.fill + 1..].fill(0);
-        if self.fill + 9 > 64 {
-            compress256(&mut self.state, std::slice::from_ref(&self.block));
-            self.block.fill(0);
-        }
-        self.block[56..].copy_from_slice(&(self.total * 8).to_be_bytes());
-        compress256(&mut self.state, std::slice::from_ref(&self.block));
-        let mut digest = [0; 32];
-        for (bytes, word) in digest.chunks_exact_mut(4).zip(self.state) {
-            bytes.copy_from_slice(&word.to_be_bytes());
-        }
-        digest
-    }
-}
-
-/// FIPS 180-4, 5.3.3.
-const INITIAL: [u32; 8] = [
-    0x6A09_E667,
-    0xBB67_AE85,
-    0x3C6E_F372,
-    0xA54F_F53A,
-    0x510E_527F,
-    0x9B05_688C,
-    0x1F83_D9AB,
-    0x5BE0_CD19,
-];
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -261,23 +277,26 @@ mod tests {
             assert_eq!(parent, *digest);
         }
         assert_eq!(run.len(), 4);
-        let with = |extra: &[&[u8]]| extend_with(Hash::Native, &base, &[1, 2], extra);
+        for (size, a, b) in [(16, 70, 33), (32, 64, 200), (16, 5, 40), (8, 30, 40)] {
+            let (mut alone, mut first, mut second) = (Vec::new(), vec![base], Vec::new());
+            let tokens = [&long[..a], &changed[900 - b..900]];
+            extend_runs([&base, &ab], tokens, size, [&mut first, &mut second]);
+            extend_run(&base, tokens[0], size, &mut alone);
+            assert_eq!(first[1..], alone[..]);
+            alone.clear();
+            extend_run(&ab, tokens[1], size, &mut alone);
+            assert_eq!(second, alone);
+        }
+        let with = |keys: &[Key<'_>]| extend_with(Hash::Native, &base, &[1, 2], "", keys);
+        let key = |bytes: &'static str, offset, kind| Key { bytes: bytes.as_bytes(), offset, kind };
         assert_eq!(with(&[]), extend(&base, &[1, 2]));
-        assert_ne!(with(&[b"ab", b"c"]), with(&[b"a", b"bc"]));
-        assert_ne!(with(&[b""]), with(&[]));
+        let text = |bytes| key(bytes, 0, Kind::Text);
+        assert_ne!(with(&[text("ab"), text("c")]), with(&[text("a"), text("bc")]));
+        assert_ne!(with(&[text("")]), with(&[]));
+        assert_ne!(with(&[text("a")]), with(&[key("a", 0, Kind::Item)]));
+        assert_ne!(with(&[key("a", 1, Kind::Item)]), with(&[key("a", 0, Kind::Item)]));
+        assert_ne!(adapter_root(&base, "a"), tenant_root(&base, b"a"));
         assert_ne!(tenant_root(&base, b"a"), tenant_root(&base, b"b"));
         assert_eq!(tenant_root(&base, b""), base);
-    }
-
-    #[test]
-    fn the_short_path_is_sha_256() {
-        for len in 0..200 {
-            let bytes: Vec<u8> = (0..len).map(|i| i as u8).collect();
-            let mut message = Message::new();
-            for part in bytes.chunks(7) {
-                message.bytes(part);
-            }
-            assert_eq!(message.finish(), Digest::from(Sha256::digest(&bytes)), "{len} bytes");
-        }
     }
 }

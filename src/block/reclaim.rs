@@ -5,7 +5,10 @@ use super::index::tag;
 use super::pool::{BlockId, BlockPool, DOOMED, MAX_PRIORITY, NONE, REUSED, Record};
 use super::prefix::Digest;
 use crate::evictor::Idle;
-use crate::sync::Ordering;
+use crate::simd::prefetch;
+
+/// Evictions between two looks ahead, and how far a look goes.
+const PACE: usize = 8;
 
 impl BlockPool {
     /// Starts to reclaim the next idle entry: it can no longer be found, but keeps its blocks
@@ -19,7 +22,7 @@ impl BlockPool {
             blocks.push(BlockId(id));
             id = self.records[id as usize].sibling;
         }
-        Some((self.digests[head as usize], blocks))
+        Some((self.records[head as usize].digest, blocks))
     }
 
     /// Drops the entry's reference to one of its blocks. Answers whether the block is free now.
@@ -30,7 +33,7 @@ impl BlockPool {
         if record.counts.sub_exclusive(1, 0).refs > 0 {
             return false;
         }
-        self.idle_blocks.fetch_sub(1, Ordering::Relaxed);
+        self.add_idle(0, 1);
         self.put_free(id.0);
         true
     }
@@ -107,13 +110,19 @@ impl BlockPool {
     /// Whether the prefix of `digest` was evicted, as far as is remembered.
     pub fn was_evicted(&self, digest: &Digest, group: u8) -> bool {
         let tag = tag(digest, group);
-        self.evicted[tag as usize % self.evicted.len()] == tag
+        self.evicted[self.memory_of(tag)] == tag
     }
 
-    pub(super) fn enlist(&mut self, head: u32) {
+    /// Where the eviction of an entry is remembered.
+    fn memory_of(&self, tag: u32) -> usize {
+        ((u64::from(tag) * self.evicted.len() as u64) >> 32) as usize
+    }
+
+    /// What the evictor learns when nobody holds an entry any more.
+    pub(super) fn enlist(&mut self, head: u32) -> Idle {
         let idle = self.idle(head);
         self.records[head as usize].flags |= REUSED;
-        self.evictor.insert(idle);
+        idle
     }
 
     fn idle(&self, head: u32) -> Idle {
@@ -144,18 +153,22 @@ impl BlockPool {
     fn leave(&mut self, head: u32) {
         let tag = self.records[head as usize].tag;
         self.index.remove(tag, head);
-        let place = tag as usize % self.evicted.len();
+        let place = self.memory_of(tag);
         self.evicted[place] = tag;
         self.evictions += 1;
         if let Some(partial) = &mut self.partial {
             partial.remove(head);
         }
         if let Some(journal) = &mut self.journal {
-            journal.removed(self.records[head as usize].group, &self.digests[head as usize]);
+            let record = &self.records[head as usize];
+            journal.removed(record.group, &record.digest);
         }
     }
 
     pub(super) fn evict_one(&mut self) -> Option<()> {
+        if (self.evictions as usize).is_multiple_of(PACE) {
+            self.look_ahead();
+        }
         let head = self.next_idle()?;
         self.leave(head);
         let mut id = head;
@@ -164,6 +177,21 @@ impl BlockPool {
             id = self.records[id as usize].sibling;
         }
         Some(())
+    }
+
+    /// Asks memory for what the next evictions will touch: the records of those after the next few,
+    /// and the index of the next few, whose records were asked for the last time.
+    fn look_ahead(&self) {
+        let mut slots = [0; 2 * PACE];
+        let count = self.evictor.upcoming(&mut slots);
+        for slot in &slots[count.min(PACE)..count] {
+            prefetch(&self.records, *slot as usize);
+        }
+        for slot in &slots[..count.min(PACE)] {
+            let tag = self.records[*slot as usize].tag;
+            self.index.prefetch(tag);
+            prefetch(&self.evicted, self.memory_of(tag));
+        }
     }
 
     /// Checks every invariant; for tests and debugging. O(blocks).
@@ -178,7 +206,7 @@ impl BlockPool {
         for head in self.index.blocks() {
             let record = &self.records[head as usize];
             assert!(record.cached && record.counts.get().refs > 0);
-            assert_eq!(self.find(&self.digests[head as usize], record.group), Some(head));
+            assert_eq!(self.find(&record.digest, record.group), Some(head));
             unheld += usize::from(record.counts.get().holders == 0);
         }
         assert!(self.evictor.len() >= unheld, "an idle entry is missing from the evictor");

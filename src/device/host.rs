@@ -112,6 +112,22 @@ impl Drop for Arena {
     }
 }
 
+/// A list of `count` items, `item(0)` on, that never grows and is read at random places: in huge
+/// pages where the system has them and the list is long enough.
+pub fn large<T>(count: usize, item: impl FnMut(usize) -> T) -> Vec<T> {
+    let mut list = Vec::<T>::with_capacity(count);
+    let start = list.as_ptr().addr();
+    let first = start.next_multiple_of(HUGE_PAGE);
+    let end = (start + count * size_of::<T>()) / HUGE_PAGE * HUGE_PAGE;
+    if first < end {
+        let place = list.as_mut_ptr().with_addr(first).cast();
+        // SAFETY: whole pages inside the list's own memory; failure changes nothing.
+        unsafe { libc::madvise(place, end - first, libc::MADV_HUGEPAGE) };
+    }
+    list.extend((0..count).map(item));
+    list
+}
+
 /// Bytes of a page of the system.
 pub fn page_size() -> usize {
     // SAFETY: no preconditions.
@@ -147,6 +163,16 @@ mod tests {
         unsafe { arena.address(arena.len() - 1).write(7) };
         arena.discard(HUGE_PAGE, HUGE_PAGE);
         assert!(Arena::reserve_huge(usize::MAX / 2).is_err());
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "madvise flags")]
+    fn large_lists_hold_what_they_are_given() {
+        for count in [0, 3, 3 * HUGE_PAGE / 8] {
+            let list = large(count, |i| i as u64);
+            assert!(list.iter().enumerate().all(|(i, item)| *item == i as u64));
+            assert_eq!((list.len(), list.capacity()), (count, count));
+        }
     }
 
     #[test]

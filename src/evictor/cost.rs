@@ -10,6 +10,7 @@
 
 use super::{Entry, Evictor, Idle};
 use crate::registry::{Domain, Param};
+use crate::simd::prefetch;
 
 pub(super) static ENTRY: Entry = Entry {
     name: "cost",
@@ -147,6 +148,13 @@ impl Evictor for Cost {
             self.settle(at as usize);
         }
         true
+    }
+
+    fn prefetch(&self, slots: &[u32]) {
+        for slot in slots {
+            prefetch(&self.keys, *slot as usize);
+            prefetch(&self.place, *slot as usize);
+        }
     }
 
     fn bytes(&self) -> usize {

@@ -51,6 +51,14 @@ impl Evictor for Lfu {
         self.ranks.remove(slot)
     }
 
+    fn prefetch(&self, slots: &[u32]) {
+        self.ranks.prefetch(slots);
+    }
+
+    fn upcoming(&self, out: &mut [u32]) -> usize {
+        self.ranks.first(out)
+    }
+
     fn bytes(&self) -> usize {
         self.ranks.bytes() + self.uses.len()
     }

@@ -1,5 +1,8 @@
 //! Doubly linked lists threaded through flat arrays: the material that evictors are made of.
 
+use crate::device::host;
+use crate::simd::prefetch;
+
 /// No neighbour, no list.
 const NONE: u32 = u32::MAX;
 const NO_LIST: u8 = u8::MAX;
@@ -30,8 +33,8 @@ impl Lists {
     /// `num_lists` empty lists.
     pub(super) fn new(capacity: usize, num_lists: usize) -> Self {
         Self {
-            links: vec![Link { previous: NONE, next: NONE }; capacity],
-            list: vec![NO_LIST; capacity],
+            links: host::large(capacity, |_| Link { previous: NONE, next: NONE }),
+            list: host::large(capacity, |_| NO_LIST),
             ends: vec![Ends { head: NONE, tail: NONE, len: 0 }; num_lists],
             len: 0,
         }
@@ -56,6 +59,29 @@ impl Lists {
     pub(super) fn list_of(&self, slot: u32) -> Option<usize> {
         let list = self.list[slot as usize];
         (list != NO_LIST).then_some(usize::from(list))
+    }
+
+    /// Asks memory for what [`Self::push`] of `slots` will touch.
+    pub(super) fn prefetch(&self, slots: &[u32]) {
+        for slot in slots {
+            prefetch(&self.links, *slot as usize);
+            prefetch(&self.list, *slot as usize);
+        }
+    }
+
+    /// Writes the first slots of `list` to `out`. Answers how many.
+    pub(super) fn first(&self, list: usize, out: &mut [u32]) -> usize {
+        let mut slot = self.ends[list].head;
+        let mut count = 0;
+        for out in out {
+            if slot == NONE {
+                break;
+            }
+            *out = slot;
+            count += 1;
+            slot = self.links[slot as usize].next;
+        }
+        count
     }
 
     /// Adds `slot`, which is in no list, at the end of `list`.
@@ -139,6 +165,19 @@ impl Ranks {
     /// The list that `slot` is in.
     pub(super) fn list_of(&self, slot: u32) -> Option<usize> {
         self.lists.list_of(slot)
+    }
+
+    /// See [`Lists::prefetch`].
+    pub(super) fn prefetch(&self, slots: &[u32]) {
+        self.lists.prefetch(slots);
+    }
+
+    /// Writes the first slots of the first list that is not empty to `out`. Answers how many.
+    pub(super) fn first(&self, out: &mut [u32]) -> usize {
+        match self.present {
+            0 => 0,
+            present => self.lists.first(present.trailing_zeros() as usize, out),
+        }
     }
 
     /// Adds `slot`, which is in no list, at the end of `list`.

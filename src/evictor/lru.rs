@@ -35,6 +35,17 @@ impl Evictor for Lru {
         self.0.remove(slot).is_some()
     }
 
+    fn prefetch(&self, slots: &[u32]) {
+        self.0.prefetch(slots);
+    }
+
+    fn upcoming(&self, out: &mut [u32]) -> usize {
+        match self.0.first(DOOMED, out) {
+            0 => self.0.first(LIVE, out),
+            count => count,
+        }
+    }
+
     fn bytes(&self) -> usize {
         self.0.bytes()
     }

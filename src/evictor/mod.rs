@@ -15,7 +15,7 @@ registry! {
 }
 
 /// What the pool knows about an entry that became idle.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Idle {
     /// Which one: a block number below the capacity.
     pub slot: u32,
@@ -41,6 +41,18 @@ pub trait Evictor: Debug + Send + Sync {
     /// Adds a slot, or says that a slot in the order was used once more. A child is always
     /// inserted before its parent when both become idle at once, so that leaves go first.
     fn insert(&mut self, idle: Idle);
+    /// [`Self::insert`] for each of `list` in its order.
+    fn insert_all(&mut self, list: &[Idle]) {
+        list.iter().for_each(|idle| self.insert(*idle));
+    }
+    /// Asks memory for what [`Self::insert`] of `slots` will touch.
+    fn prefetch(&self, slots: &[u32]);
+    /// The slots that [`Self::pop`] would answer next, in order, as far as that is known without a
+    /// search: a hint, so that memory can work ahead. Answers how many were written to `out`.
+    fn upcoming(&self, out: &mut [u32]) -> usize {
+        _ = out;
+        0
+    }
     /// Says that what is known of a slot in the order has changed, without a use.
     fn update(&mut self, idle: Idle);
     /// Takes out the next slot to reclaim: doomed ones first.

@@ -46,6 +46,14 @@ impl Evictor for Priority {
         true
     }
 
+    fn prefetch(&self, slots: &[u32]) {
+        self.0.prefetch(slots);
+    }
+
+    fn upcoming(&self, out: &mut [u32]) -> usize {
+        self.0.first(out)
+    }
+
     fn bytes(&self) -> usize {
         self.0.bytes()
     }

@@ -98,6 +98,10 @@ impl Evictor for S3Fifo {
         }
     }
 
+    fn prefetch(&self, slots: &[u32]) {
+        self.lists.prefetch(slots);
+    }
+
     fn bytes(&self) -> usize {
         self.lists.bytes() + self.uses.len() + (self.tags.len() + self.ghosts.len()) * 4
     }

@@ -60,6 +60,15 @@ impl Evictor for Slru {
         self.lists.remove(slot).is_some()
     }
 
+    fn prefetch(&self, slots: &[u32]) {
+        self.lists.prefetch(slots);
+    }
+
+    fn upcoming(&self, out: &mut [u32]) -> usize {
+        let lists = [DOOMED, PROBATION, PROTECTED];
+        lists.into_iter().map(|list| self.lists.first(list, out)).find(|n| *n > 0).unwrap_or(0)
+    }
+
     fn bytes(&self) -> usize {
         self.lists.bytes()
     }

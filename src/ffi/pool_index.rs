@@ -6,10 +6,14 @@ use std::sync::Arc;
 use super::convert;
 use super::guard::guard;
 use super::handle::{self, Opaque};
-use super::pool::{Listener, PoolHandle, Shared, digests, in_callback, kvmgr_pool, read, write};
-use super::pool_sequence::{keep, kvmgr_pool_sequence};
+use super::pool::{
+    Listener, PoolHandle, Shared, digests, in_callback, kvmgr_pool, read, to_usize, write,
+};
+use super::pool_request::keep;
+use super::pool_sequence::kvmgr_pool_sequence;
 use super::types::kvmgr_status;
 use crate::block::SequenceId;
+use crate::block::keys::Range;
 use crate::block::manager::LeaseId;
 use crate::error::{Result, bail, ensure};
 
@@ -146,6 +150,31 @@ pub extern "C" fn kvmgr_pool_keep(
     guard(|| {
         let keep = keep(priority, ttl, session)?;
         write(pool, |manager| manager.set_keep(SequenceId(sequence), keep))
+    })
+}
+
+/// Changes how long a part of a sequence stays: the blocks that its tokens touch, as they are now and
+/// as they become entries later. What is said last about a block counts.
+///
+/// @param start first token
+/// @param end behind the last token, larger than start; may lie beyond the tokens so far
+/// @param priority 1 to 100, or 0 for 35
+/// @param ttl microseconds after the end of the sequence, or 0 for never
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_pool_keep_range(
+    pool: *mut kvmgr_pool,
+    sequence: kvmgr_pool_sequence,
+    start: u64,
+    end: u64,
+    priority: u32,
+    ttl: u64,
+) -> kvmgr_status {
+    guard(|| {
+        let keep = keep(priority, ttl, 0)?;
+        let (start, end) = (to_usize(start, "start")?, to_usize(end, "end")?);
+        let range = Range { start, end, priority: keep.priority, ttl };
+        write(pool, |manager| manager.keep_range(SequenceId(sequence), range))
     })
 }
 

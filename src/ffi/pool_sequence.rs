@@ -2,13 +2,12 @@
 
 use super::convert;
 use super::guard::guard;
-use super::pool::{digests, kvmgr_pool, write};
+use super::pool::{kvmgr_pool, write};
+use super::pool_request::{Parsed, kvmgr_pool_admission, kvmgr_pool_request, to_c};
 use super::types::kvmgr_status;
-use crate::block::groups::Reason;
-use crate::block::manager::{BlockManager, Keep};
-use crate::block::pool::DEFAULT_PRIORITY;
-use crate::block::prefix::Hash;
-use crate::block::tables::{Extra, NO_BLOCK, Placement, Request};
+use crate::block::manager::BlockManager;
+use crate::block::prefix::Digest;
+use crate::block::tables::{NO_BLOCK, Placement, Request};
 use crate::block::{Admission, SequenceId};
 use crate::error::{Kind, Result, ensure};
 
@@ -18,88 +17,6 @@ pub type kvmgr_pool_sequence = u64;
 
 /// In a block table: the group keeps no block here.
 pub const KVMGR_NO_BLOCK: u32 = u32::MAX;
-
-/// Why a match ended.
-#[repr(transparent)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct kvmgr_miss(pub u32);
-/// It did not: everything but the last token, which is always computed, was cached.
-pub const KVMGR_MISS_NONE: kvmgr_miss = kvmgr_miss(0);
-/// Tokens that were never seen, as far as is remembered.
-pub const KVMGR_MISS_UNKNOWN: kvmgr_miss = kvmgr_miss(1);
-/// An entry that has been reclaimed.
-pub const KVMGR_MISS_EVICTED: kvmgr_miss = kvmgr_miss(2);
-/// Blocks of a window group are missing.
-pub const KVMGR_MISS_WINDOW: kvmgr_miss = kvmgr_miss(3);
-/// A recurrent group has no state at a usable place.
-pub const KVMGR_MISS_CHECKPOINT: kvmgr_miss = kvmgr_miss(4);
-
-/// What distinguishes equal tokens of a prompt: the hash of the image behind placeholder tokens. It
-/// becomes part of the hash of every block that the tokens touch. With KVMGR_HASH_VLLM it is a text.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct kvmgr_extra_key {
-    /// First token.
-    pub start: u64,
-    /// Behind the last token.
-    pub end: u64,
-    /// The key.
-    pub key: *const u8,
-    /// Bytes of the key.
-    pub key_size: usize,
-}
-
-/// A prompt that wants to become a sequence. Zero the struct; every zero but tokens is a default.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct kvmgr_pool_request {
-    /// The prompt, at least one token.
-    pub tokens: *const i32,
-    /// How many.
-    pub num_tokens: usize,
-    /// NULL, or 32 bytes for each full block of the prompt, in place of hashing here. The caller is
-    /// then the one who keeps tenants apart.
-    pub hashes: *const u8,
-    /// 0, or the full blocks of the prompt.
-    pub num_hashes: usize,
-    /// The operator's secret for this tenant, or the name of an adapter: prompts with different
-    /// salts share nothing and learn nothing of one another. NULL for none.
-    pub salt: *const u8,
-    /// Bytes of the salt.
-    pub salt_size: usize,
-    /// NULL, or keys of parts of the prompt.
-    pub extra_keys: *const kvmgr_extra_key,
-    /// How many.
-    pub num_extra_keys: usize,
-    /// Microseconds after the sequence ends until its entries are reclaimed before all others; 0
-    /// for never.
-    pub ttl: u64,
-    /// The session that the sequence is a state of; 0 for none. When it ends, entries of the state
-    /// before that it does not share are reclaimed before all others.
-    pub session: u64,
-    /// Priority of its entries, 1 to 100, with an evictor that knows priorities; 0 means 35.
-    pub priority: u32,
-    /// Must be 0.
-    pub reserved: u32,
-}
-
-/// A prompt that became a sequence.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct kvmgr_pool_admission {
-    /// Its name.
-    pub sequence: kvmgr_pool_sequence,
-    /// Tokens that were cached; they are committed.
-    pub num_cached: u64,
-    /// Of these, tokens in a block that the engine copies: kvmgr_pool_take_copies.
-    pub num_copied: u64,
-    /// The first token that was not cached, before copies.
-    pub miss_token: u64,
-    /// Why not.
-    pub miss: kvmgr_miss,
-    /// The group that ended the match.
-    pub miss_group: u32,
-}
 
 /// Where the bytes of a block of a parked sequence belong.
 #[repr(C)]
@@ -138,8 +55,13 @@ pub unsafe extern "C" fn kvmgr_pool_admit(
             requests.iter().map(|it| Parsed::new(it)).collect::<Result<_>>()?;
         write(pool, |manager| {
             let mut admitted: Vec<Admission> = Vec::with_capacity(requests.len());
-            for parsed in &requests {
-                match parsed.with(manager, |manager, request| manager.admit(request, parsed.keep)) {
+            let hashed = hash_pairs(manager, &requests)?;
+            for (parsed, digests) in requests.iter().zip(&hashed) {
+                let admit = |manager: &mut BlockManager, request: &Request<'_>| {
+                    let known = if digests.is_empty() { request.digests } else { digests };
+                    manager.admit(&Request { digests: known, ..*request }, parsed.keep)
+                };
+                match parsed.with(manager, admit) {
                     Ok(admission) => admitted.push(admission),
                     Err(error) if error.kind() == Kind::OutOfBlocks && !admitted.is_empty() => {
                         break;
@@ -254,8 +176,9 @@ pub unsafe extern "C" fn kvmgr_pool_append(
     })
 }
 
-/// Forgets the committed tokens from num_tokens on and every reservation. KVMGR_INVALID_STATE where
-/// a window has left those tokens, KVMGR_UNSUPPORTED where a state would have to go back.
+/// Forgets the committed tokens from num_tokens on and every reservation. A recurrent group goes back
+/// to a cached state, which there is after every `value` blocks: KVMGR_UNSUPPORTED elsewhere,
+/// KVMGR_INVALID_STATE if it has been reclaimed or where a window has left those tokens.
 #[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_pool_truncate(
@@ -366,91 +289,22 @@ pub unsafe extern "C" fn kvmgr_pool_resume(
     })
 }
 
-/// A request whose pointers are checked.
-pub(super) struct Parsed<'a> {
-    tokens: &'a [i32],
-    digests: &'a [crate::block::prefix::Digest],
-    salt: &'a [u8],
-    extra: Vec<Extra<'a>>,
-    keep: Keep,
-}
-
-impl<'a> Parsed<'a> {
-    /// # Safety
-    /// The request's pointers are what the header says, for `'a`.
-    unsafe fn new(request: &'a kvmgr_pool_request) -> Result<Self> {
-        ensure!(
-            request.reserved == 0,
-            InvalidArgument,
-            "reserved is {}, must be 0",
-            request.reserved
-        );
-        // SAFETY: the caller promises the lists.
-        let (tokens, digests, salt, keys) = unsafe {
-            (
-                convert::slice(request.tokens, request.num_tokens, "tokens")?,
-                digests(request.hashes, request.num_hashes, "hashes")?,
-                convert::slice(request.salt, request.salt_size, "salt")?,
-                convert::slice(request.extra_keys, request.num_extra_keys, "extra_keys")?,
-            )
-        };
-        let mut extra = Vec::with_capacity(keys.len());
-        for it in keys {
-            // SAFETY: the caller promises the key.
-            let key = unsafe { convert::slice(it.key, it.key_size, "extra_keys.key") }?;
-            let limit = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
-            extra.push(Extra { start: limit(it.start), end: limit(it.end), key });
-        }
-        let keep = keep(request.priority, request.ttl, request.session)?;
-        Ok(Self { tokens, digests, salt, extra, keep })
+/// The digests of requests that are hashed two at a time; nothing for those that are not.
+fn hash_pairs(manager: &mut BlockManager, requests: &[Parsed<'_>]) -> Result<Vec<Vec<Digest>>> {
+    let mut digests = vec![Vec::new(); requests.len()];
+    if !manager.config().tables.prefix {
+        return Ok(digests);
     }
-
-    /// The request below the root of its tenant.
-    fn with<R>(
-        &self,
-        manager: &mut BlockManager,
-        body: impl FnOnce(&mut BlockManager, &Request<'_>) -> Result<R>,
-    ) -> Result<R> {
-        let root = manager.root(self.salt);
-        let mut extra = self.extra.clone();
-        if manager.config().tables.hash == Hash::VllmCbor {
-            for key in extra.iter().map(|it| it.key).chain([self.salt]) {
-                let is_text = std::str::from_utf8(key).is_ok();
-                ensure!(is_text, InvalidArgument, "salts and extra keys of vLLM are UTF-8 texts");
-            }
-            if !self.salt.is_empty() && !self.tokens.is_empty() {
-                extra.push(Extra { start: 0, end: 1, key: self.salt });
-            }
-        }
-        let request =
-            Request { digests: self.digests, extra: &extra, ..Request::new(self.tokens, root) };
-        body(manager, &request)
+    for (pair, outs) in requests.chunks_exact(2).zip(digests.chunks_exact_mut(2)) {
+        let [first, second] = outs else { continue };
+        pair[0].with(manager, |manager, a| {
+            pair[1].with(manager, |manager, b| {
+                manager.tables().hash_two([a, b], [first, second]);
+                Ok(())
+            })
+        })?;
     }
-}
-
-/// What C says about retention.
-pub(super) fn keep(priority: u32, ttl: u64, session: u64) -> Result<Keep> {
-    let limit = u32::from(crate::block::pool::MAX_PRIORITY);
-    ensure!(priority <= limit, InvalidArgument, "priority is {priority}, must be in 0..={limit}");
-    let priority = if priority == 0 { DEFAULT_PRIORITY } else { priority as u8 };
-    Ok(Keep { priority, ttl, session })
-}
-
-fn to_c(admission: &Admission) -> kvmgr_pool_admission {
-    kvmgr_pool_admission {
-        sequence: admission.id.0,
-        num_cached: admission.num_cached as u64,
-        num_copied: admission.num_copied as u64,
-        miss_token: admission.miss.token as u64,
-        miss: match admission.miss.reason {
-            Reason::Complete => KVMGR_MISS_NONE,
-            Reason::Unknown => KVMGR_MISS_UNKNOWN,
-            Reason::Evicted => KVMGR_MISS_EVICTED,
-            Reason::Window => KVMGR_MISS_WINDOW,
-            Reason::Checkpoint => KVMGR_MISS_CHECKPOINT,
-        },
-        miss_group: admission.miss.group as u32,
-    }
+    Ok(digests)
 }
 
 /// Names of sequences.

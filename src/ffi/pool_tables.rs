@@ -9,7 +9,7 @@ use super::types::kvmgr_status;
 use crate::block::SequenceId;
 use crate::block::manager::BlockManager;
 use crate::block::tables::NO_BLOCK;
-use crate::error::{Result, ensure};
+use crate::error::{Result, bail, ensure};
 
 /// The copies between blocks that the engine makes before it writes anything, in this order.
 /// Asking takes them.
@@ -41,6 +41,43 @@ pub unsafe extern "C" fn kvmgr_pool_take_copies(
             let out = convert::slice_mut(out, capacity, "out")?;
             for (out, copy) in out.iter_mut().zip(manager.take_copies()) {
                 *out = kvmgr_block_copy { source: copy.source.0, target: copy.target.0 };
+            }
+            *num = needed;
+            Ok(())
+        })
+    })
+}
+
+/// The blocks that were handed out since the last call and still hold the bytes of a sequence before.
+/// An engine wipes them, or in a debug build fills them with NaN, before it makes copies or writes.
+/// Needs KVMGR_POOL_RECYCLED.
+///
+/// @param out room for capacity; NULL with capacity 0 asks for the number and takes nothing
+/// @param out_num receives how many there are
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_pool_take_recycled(
+    pool: *mut kvmgr_pool,
+    out: *mut u32,
+    capacity: usize,
+    out_num: *mut usize,
+) -> kvmgr_status {
+    // SAFETY: the caller passes room for the answer.
+    guard(|| unsafe {
+        let num = convert::output(out_num, "out_num")?;
+        write(pool, |manager| {
+            let Some(needed) = manager.pool().num_recycled() else {
+                bail!(InvalidState, "the pool was made without KVMGR_POOL_RECYCLED");
+            };
+            if !(out.is_null() && capacity == 0) {
+                ensure!(
+                    needed <= capacity,
+                    InvalidArgument,
+                    "out needs room for {needed} blocks, capacity is {capacity}"
+                );
+                let out = convert::slice_mut(out, capacity, "out")?;
+                let blocks = manager.take_recycled().unwrap_or_default();
+                out[..needed].copy_from_slice(&blocks);
             }
             *num = needed;
             Ok(())

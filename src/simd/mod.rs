@@ -20,6 +20,7 @@
 //!
 //! To add a level: one module with a static `Kernels`, and one word in `ALL`.
 
+mod ahead;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -29,10 +30,13 @@ mod encode_affine;
 mod rows;
 mod scalar;
 mod scalar_levels;
+pub mod sha256;
+mod softmax;
 
 use std::sync::OnceLock;
 
 use crate::error::{Error, Result, bail};
+pub use ahead::prefetch;
 use rows::RowKernels;
 pub use rows::{BLOCK, Format, Rows};
 
@@ -69,7 +73,19 @@ pub struct Kernels {
     scale: fn(&mut [f32], f32),
     max: fn(&[f32]) -> f32,
     exp_sub: fn(&mut [f32], f32) -> f32,
+    weigh: fn(&mut [f32], &mut Softmax<'_>),
     hadamard: fn(&mut [f32], usize),
+}
+
+/// The running softmax of some rows of logits.
+#[derive(Debug)]
+pub struct Softmax<'a> {
+    /// For each row, its maximum; negative infinity where there is nothing yet.
+    pub max: &'a mut [f32],
+    /// For each row, the sum of its weights, `exp(logit - max)`.
+    pub sum: &'a mut [f32],
+    /// For each row, what weights made before must be multiplied with, because the maximum rose.
+    pub factor: &'a mut [f32],
 }
 
 /// Bits, values, inverse, m, codes.
@@ -251,8 +267,19 @@ impl Kernels {
             return 0.0;
         }
         // Short runs, so that the error of a long f32 sum cannot build up.
-        let runs = scores.chunks_mut(1024).map(|run| f64::from((self.exp_sub)(run, max)));
-        runs.sum::<f64>() as f32
+        let runs = scores.chunks_mut(softmax::RUN);
+        runs.map(|run| f64::from((self.exp_sub)(run, max))).sum::<f64>() as f32
+    }
+
+    /// Turns logits, `[rows, n]`, into weights under the maximum of their row so far, and adds them to
+    /// its sum, all rows of a running softmax at once. A row of nothing but negative infinity changes
+    /// nothing, one of nothing but NaN does: it makes the sum NaN.
+    pub fn weigh(&self, scores: &mut [f32], softmax: &mut Softmax<'_>) {
+        let rows = softmax.max.len();
+        let fits = softmax.sum.len() == rows && softmax.factor.len() == rows;
+        assert!(fits, "max, sum and factor must be equally long");
+        assert!(rows > 0 && scores.len().is_multiple_of(rows), "scores must be [{rows}, n]");
+        (self.weigh)(scores, softmax);
     }
 
     /// Multiplies each run of `size` values by the orthonormal Sylvester Hadamard matrix of that

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use super::rows::{BLOCK, Format, RowKernels, Rows};
 use super::scalar_levels::{E4m3, E5m2, Int4, Int8, Iq4Nl, Mxfp4, Nvfp4, Q4_1, Q5_0, Q5_1, Tq};
-use super::{Kernels, encode, encode_affine, sanitize};
+use super::{Kernels, Softmax, encode, encode_affine, sanitize, softmax};
 
 pub(super) static KERNELS: Kernels = Kernels {
     name: "scalar",
@@ -47,8 +47,9 @@ pub(super) static KERNELS: Kernels = Kernels {
     dot_f32,
     axpy_f32,
     scale: |values, factor| values.iter_mut().for_each(|x| *x *= factor),
-    max: |values| values.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+    max,
     exp_sub,
+    weigh,
     hadamard,
 };
 
@@ -259,8 +260,16 @@ pub(super) fn axpy_f32(factor: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
+fn max(values: &[f32]) -> f32 {
+    values.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
 fn exp_sub(scores: &mut [f32], max: f32) -> f32 {
     scores.iter_mut().map(|x| exp_one(x, max)).sum()
+}
+
+fn weigh(scores: &mut [f32], softmax: &mut Softmax<'_>) {
+    softmax::weigh!(scores, softmax, max, exp_sub);
 }
 
 /// One element of `exp_sub`, also the tail of the vector levels.

@@ -264,14 +264,13 @@ impl Task<'_> {
         let Scratch { heads, decoded, .. } = &mut *self.scratch;
         let q = &heads[head].prepared[first * self.key_dim..][..vectors * self.key_dim];
         group.key.dot(rows.clone(), q, &mut scores, decodes.then_some(decoded));
-        let kernels = simd::active();
         for (i, scores) in scores.chunks_exact_mut(count).enumerate() {
             let row = first + i;
             let (query, q_head) = (row / self.group, row % self.group);
             let start = self.mask_index(query, q_head, group.rows) + rows.start;
             self.shape_logits(head, row, &self.scratch.mask[start..][..count], scores);
-            self.scratch.heads[head].part.weigh(row, scores, kernels);
         }
+        self.scratch.heads[head].part.weigh(first, count, &mut scores, simd::active());
         let Scratch { heads, decoded, .. } = &mut *self.scratch;
         let out = &mut heads[head].part.out[first * self.value_dim..][..vectors * self.value_dim];
         group.value.axpy(rows, &scores, out, decodes.then_some(decoded));

@@ -1,20 +1,19 @@
 //! The log of operations: what was asked and what was decided, so that a run can be repeated.
 //!
 //! ```text
-//! log     = "kvmgr log 1\n" | configuration | record...
+//! log     = "kvmgr log 2\n" | configuration | record...
 //! record  = bytes of the operation (u32) | bytes of the outcome (u32) | operation | outcome
 //! ```
 //!
 //! Numbers are little-endian; lists start with their length as u32. [`replay`] runs the operations
 //! on a new manager and compares every record, decisions included, byte by byte.
 
-use super::{BlockConfig, BlockManager, Keep, LeaseId};
-use crate::block::groups::Group;
-use crate::block::prefix::{Digest, Hash};
-use crate::block::tables::{Extra, Placement, Request, SequenceId, Tables, TablesConfig};
+use super::codec::{MAGIC, OwnedExtra, Reader, Words};
+use super::{BlockManager, Keep, LeaseId};
+use crate::block::keys::{Extra, Range};
+use crate::block::prefix::Digest;
+use crate::block::tables::{Request, SequenceId};
 use crate::error::{Result, bail, ensure};
-
-const MAGIC: &[u8] = b"kvmgr log 1\n";
 
 /// Records since the last time somebody took them.
 #[derive(Debug, Default)]
@@ -208,26 +207,41 @@ operations! {
         tokens: Vec<i32> [&[i32]] = tokens,
         root: Digest [&Digest] = digest,
         digests: Vec<Digest> [&[Digest]] = digests,
-        extra: Vec<(usize, usize, Vec<u8>)> [&[Extra<'_>]] = extra,
+        extra: Vec<OwnedExtra> [&[Extra<'_>]] = extra,
+        adapter: Vec<u8> [&[u8]] = bytes,
         keep: Keep [Keep] = keep
+    };
+    21 KeepRange keep_range {
+        id: SequenceId [SequenceId] = id,
+        start: usize [usize] = size,
+        end: usize [usize] = size,
+        priority: u8 [u8] = small,
+        ttl: u64 [u64] = long
     };
 }
 
 pub(super) fn admit(out: &mut Words, request: &Request<'_>, keep: Keep) {
-    admit_parts(out, request.tokens, &request.root, request.digests, request.extra, keep);
+    let adapter = request.adapter.as_bytes();
+    admit_parts(out, request.tokens, &request.root, request.digests, request.extra, adapter, keep);
 }
 
 impl Operation {
     /// Asks for the same again. Refusals were recorded too, so they are not errors here.
     fn run(self, manager: &mut BlockManager) {
         match self {
-            Self::Admit { tokens, root, digests, extra, keep } => {
+            Self::Admit { tokens, root, digests, extra, adapter, keep } => {
                 let extra: Vec<Extra<'_>> = extra
                     .iter()
-                    .map(|(start, end, key)| Extra { start: *start, end: *end, key })
+                    .map(|(start, end, kind, key)| Extra {
+                        start: *start,
+                        end: *end,
+                        kind: *kind,
+                        key,
+                    })
                     .collect();
-                let request =
-                    Request { digests: &digests, extra: &extra, ..Request::new(&tokens, root) };
+                let (digests, extra) = (&digests[..], &extra[..]);
+                let adapter = &String::from_utf8_lossy(&adapter);
+                let request = Request { digests, extra, adapter, ..Request::new(&tokens, root) };
                 _ = manager.admit(&request, keep);
             }
             Self::Reserve { ids, counts } => _ = manager.reserve(&ids, &counts),
@@ -253,253 +267,9 @@ impl Operation {
                 _ = manager.keep_entries(&digests, group, keep);
             }
             Self::EndSession { session } => _ = manager.end_session(session),
-        }
-    }
-}
-
-/// A writer of log bytes.
-#[derive(Debug, Default)]
-pub(super) struct Words(Vec<u8>);
-
-impl Words {
-    pub(super) fn word(&mut self, value: u32) {
-        self.0.extend_from_slice(&value.to_le_bytes());
-    }
-
-    pub(super) fn long(&mut self, value: u64) {
-        self.0.extend_from_slice(&value.to_le_bytes());
-    }
-
-    pub(super) fn words(&mut self, values: &[u32]) {
-        self.word(values.len() as u32);
-        values.iter().for_each(|value| self.word(*value));
-    }
-
-    pub(super) fn pair(&mut self, a: u32, b: u32) {
-        self.word(a);
-        self.word(b);
-    }
-
-    /// What was decided, or the kind of the refusal.
-    pub(super) fn result<T>(&mut self, result: &Result<T>, good: impl FnOnce(&mut Self, &T)) {
-        match result {
-            Ok(value) => {
-                self.0.push(0);
-                good(self, value);
+            Self::KeepRange { id, start, end, priority, ttl } => {
+                _ = manager.keep_range(id, Range { start, end, priority, ttl });
             }
-            Err(error) => self.0.push(1 + error.kind() as u8),
         }
-    }
-
-    /// A new sequence: its name and its whole table.
-    pub(super) fn table(&mut self, tables: &Tables, id: SequenceId, num_cached: usize) {
-        self.long(id.0);
-        self.word(num_cached as u32);
-        self.words(tables.blocks(id).unwrap_or(&[]));
-    }
-
-    /// What changed in known sequences: the ends of their tables.
-    pub(super) fn tails(&mut self, tables: &Tables, ids: &[SequenceId]) {
-        for id in ids {
-            let blocks = tables.blocks(*id).unwrap_or(&[]);
-            self.pair(blocks.len() as u32, blocks.last().copied().unwrap_or(0));
-        }
-    }
-
-    pub(super) fn places(&mut self, places: &[Placement]) {
-        places.iter().for_each(|it| self.pair(it.place, it.block.0));
-    }
-
-    fn small(&mut self, value: u8) {
-        self.0.push(value);
-    }
-
-    fn size(&mut self, value: usize) {
-        self.long(value as u64);
-    }
-
-    fn id(&mut self, id: SequenceId) {
-        self.long(id.0);
-    }
-
-    fn lease(&mut self, id: LeaseId) {
-        self.long(id.0);
-    }
-
-    fn ids(&mut self, ids: &[SequenceId]) {
-        self.word(ids.len() as u32);
-        ids.iter().for_each(|id| self.long(id.0));
-    }
-
-    fn tokens(&mut self, tokens: &[i32]) {
-        self.word(tokens.len() as u32);
-        tokens.iter().for_each(|token| self.0.extend_from_slice(&token.to_le_bytes()));
-    }
-
-    fn digest(&mut self, digest: &Digest) {
-        self.0.extend_from_slice(digest);
-    }
-
-    fn digests(&mut self, digests: &[Digest]) {
-        self.word(digests.len() as u32);
-        digests.iter().for_each(|digest| self.digest(digest));
-    }
-
-    fn bytes(&mut self, bytes: &[u8]) {
-        self.word(bytes.len() as u32);
-        self.0.extend_from_slice(bytes);
-    }
-
-    fn extra(&mut self, extra: &[Extra<'_>]) {
-        self.word(extra.len() as u32);
-        for extra in extra {
-            self.size(extra.start);
-            self.size(extra.end);
-            self.bytes(extra.key);
-        }
-    }
-
-    fn keep(&mut self, keep: Keep) {
-        self.small(keep.priority);
-        self.long(keep.ttl);
-        self.long(keep.session);
-    }
-
-    fn config(&mut self, config: &BlockConfig) {
-        let tables = &config.tables;
-        for value in [config.num_blocks, tables.block_size, tables.watermark] {
-            self.size(value);
-        }
-        let flags = [config.partial, tables.prefix, tables.dedup, tables.hash == Hash::VllmCbor];
-        flags.iter().for_each(|flag| self.small(u8::from(*flag)));
-        self.bytes(config.evictor.as_bytes());
-        self.digest(&config.root);
-        self.word(tables.groups.len() as u32);
-        for group in &tables.groups {
-            let (kind, value) = match group {
-                Group::Full => (0, 0),
-                Group::Latent => (1, 0),
-                Group::Window(window) => (2, *window),
-                Group::Recurrent(interval) => (3, *interval),
-            };
-            self.pair(kind, value);
-        }
-    }
-}
-
-/// A reader of log bytes.
-struct Reader<'a>(&'a [u8]);
-
-impl<'a> Reader<'a> {
-    fn new(log: &'a [u8]) -> Result<Self> {
-        match log.strip_prefix(MAGIC) {
-            Some(rest) => Ok(Self(rest)),
-            None => bail!(Corrupt, "the log does not start with its name and version"),
-        }
-    }
-
-    fn record(&mut self) -> Result<(&'a [u8], &'a [u8])> {
-        let (first, second) = (self.word()? as usize, self.word()? as usize);
-        Ok((self.take(first)?, self.take(second)?))
-    }
-
-    fn take(&mut self, n: usize) -> Result<&'a [u8]> {
-        let Some((head, rest)) = self.0.split_at_checked(n) else {
-            bail!(Corrupt, "the log ends within a record");
-        };
-        self.0 = rest;
-        Ok(head)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let mut bytes = [0; N];
-        bytes.copy_from_slice(self.take(N)?);
-        Ok(bytes)
-    }
-
-    fn byte(&mut self) -> Result<u8> {
-        Ok(self.array::<1>()?[0])
-    }
-
-    fn small(&mut self) -> Result<u8> {
-        self.byte()
-    }
-
-    fn word(&mut self) -> Result<u32> {
-        Ok(u32::from_le_bytes(self.array()?))
-    }
-
-    fn long(&mut self) -> Result<u64> {
-        Ok(u64::from_le_bytes(self.array()?))
-    }
-
-    fn size(&mut self) -> Result<usize> {
-        Ok(self.long()? as usize)
-    }
-
-    fn id(&mut self) -> Result<SequenceId> {
-        Ok(SequenceId(self.long()?))
-    }
-
-    fn lease(&mut self) -> Result<LeaseId> {
-        Ok(LeaseId(self.long()?))
-    }
-
-    fn list<T>(&mut self, mut one: impl FnMut(&mut Self) -> Result<T>) -> Result<Vec<T>> {
-        (0..self.word()?).map(|_| one(self)).collect()
-    }
-
-    fn ids(&mut self) -> Result<Vec<SequenceId>> {
-        self.list(Self::id)
-    }
-
-    fn words(&mut self) -> Result<Vec<u32>> {
-        self.list(Self::word)
-    }
-
-    fn tokens(&mut self) -> Result<Vec<i32>> {
-        self.list(|reader| Ok(reader.word()? as i32))
-    }
-
-    fn digest(&mut self) -> Result<Digest> {
-        self.array()
-    }
-
-    fn digests(&mut self) -> Result<Vec<Digest>> {
-        self.list(Self::digest)
-    }
-
-    fn bytes(&mut self) -> Result<Vec<u8>> {
-        let len = self.word()? as usize;
-        Ok(self.take(len)?.to_vec())
-    }
-
-    fn extra(&mut self) -> Result<Vec<(usize, usize, Vec<u8>)>> {
-        self.list(|reader| Ok((reader.size()?, reader.size()?, reader.bytes()?)))
-    }
-
-    fn keep(&mut self) -> Result<Keep> {
-        Ok(Keep { priority: self.byte()?, ttl: self.long()?, session: self.long()? })
-    }
-
-    fn config(&mut self) -> Result<BlockConfig> {
-        let (num_blocks, block_size, watermark) = (self.size()?, self.size()?, self.size()?);
-        let flags = self.array::<4>()?.map(|flag| flag != 0);
-        let evictor = String::from_utf8_lossy(&self.bytes()?).into_owned();
-        let root = self.digest()?;
-        let groups = self.list(|reader| {
-            let (kind, value) = (reader.word()?, reader.word()?);
-            Ok(match kind {
-                0 => Group::Full,
-                1 => Group::Latent,
-                2 => Group::Window(value),
-                3 => Group::Recurrent(value),
-                kind => bail!(Corrupt, "the log has a group of kind {kind}"),
-            })
-        })?;
-        let [partial, prefix, dedup, is_cbor] = flags;
-        let hash = if is_cbor { Hash::VllmCbor } else { Hash::Native };
-        let tables = TablesConfig { block_size, groups, hash, prefix, dedup, watermark };
-        Ok(BlockConfig { num_blocks, evictor, tables, root, partial })
     }
 }

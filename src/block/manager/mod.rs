@@ -3,6 +3,7 @@
 //! Everything it decides follows from its configuration and the calls in their order: the clock is
 //! the caller's, nothing is random. A recorded log therefore replays to the same bytes.
 
+mod codec;
 mod leases;
 mod log;
 mod retention;
@@ -37,6 +38,8 @@ pub struct BlockConfig {
     pub root: Digest,
     /// Whether blocks are reused in part by copying.
     pub partial: bool,
+    /// Whether blocks handed out with the bytes of somebody before are listed.
+    pub recycled: bool,
 }
 
 /// How long what a sequence leaves behind should stay.
@@ -87,6 +90,9 @@ impl BlockManager {
             ensure!(is_plain, Unsupported, "partial reuse needs exactly one full group");
             pool.remember_tokens(config.tables.block_size);
         }
+        if config.recycled {
+            pool.watch_recycled();
+        }
         Ok(Self {
             pool,
             tables: Tables::new(config.tables.clone())?,
@@ -119,11 +125,13 @@ impl BlockManager {
         self.now
     }
 
-    /// The digest of the empty prefix of a tenant.
-    pub fn root(&self, salt: &[u8]) -> Digest {
+    /// The digest of the empty prefix of a tenant and an adapter, "" for neither.
+    pub fn root(&self, salt: &[u8], adapter: &str) -> Digest {
         match self.config.tables.hash {
-            Hash::Native => prefix::tenant_root(&self.config.root, salt),
-            // vLLM has one root and mixes the salt into the first block as an extra key.
+            Hash::Native => {
+                prefix::adapter_root(&prefix::tenant_root(&self.config.root, salt), adapter)
+            }
+            // vLLM has one root and mixes both into the blocks as extra keys.
             Hash::VllmCbor => self.config.root,
         }
     }
@@ -259,13 +267,15 @@ impl BlockManager {
         let mut left = Vec::new();
         for id in ids {
             let label = self.retention.label(*id);
-            if label != Label::default() {
-                left.push((label, self.tables.blocks(*id)?.to_vec()));
+            if label != Label::default() || self.tables.has_ranges(*id)? {
+                let ttls = self.tables.ranges(*id)?.map(|it| it.map_or(label.ttl, |it| it.ttl));
+                let blocks = self.tables.blocks(*id)?.iter().copied();
+                left.push((label.session, blocks.zip(ttls).collect::<Vec<_>>()));
             }
         }
         self.tables.release(&mut self.pool, ids)?;
-        for (label, blocks) in left {
-            self.retention.leave(&mut self.pool, label, &blocks, self.now);
+        for (session, blocks) in left {
+            self.retention.leave(&mut self.pool, session, &blocks, self.now);
         }
         Ok(())
     }
@@ -299,6 +309,11 @@ impl BlockManager {
             copies.iter().for_each(|copy| out.pair(copy.source.0, copy.target.0));
         });
         copies
+    }
+
+    /// See [`BlockPool::take_recycled`].
+    pub fn take_recycled(&mut self) -> Option<Vec<u32>> {
+        self.pool.take_recycled()
     }
 
     /// Sets the clock, which never goes back: leases and times to live that have passed end.

@@ -5,6 +5,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
 use super::{BlockManager, Keep, log};
+use crate::block::keys::Range;
 use crate::block::pool::{BlockId, BlockPool};
 use crate::block::prefix::Digest;
 use crate::block::tables::{NO_BLOCK, SequenceId};
@@ -51,24 +52,34 @@ impl Retention {
         }
     }
 
-    /// A sequence with `label` has ended and left `blocks` behind.
-    pub(super) fn leave(&mut self, pool: &mut BlockPool, label: Label, blocks: &[u32], now: u64) {
-        let life = |block: &u32| (*block, pool.generation(BlockId(*block)));
-        let is_entry = |block: &&u32| **block != NO_BLOCK && pool.is_cached(BlockId(**block));
-        let lives: Vec<Life> = blocks.iter().filter(is_entry).map(life).collect();
-        for life in &lives {
-            if label.ttl > 0 {
-                let deadline = now.saturating_add(label.ttl);
-                self.deadlines.insert(*life, deadline);
-                self.queue.push(Reverse((deadline, *life)));
-                pool.set_doomed(BlockId(life.0), false);
-            } else {
-                self.deadlines.remove(life);
+    /// A sequence of `session` has ended and left blocks behind, each with its time to live.
+    pub(super) fn leave(
+        &mut self,
+        pool: &mut BlockPool,
+        session: u64,
+        blocks: &[(u32, u64)],
+        now: u64,
+    ) {
+        let mut lives: Vec<Life> = Vec::with_capacity(blocks.len());
+        for (block, ttl) in blocks {
+            let id = BlockId(*block);
+            if *block == NO_BLOCK || !pool.is_cached(id) {
+                continue;
             }
+            let life = (*block, pool.generation(id));
+            if *ttl > 0 {
+                let deadline = now.saturating_add(*ttl);
+                self.deadlines.insert(life, deadline);
+                self.queue.push(Reverse((deadline, life)));
+                pool.set_doomed(id, false);
+            } else {
+                self.deadlines.remove(&life);
+            }
+            lives.push(life);
         }
-        if label.session > 0 {
-            let old = self.sessions.insert(label.session, lives).unwrap_or_default();
-            let new = &self.sessions[&label.session];
+        if session > 0 {
+            let old = self.sessions.insert(session, lives).unwrap_or_default();
+            let new = &self.sessions[&session];
             let same = old.iter().zip(new).take_while(|(a, b)| a == b).count();
             doom(pool, &old[same..]);
         }
@@ -134,9 +145,30 @@ impl BlockManager {
                 blocks.push(block);
             }
         }
-        let label = Label { ttl: keep.ttl, session: 0 };
-        self.retention.leave(&mut self.pool, label, &blocks, self.now);
-        Ok(blocks.len())
+        let found = blocks.len();
+        let blocks: Vec<_> = blocks.into_iter().map(|block| (block, keep.ttl)).collect();
+        self.retention.leave(&mut self.pool, 0, &blocks, self.now);
+        Ok(found)
+    }
+
+    /// Changes how long the entries of a part of a sequence should stay: those that exist, and those
+    /// that its blocks become later. See [`Tables::set_range`].
+    ///
+    /// [`Tables::set_range`]: crate::block::Tables::set_range
+    pub fn keep_range(&mut self, id: SequenceId, range: Range) -> Result<()> {
+        let result = self.keep_range_quietly(id, range);
+        self.record(
+            |out| log::keep_range(out, id, range.start, range.end, range.priority, range.ttl),
+            |_, out| out.result(&result, |_, ()| {}),
+        );
+        result
+    }
+
+    fn keep_range_quietly(&mut self, id: SequenceId, range: Range) -> Result<()> {
+        self.check_keep(Keep { priority: range.priority, ttl: range.ttl, session: 0 })?;
+        self.tables.set_range(&mut self.pool, id, range)?;
+        self.retention.used = true;
+        Ok(())
     }
 
     /// Says that a session has ended: what its last state left behind goes first. Answers whether

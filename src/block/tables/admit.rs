@@ -2,6 +2,7 @@
 
 use super::{Copy, NO_BLOCK, SequenceId, Tables};
 use crate::block::groups::{Group, Miss, Reason, reconcile};
+use crate::block::keys::{Extra, Keys};
 use crate::block::pool::{BlockId, BlockPool, DEFAULT_PRIORITY};
 use crate::block::prefix::Digest;
 use crate::error::{Result, bail, ensure};
@@ -18,20 +19,11 @@ pub struct Request<'a> {
     pub digests: &'a [Digest],
     /// What distinguishes equal tokens: the hashes of images behind placeholder tokens.
     pub extra: &'a [Extra<'a>],
+    /// The name of the adapter, or "". Events tell it; vLLM's hash has it in every block. With the
+    /// library's own hash it belongs into `root`.
+    pub adapter: &'a str,
     /// The priority of the sequence's entries.
     pub priority: u8,
-}
-
-/// A key of the tokens `start..end`, hashed into every block that they touch, together with the
-/// distance from the start of the block to `start`.
-#[derive(Debug, Clone, Copy)]
-pub struct Extra<'a> {
-    /// First token.
-    pub start: usize,
-    /// Behind the last token.
-    pub end: usize,
-    /// The key.
-    pub key: &'a [u8],
 }
 
 /// A prompt that became a sequence.
@@ -50,7 +42,7 @@ pub struct Admission {
 impl<'a> Request<'a> {
     /// A prompt below `root`.
     pub fn new(tokens: &'a [i32], root: Digest) -> Self {
-        Self { tokens, root, digests: &[], extra: &[], priority: DEFAULT_PRIORITY }
+        Self { tokens, root, digests: &[], extra: &[], adapter: "", priority: DEFAULT_PRIORITY }
     }
 }
 
@@ -93,8 +85,7 @@ impl Tables {
         (sequence.committed, sequence.reserved) = ((chunks * size) as u32, (chunks * size) as u32);
         (sequence.live, sequence.parked, sequence.tail_shared) = (true, false, false);
         sequence.priority = request.priority;
-        sequence.extra.clear();
-        sequence.extra.extend(request.extra.iter().map(Extra::owned));
+        sequence.keys = Keys::of(request.adapter, request.extra);
         let part = self.find_part(pool, slot, request.tokens, chunks * size);
         self.grow(pool, slot, request.tokens.len())?;
         let num_copied = part.map_or(0, |(source, rows)| self.use_part(slot, source, rows));
@@ -157,7 +148,7 @@ impl Tables {
     fn take_prefix(&mut self, pool: &mut BlockPool, slot: usize, usable: usize) -> (usize, Miss) {
         let blocks = &mut self.sequences[slot].blocks;
         let (chunks, limiting) = if let [Group::Full | Group::Latent] = self.config.groups[..] {
-            let chunks = pool.find_run(&self.digests[..usable], 0, blocks);
+            let chunks = pool.take_run(&self.digests[..usable], 0, blocks);
             (chunks, (chunks < usable).then_some(0))
         } else {
             let has =
@@ -173,11 +164,11 @@ impl Tables {
                     blocks.push(block.unwrap_or(NO_BLOCK));
                 }
             }
+            for block in blocks.iter().filter(|block| **block != NO_BLOCK) {
+                pool.revive(*block);
+            }
             found
         };
-        for block in blocks.iter().filter(|block| **block != NO_BLOCK) {
-            pool.revive(*block);
-        }
         let Some(group) = limiting else { return (chunks, Miss::default()) };
         let reason = match self.config.groups[group] {
             Group::Window(_) => Reason::Window,

@@ -46,7 +46,7 @@ impl Tables {
         sequence.ids.clear();
         sequence.ids.extend_from_slice(&parent.ids);
         sequence.pending.clear();
-        sequence.extra.clone_from(&parent.extra);
+        sequence.keys.clone_from(&parent.keys);
         (sequence.root, sequence.digest) = (parent.root, parent.digest);
         (sequence.committed, sequence.reserved) = (parent.committed, parent.committed);
         (sequence.live, sequence.parked, sequence.priority) = (true, false, parent.priority);
@@ -141,10 +141,10 @@ impl Tables {
         }
         sequence.pending.clear();
         sequence.pending_from = 0;
-        for chunk in sequence.blocks.chunks(groups).take(committed / size) {
-            let block = chunk.iter().find(|block| **block != NO_BLOCK);
-            let digest = block.map_or([0; 32], |block| pool.digests[*block as usize]);
-            sequence.pending.push(digest);
+        for chunk in 0..committed / size {
+            // A chunk without a name has no entry to come back to.
+            let digest = sequence.digest_of(pool, &self.config.groups, chunk);
+            sequence.pending.push(digest.unwrap_or_default());
         }
         let placements = placements(&sequence.blocks);
         // The table keeps its shape: where a block was, one comes back.
@@ -188,7 +188,7 @@ impl Tables {
                 found[place] = fresh.0;
                 missing.push(Placement { place: place as u32, block: fresh });
                 if place / groups < full {
-                    pool.digests[fresh.0 as usize] = sequence.pending[place / groups];
+                    pool.records[fresh.0 as usize].digest = sequence.pending[place / groups];
                 }
             }
             *block = found[place];

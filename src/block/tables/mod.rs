@@ -23,11 +23,12 @@ mod fork;
 mod step;
 
 use super::groups::{Group, MAX_GROUPS};
+use super::keys::{Keys, Range};
 use super::pool::{BlockId, BlockPool};
 use super::prefix::{Digest, Hash};
 use crate::error::{Result, bail, ensure};
 
-pub use admit::{Admission, Extra, Request};
+pub use admit::{Admission, Request};
 pub use fork::Placement;
 
 /// Where a table has no block.
@@ -86,11 +87,17 @@ pub struct Tables {
     free: Vec<u32>,
     copies: Vec<Copy>,
     batch: u64,
-    /// Digests of the prompt at hand.
+    /// 2^64 / block_size, rounded up: see [`Tables::is_full`].
+    inverse: u64,
+    /// Digests of the prompt at hand, or of the chunks that are being closed.
     digests: Vec<Digest>,
+    /// Slots of the sequences whose open chunk a step has filled.
+    filled: Vec<u32>,
 }
 
+/// The first cache line is all that a token touches unless it fills a block.
 #[derive(Debug, Default)]
+#[repr(C, align(64))]
 struct Sequence {
     generation: u32,
     live: bool,
@@ -106,6 +113,7 @@ struct Sequence {
     batch: u64,
     /// Every token that is known: at least the committed ones, more while a prompt is computed.
     ids: Vec<i32>,
+    /// The table: one block for each chunk and group.
     blocks: Vec<u32>,
     root: Digest,
     /// The digest of the full committed chunks.
@@ -113,16 +121,8 @@ struct Sequence {
     /// Digests of the prompt's chunks from `pending_from` on; of all chunks while parked.
     pending: Vec<Digest>,
     pending_from: u32,
-    /// What distinguishes equal tokens of the prompt.
-    extra: Vec<OwnedExtra>,
-}
-
-/// An [`Extra`] that outlives the request.
-#[derive(Debug, Clone)]
-struct OwnedExtra {
-    start: usize,
-    end: usize,
-    key: Vec<u8>,
+    /// What the request or the engine said besides, if anything.
+    keys: Option<Box<Keys>>,
 }
 
 impl Tables {
@@ -137,8 +137,9 @@ impl Tables {
         );
         config.groups.iter().try_for_each(|group| group.validate())?;
         let (sequences, free) = (Vec::new(), Vec::new());
-        let (copies, digests) = (Vec::new(), Vec::new());
-        Ok(Self { config, sequences, free, copies, batch: 0, digests })
+        let (copies, digests, filled) = (Vec::new(), Vec::new(), Vec::new());
+        let inverse = (u64::MAX / config.block_size as u64).wrapping_add(1);
+        Ok(Self { config, sequences, free, copies, batch: 0, inverse, digests, filled })
     }
 
     /// What they were made from.
@@ -192,6 +193,47 @@ impl Tables {
         Ok(())
     }
 
+    /// Gives the entries of the blocks that a part of a sequence touches another priority, now and
+    /// when they are made; says how long they stay, see [`Self::ranges`]. What is said later counts.
+    pub fn set_range(&mut self, pool: &mut BlockPool, id: SequenceId, range: Range) -> Result<()> {
+        let slot = self.present(id)?;
+        ensure!(
+            range.start < range.end,
+            InvalidArgument,
+            "the range is {}..{}, must not be empty",
+            range.start,
+            range.end
+        );
+        let (size, groups) = (self.config.block_size, self.config.groups.len());
+        let sequence = &mut self.sequences[slot];
+        let chunks = range.start / size..range.end.div_ceil(size);
+        for block in sequence.blocks.chunks(groups).take(chunks.end).skip(chunks.start).flatten() {
+            if *block != NO_BLOCK {
+                pool.set_priority(BlockId(*block), range.priority);
+            }
+        }
+        let ranges = &mut sequence.keys.get_or_insert_default().ranges;
+        ranges.retain(|old| old.start < range.start || old.end > range.end);
+        ranges.push(range);
+        Ok(())
+    }
+
+    /// For each block of the table what [`Self::set_range`] said last about its tokens.
+    pub fn ranges(&self, id: SequenceId) -> Result<impl Iterator<Item = Option<&Range>>> {
+        let sequence = &self.sequences[self.slot(id)?];
+        let (size, groups) = (self.config.block_size, self.config.groups.len());
+        let of = move |place: usize| {
+            sequence.keys.as_ref().and_then(|keys| keys.range_of(place / groups * size, size))
+        };
+        Ok((0..sequence.blocks.len()).map(of))
+    }
+
+    /// Whether [`Self::set_range`] was called for a sequence.
+    pub fn has_ranges(&self, id: SequenceId) -> Result<bool> {
+        let sequence = &self.sequences[self.slot(id)?];
+        Ok(sequence.keys.as_ref().is_some_and(|keys| !keys.ranges.is_empty()))
+    }
+
     /// The digest of the full committed chunks of a sequence.
     pub fn digest(&self, id: SequenceId) -> Result<Digest> {
         Ok(self.sequences[self.slot(id)?].digest)
@@ -241,21 +283,32 @@ impl Tables {
         SequenceId(u64::from(self.sequences[slot].generation) << 32 | slot as u64)
     }
 
+    /// Whether `num_tokens` end at the end of a block, without a division.
+    ///
+    /// Paper: Lemire, Kaser, Kurz, "Faster remainder by direct computation", 2019.
+    fn is_full(&self, num_tokens: u32) -> bool {
+        u64::from(num_tokens).wrapping_mul(self.inverse) <= self.inverse.wrapping_sub(1)
+    }
+
     /// Starts a batch: no sequence may occur twice, and each must be there.
     fn begin_batch(&mut self, ids: &[SequenceId]) -> Result<()> {
         self.batch += 1;
-        for id in ids {
-            let slot = self.slot(*id)?;
-            let sequence = &mut self.sequences[slot];
-            ensure!(
-                sequence.batch != self.batch,
-                InvalidArgument,
-                "sequence {:#x} occurs twice in the batch",
-                id.0
-            );
-            sequence.batch = self.batch;
-        }
-        Ok(())
+        ids.iter().try_for_each(|id| self.join_batch(*id).map(|_| ()))
+    }
+
+    /// The slot of a live sequence that is not in this batch yet.
+    #[inline]
+    fn join_batch(&mut self, id: SequenceId) -> Result<usize> {
+        let slot = self.slot(id)?;
+        let sequence = &mut self.sequences[slot];
+        ensure!(
+            sequence.batch != self.batch,
+            InvalidArgument,
+            "sequence {:#x} occurs twice in the batch",
+            id.0
+        );
+        sequence.batch = self.batch;
+        Ok(slot)
     }
 
     /// An empty slot that is in no list; it becomes live when its sequence is complete.
@@ -279,8 +332,7 @@ impl Sequence {
     /// Gives up the blocks from index `first` on, the last one first, so that leaves are
     /// reclaimed before their parents.
     fn drop_blocks(&mut self, pool: &mut BlockPool, first: usize) {
-        for block in self.blocks.drain(first..).rev().filter(|block| *block != NO_BLOCK) {
-            pool.unshare(block);
-        }
+        pool.unshare_run(&self.blocks[first..]);
+        self.blocks.truncate(first);
     }
 }

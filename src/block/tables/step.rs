@@ -1,8 +1,10 @@
 //! A step: reserve slots, commit what was written, append one token to each of many, truncate.
 
 use super::{Copy, NO_BLOCK, SequenceId, Tables};
+use crate::block::events::Stored;
 use crate::block::groups::Group;
 use crate::block::pool::{BlockId, BlockPool, DEFAULT_PRIORITY};
+use crate::block::prefix::Digest;
 use crate::error::{Result, bail, ensure};
 
 impl Tables {
@@ -86,12 +88,60 @@ impl Tables {
         tokens: &[i32],
     ) -> Result<()> {
         check_len("tokens", tokens.len(), ids.len())?;
-        self.begin_batch(ids)?;
-        let size = self.config.block_size as u32;
+        let needed = self.check_append(pool, ids)?;
+        ensure_available(pool, needed)?;
+        self.filled.clear();
+        for (id, token) in ids.iter().zip(tokens) {
+            let sequence = &mut self.sequences[id.0 as u32 as usize];
+            sequence.ids.push(*token);
+            sequence.committed += 1;
+            let (committed, is_last) =
+                (sequence.committed, sequence.committed == sequence.reserved);
+            let is_shared = is_last && sequence.tail_shared;
+            if is_shared || self.is_full(committed) {
+                self.filled.push(id.0 as u32);
+            } else if is_last {
+                self.sequences[id.0 as u32 as usize].reserved += 1;
+            }
+        }
+        self.finish_append(pool)
+    }
+
+    /// What an append does beyond counting: closes the chunks that became full, and finds blocks
+    /// for tokens that have no row.
+    fn finish_append(&mut self, pool: &mut BlockPool) -> Result<()> {
+        let filled = std::mem::take(&mut self.filled);
+        if self.config.prefix {
+            self.hash_filled(pool, &filled);
+        }
+        let size = self.config.block_size;
+        for (i, slot) in filled.iter().enumerate() {
+            let slot = *slot as usize;
+            let committed = self.sequences[slot].committed;
+            if self.is_full(committed) {
+                let committed = committed as usize;
+                if self.config.prefix {
+                    let digest = self.digests[i];
+                    self.close(pool, slot, committed / size - 1, &digest);
+                }
+                self.slide(pool, slot, committed - size, committed);
+            }
+            if self.sequences[slot].reserved == committed {
+                self.grow(pool, slot, committed as usize + 1)?;
+            }
+        }
+        self.filled = filled;
+        Ok(())
+    }
+
+    /// Checks a batch of sequences that are to grow by one token each. Answers the blocks it takes.
+    fn check_append(&mut self, pool: &BlockPool, ids: &[SequenceId]) -> Result<usize> {
+        self.batch += 1;
         let mut needed = 0;
         for id in ids {
-            let slot = self.present(*id)?;
+            let slot = self.join_batch(*id)?;
             let sequence = &self.sequences[slot];
+            ensure!(!sequence.parked, InvalidState, "sequence {:#x} is parked", id.0);
             let (committed, reserved) = (sequence.committed, sequence.reserved);
             ensure!(
                 committed < reserved && sequence.ids.len() == committed as usize,
@@ -101,35 +151,16 @@ impl Tables {
                 id.0,
                 sequence.ids.len()
             );
-            if committed + 1 == reserved && (reserved.is_multiple_of(size) || sequence.tail_shared)
-            {
+            if committed + 1 == reserved && (self.is_full(reserved) || sequence.tail_shared) {
                 needed += self.needed(pool, slot, reserved as usize, reserved as usize + 1);
             }
         }
-        ensure_available(pool, needed)?;
-        for (id, token) in ids.iter().zip(tokens) {
-            let slot = id.0 as u32 as usize;
-            let sequence = &mut self.sequences[slot];
-            sequence.ids.push(*token);
-            let committed = sequence.committed + 1;
-            if committed.is_multiple_of(size) {
-                self.advance(pool, slot, committed as usize);
-            } else {
-                sequence.committed = committed;
-            }
-            let sequence = &mut self.sequences[slot];
-            if sequence.reserved == committed {
-                if committed.is_multiple_of(size) || sequence.tail_shared {
-                    self.grow(pool, slot, committed as usize + 1)?;
-                } else {
-                    sequence.reserved = committed + 1;
-                }
-            }
-        }
-        Ok(())
+        Ok(needed)
     }
 
-    /// Forgets the committed tokens from `num_tokens` on and every reservation.
+    /// Forgets the committed tokens from `num_tokens` on and every reservation. A recurrent group
+    /// goes back to a state that is still cached: one at the end of a block, as often as its
+    /// interval says.
     pub fn truncate(
         &mut self,
         pool: &mut BlockPool,
@@ -144,26 +175,31 @@ impl Tables {
             InvalidArgument,
             "num_tokens is {num_tokens}, only {committed} are committed"
         );
-        self.check_rollback(slot, num_tokens)?;
+        self.check_windows(slot, num_tokens)?;
         let (full, was_full) = (num_tokens / size, committed / size);
+        let digest = match (self.config.prefix && full < was_full, full) {
+            (false, _) => self.sequences[slot].digest,
+            (true, 0) => self.sequences[slot].root,
+            (true, full) => self.digest_of(pool, slot, full - 1)?,
+        };
+        let states = self.states_at(pool, slot, num_tokens, &digest)?;
         let groups = self.config.groups.len();
+        let has_states =
+            self.config.groups.iter().any(|group| matches!(group, Group::Recurrent(_)));
         let sequence = &mut self.sequences[slot];
-        if full < was_full && self.config.prefix {
-            sequence.digest = match full {
-                0 => sequence.root,
-                full => {
-                    let chunk = &sequence.blocks[(full - 1) * groups..full * groups];
-                    let Some(block) = chunk.iter().find(|block| **block != NO_BLOCK) else {
-                        bail!(InvalidState, "no block of chunk {} is left to go back to", full - 1);
-                    };
-                    pool.digests[*block as usize]
-                }
-            };
+        for (index, state) in states {
+            let block = &mut sequence.blocks[(full - 1) * groups + index];
+            if *block == NO_BLOCK {
+                pool.share(state);
+                pool.revive(state);
+                *block = state;
+            }
         }
+        sequence.digest = digest;
         // A block that was full is an entry or may be: whoever writes to it again copies it first.
         sequence.tail_shared |= full < was_full;
-        if !self.config.groups.iter().any(|group| matches!(group, Group::Recurrent(_))) {
-            // A running state may lie in a block that was reserved; such tables keep theirs.
+        // A running state may lie in a block that was reserved; then such tables keep theirs.
+        if !has_states || num_tokens < committed {
             sequence.drop_blocks(pool, num_tokens.div_ceil(size) * groups);
         }
         (sequence.committed, sequence.reserved) = (num_tokens as u32, num_tokens as u32);
@@ -172,22 +208,66 @@ impl Tables {
         Ok(())
     }
 
-    /// Refuses to go back to where a group has no rows or no state any more.
-    fn check_rollback(&self, slot: usize, num_tokens: usize) -> Result<()> {
+    /// The digest of a full chunk.
+    fn digest_of(&self, pool: &BlockPool, slot: usize, chunk: usize) -> Result<Digest> {
+        let groups = &self.config.groups;
+        match self.sequences[slot].digest_of(pool, groups, chunk) {
+            Some(digest) => Ok(digest),
+            None => bail!(InvalidState, "no block of chunk {chunk} is left to go back to"),
+        }
+    }
+
+    /// The states of the recurrent groups after `num_tokens` tokens, whose digest is `digest`: their
+    /// groups and blocks. None if the sequence is there already.
+    fn states_at(
+        &self,
+        pool: &BlockPool,
+        slot: usize,
+        num_tokens: usize,
+        digest: &Digest,
+    ) -> Result<Vec<(usize, u32)>> {
+        let (size, groups) = (self.config.block_size, self.config.groups.len());
+        let sequence = &self.sequences[slot];
+        let mut states = Vec::new();
+        if num_tokens == sequence.committed as usize || num_tokens == 0 {
+            return Ok(states);
+        }
+        let chunk = num_tokens / size;
+        for (index, group) in self.config.groups.iter().enumerate() {
+            let Group::Recurrent(interval) = group else { continue };
+            let is_kept = num_tokens.is_multiple_of(size) && chunk > 0 && group.is_kept(chunk - 1);
+            ensure!(
+                is_kept && self.config.prefix,
+                Unsupported,
+                "num_tokens is {num_tokens}: group {index} is recurrent, with a cached state after \
+                 every {} tokens",
+                *interval as usize * size
+            );
+            let own = sequence.blocks[(chunk - 1) * groups + index];
+            let state = if own == NO_BLOCK { pool.find(digest, index as u8) } else { Some(own) };
+            let Some(state) = state else {
+                bail!(
+                    InvalidState,
+                    "num_tokens is {num_tokens}: the state of group {index} there has been reclaimed"
+                );
+            };
+            states.push((index, state));
+        }
+        Ok(states)
+    }
+
+    /// Refuses to go back to where a window group has no rows any more.
+    fn check_windows(&self, slot: usize, num_tokens: usize) -> Result<()> {
         let size = self.config.block_size;
         let sequence = &self.sequences[slot];
         let groups = self.config.groups.len();
         for (index, group) in self.config.groups.iter().enumerate() {
-            let is_state = matches!(group, Group::Recurrent(_));
+            if let Group::Recurrent(_) = group {
+                continue;
+            }
+            let mut needed = group.first_needed(num_tokens, size)..num_tokens.div_ceil(size);
             ensure!(
-                !is_state || num_tokens == sequence.committed as usize,
-                Unsupported,
-                "num_tokens is {num_tokens}: group {index} is recurrent, a state cannot go back"
-            );
-            let needed = group.first_needed(num_tokens, size)..num_tokens.div_ceil(size);
-            let missing = |chunk: &usize| sequence.blocks[chunk * groups + index] == NO_BLOCK;
-            ensure!(
-                is_state || !needed.clone().any(|chunk| missing(&chunk)),
+                needed.all(|chunk| sequence.blocks[chunk * groups + index] != NO_BLOCK),
                 InvalidState,
                 "num_tokens is {num_tokens}: the window of group {index} has left those tokens"
             );
@@ -269,8 +349,10 @@ impl Tables {
         let from = self.sequences[slot].committed as usize;
         self.sequences[slot].committed = end as u32;
         if self.config.prefix {
-            for chunk in from / size..end / size {
-                self.close(pool, slot, chunk);
+            self.hash_chunks(pool, slot, from / size..end / size);
+            for (i, chunk) in (from / size..end / size).enumerate() {
+                let digest = self.digests[i];
+                self.close(pool, slot, chunk, &digest);
             }
             let sequence = &mut self.sequences[slot];
             if end / size >= sequence.pending_from as usize + sequence.pending.len() {
@@ -281,30 +363,39 @@ impl Tables {
     }
 
     /// A chunk is full: names it and makes its blocks entries.
-    fn close(&mut self, pool: &mut BlockPool, slot: usize, chunk: usize) {
+    fn close(&mut self, pool: &mut BlockPool, slot: usize, chunk: usize, digest: &Digest) {
         let size = self.config.block_size;
         let groups = self.config.groups.len();
         let sequence = &mut self.sequences[slot];
-        let parent = sequence.digest;
-        sequence.digest = sequence.next_digest(self.config.hash, chunk, size);
+        let parent = std::mem::replace(&mut sequence.digest, *digest);
         let tokens = &sequence.ids[chunk * size..][..size];
         for (index, group) in self.config.groups.iter().enumerate() {
             let block = &mut sequence.blocks[chunk * groups + index];
             if *block == NO_BLOCK || !group.is_kept(chunk) {
                 continue;
             }
-            let digest = &sequence.digest;
             match pool.register_one(digest, index as u8, chunk as u32 + 1, *block) {
                 None => {
                     if let Some(partial) = &mut pool.partial {
                         partial.store(&parent, *block, tokens);
                     }
-                    if sequence.priority != DEFAULT_PRIORITY {
-                        pool.set_priority(BlockId(*block), sequence.priority);
+                    let keys = sequence.keys.as_deref();
+                    let range = keys.and_then(|keys| keys.range_of(chunk * size, size));
+                    let priority = range.map_or(sequence.priority, |range| range.priority);
+                    if priority != DEFAULT_PRIORITY {
+                        pool.set_priority(BlockId(*block), priority);
                     }
                     if let Some(journal) = &mut pool.journal {
                         let parent = (chunk > 0).then_some(&parent);
-                        journal.stored(index as u8, parent, digest, tokens);
+                        let of_block = keys.map(|keys| keys.of_block(chunk * size, size));
+                        journal.stored(&Stored {
+                            group: index as u8,
+                            parent,
+                            digest,
+                            tokens,
+                            adapter: keys.map_or("", |keys| &keys.adapter),
+                            keys: &of_block.unwrap_or_default(),
+                        });
                     }
                 }
                 Some(known) if self.config.dedup && known != *block => {
@@ -312,13 +403,21 @@ impl Tables {
                     pool.unshare(std::mem::replace(block, known));
                 }
                 // A duplicate carries its digest too, so that a rollback finds it.
-                Some(_) => pool.digests[*block as usize] = *digest,
+                Some(_) => pool.records[*block as usize].digest = *digest,
             }
         }
     }
 
     /// Gives up blocks that the token at `from` needed and the one at `end` does not.
     fn slide(&mut self, pool: &mut BlockPool, slot: usize, from: usize, end: usize) {
+        if !self
+            .config
+            .groups
+            .iter()
+            .any(|group| matches!(group, Group::Window(_) | Group::Recurrent(_)))
+        {
+            return;
+        }
         let size = self.config.block_size;
         let groups = self.config.groups.len();
         let sequence = &mut self.sequences[slot];

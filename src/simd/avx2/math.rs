@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::scalar;
+use crate::simd::{Softmax, scalar, softmax};
 
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -123,6 +123,11 @@ pub(super) fn exp_sub(scores: &mut [f32], max: f32) -> f32 {
         sum = _mm256_add_ps(sum, e);
     }
     sum_lanes(sum) + rest.iter_mut().map(|x| scalar::exp_one(x, max)).sum::<f32>()
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn weigh(scores: &mut [f32], softmax: &mut Softmax<'_>) {
+    softmax::weigh!(scores, softmax, max, exp_sub);
 }
 
 /// `e^x` within 2 units in the last place: `x = n ln 2 + r` with `|r| <= ln 2 / 2`, and the

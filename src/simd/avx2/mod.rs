@@ -87,6 +87,8 @@ pub(super) static KERNELS: Kernels = Kernels {
     // SAFETY: as above.
     exp_sub: |scores, max| unsafe { math::exp_sub(scores, max) },
     // SAFETY: as above.
+    weigh: |scores, softmax| unsafe { math::weigh(scores, softmax) },
+    // SAFETY: as above.
     hadamard: |values, size| unsafe { hadamard::hadamard(values, size) },
 };
 

@@ -98,13 +98,12 @@ fn add_tile<W: Words, const Q: usize>(
         }
         let blocks = rows.dim / BLOCK;
         let ahead = if tile.first == 0 { rows.ahead } else { &[] };
-        let mut ahead = Ahead::new(ahead, blocks);
+        let mut ahead = Ahead::new(ahead, blocks * tile.count.div_ceil(2));
         for block in 0..blocks {
-            ahead.fetch();
             let bias =
                 if W::HAS_MINIMUM { sum_minima::<W, Q>(rows, tile, block) } else { [0.0; Q] };
             let target = outputs.as_mut_ptr().add(block * BLOCK);
-            add_block::<W, Q>(rows, tile, &scaled, block, &bias, target);
+            add_block::<W, Q>(rows, tile, &scaled, block, &bias, target, &mut ahead);
         }
     }
 }
@@ -223,6 +222,7 @@ unsafe fn add_block<W: Words, const Q: usize>(
     block: usize,
     bias: &[f32; Q],
     target: *mut f32,
+    ahead: &mut Ahead,
 ) {
     // SAFETY: by contract. Rows beyond the last repeat it with weight 0.
     unsafe {
@@ -230,6 +230,7 @@ unsafe fn add_block<W: Words, const Q: usize>(
         let with_scales = if W::FACTOR == Factor::Block { block } else { 0 };
         let pairs = scaled.pairs.get_unchecked(with_scales);
         for pair in 0..tile.count.div_ceil(2) {
+            ahead.fetch();
             let even = tile.padded.whole.at(2 * pair, 0);
             let odd = tile.padded.whole.at((2 * pair + 1).min(tile.count - 1), 0);
             let words = W::pair(rows, even, odd, block);

@@ -59,13 +59,12 @@ fn dot_batch<W: Words, const Q: usize>(
     }
     let mut copies = MaybeUninit::uninit();
     let padded = Padded::new(format, rows, (0, count), &mut copies);
-    let mut ahead = Ahead::new(rows.ahead, count.div_ceil(LANES));
+    let mut ahead = Ahead::new(rows.ahead, count.div_ceil(LANES) * rows.dim / BLOCK);
     for first in (0..count).step_by(LANES) {
-        ahead.fetch();
         let lanes = padded.lanes(first);
         // SAFETY: `Rows::check` proved that these rows lie in the bytes; scores are `[Q, count]`.
         unsafe {
-            let sums = dot_lanes::<W, Q>(rows, lanes, &prepared);
+            let sums = dot_lanes::<W, Q>(rows, lanes, &prepared, &mut ahead);
             for q in 0..Q {
                 let sum = _mm512_mul_ps(sums[q], _mm512_set1_ps(prepared.factors[q]));
                 let target = scores.as_mut_ptr().add(q * count + first);
@@ -122,6 +121,7 @@ unsafe fn dot_lanes<W: Words, const Q: usize>(
     rows: &Rows<'_>,
     lanes: Lanes,
     queries: &Queries,
+    ahead: &mut Ahead,
 ) -> [__m512; Q] {
     // SAFETY: by contract; a row has `dim / 32` blocks.
     unsafe {
@@ -129,6 +129,7 @@ unsafe fn dot_lanes<W: Words, const Q: usize>(
         // What a scale of the whole row still has to be multiplied with.
         let mut unscaled = [_mm512_setzero_ps(); Q];
         for block in 0..rows.dim / BLOCK {
+            ahead.fetch();
             let lanes = lanes.hidden();
             let scales = match W::FACTOR {
                 Factor::Block => W::scales_of_16(rows, lanes, block),

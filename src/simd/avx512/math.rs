@@ -2,8 +2,13 @@
 
 use std::arch::x86_64::*;
 
+use crate::simd::{Softmax, softmax};
+
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
+
+/// Bytes that memory moves at once.
+const LINE: usize = 64;
 
 /// The lanes of a last vector of `rest` elements.
 #[inline(always)]
@@ -64,6 +69,11 @@ pub(super) fn exp_sub(scores: &mut [f32], max: f32) -> f32 {
         sum = _mm512_mask_add_ps(sum, mask(x.len()), sum, e);
     }
     _mm512_reduce_add_ps(sum)
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn weigh(scores: &mut [f32], softmax: &mut Softmax<'_>) {
+    softmax::weigh!(scores, softmax, max, exp_sub);
 }
 
 /// `e^x` within 2 units in the last place: `x = n ln 2 + r` with `|r| <= ln 2 / 2`, and the
@@ -146,7 +156,8 @@ pub(super) fn store(out: &mut [f32], x: __m512) {
     unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), mask(out.len()), x) };
 }
 
-/// Bytes that will be wanted next, asked for in a few equal parts.
+/// Bytes that will be wanted next, asked for in equal parts: so many at once that memory is never
+/// idle, and not so many that the CPU waits for room to ask.
 pub(super) struct Ahead {
     at: *const u8,
     rest: usize,
@@ -156,16 +167,20 @@ pub(super) struct Ahead {
 impl Ahead {
     #[inline(always)]
     pub(super) fn new(bytes: &[u8], parts: usize) -> Self {
-        Self { at: bytes.as_ptr(), rest: bytes.len(), step: bytes.len().div_ceil(parts) }
+        Self {
+            at: bytes.as_ptr(),
+            rest: bytes.len(),
+            step: bytes.len().div_ceil(LINE).div_ceil(parts) * LINE,
+        }
     }
 
     /// Asks memory for one part more.
     #[inline(always)]
     pub(super) fn fetch(&mut self) {
         let some = self.step.min(self.rest);
-        for at in (0..some).step_by(64) {
+        for at in (0..some).step_by(LINE) {
             // SAFETY: a prefetch has no effect on values and never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.at.wrapping_add(at).cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.at.wrapping_add(at).cast()) };
         }
         self.at = self.at.wrapping_add(some);
         self.rest -= some;

@@ -6,9 +6,11 @@
 mod axpy;
 mod codebook;
 mod dot;
+mod encode;
 mod fifth;
 mod formats;
 mod integer;
+mod many;
 mod math;
 mod queries;
 mod raw;
@@ -82,6 +84,12 @@ pub(super) static KERNELS: Kernels = Kernels {
     ],
     // SAFETY: a `Kernels` is handed out only after `is_available` said yes, and its methods have
     // checked the lengths.
+    encode_f16: |values, out| unsafe { encode::f16(values, out) },
+    // SAFETY: as above.
+    encode_q8_0: |values, out| unsafe { encode::q8_0(values, out) },
+    // SAFETY: as above.
+    encode_q4_0: |values, out| unsafe { encode::q4_0(values, out) },
+    // SAFETY: as above.
     dot_f32: |a, b| unsafe { math::dot(a, b) },
     // SAFETY: as above.
     axpy_f32: |factor, x, y| unsafe { math::axpy(factor, x, y) },
@@ -91,6 +99,8 @@ pub(super) static KERNELS: Kernels = Kernels {
     max: |values| unsafe { math::max(values) },
     // SAFETY: as above.
     exp_sub: |scores, max| unsafe { math::exp_sub(scores, max) },
+    // SAFETY: as above.
+    weigh: |scores, softmax| unsafe { math::weigh(scores, softmax) },
     ..avx2::KERNELS
 };
 

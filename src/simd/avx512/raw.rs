@@ -5,6 +5,7 @@
 
 use std::arch::x86_64::*;
 
+use super::many::{self, MANY, MAX_DIM};
 use super::math::{Ahead, LANES, mask, sum_each};
 use crate::simd::rows::Rows;
 
@@ -68,6 +69,9 @@ pub(super) fn dot<F: Raw>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]) 
     if rows.count == 0 {
         return;
     }
+    if queries.len() / rows.dim >= MANY && rows.dim <= MAX_DIM {
+        return many::dot::<F>(rows, queries, scores);
+    }
     let batches = queries.chunks(BATCH * rows.dim).zip(scores.chunks_mut(BATCH * rows.count));
     for (queries, scores) in batches {
         match queries.len() / rows.dim {
@@ -84,9 +88,8 @@ pub(super) fn dot<F: Raw>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]) 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn dot_batch<F: Raw, const Q: usize>(rows: &Rows<'_>, queries: &[f32], scores: &mut [f32]) {
     let (dim, count) = (rows.dim, rows.count);
-    let mut ahead = Ahead::new(rows.ahead, count.div_ceil(BATCH));
+    let mut ahead = Ahead::new(rows.ahead, count.div_ceil(BATCH) * dim.div_ceil(LANES));
     for t in (0..count).step_by(BATCH) {
-        ahead.fetch();
         let some = BATCH.min(count - t);
         let mut starts = [std::ptr::null(); BATCH];
         for (r, start) in starts.iter_mut().enumerate() {
@@ -97,9 +100,11 @@ fn dot_batch<F: Raw, const Q: usize>(rows: &Rows<'_>, queries: &[f32], scores: &
         unsafe {
             let mut sums = [_mm512_setzero_ps(); BATCH * BATCH];
             for first in (0..dim / LANES * LANES).step_by(LANES) {
+                ahead.fetch();
                 dot_vector::<F, Q>(&starts, queries, dim, (first, u16::MAX), &mut sums);
             }
             if !dim.is_multiple_of(LANES) {
+                ahead.fetch();
                 let last = (dim / LANES * LANES, mask(dim % LANES));
                 dot_vector::<F, Q>(&starts, queries, dim, last, &mut sums);
             }
@@ -167,26 +172,26 @@ fn axpy_batch<F: Raw, const Q: usize>(rows: &Rows<'_>, weights: &[f32], outputs:
         let tile = first..rows.count.min(first + TILE);
         let whole = dim / LANES * LANES;
         let ahead = if first == 0 { rows.ahead } else { &[] };
-        let mut ahead = Ahead::new(ahead, whole.div_ceil(4 * LANES).max(1));
+        let mut ahead = Ahead::new(ahead, tile.len() * dim.div_ceil(4 * LANES));
         let mut channel = 0;
         // SAFETY: `Rows::check` proved that these rows lie in the bytes; weights are `[Q, count]`,
         // outputs `[Q, dim]`.
         unsafe {
             while channel < whole {
-                ahead.fetch();
                 let out = outputs.as_mut_ptr().add(channel);
                 let vectors = ((whole - channel) / LANES).min(4);
-                let at = (channel, u16::MAX);
+                let (tile, at, ahead) = (tile.clone(), (channel, u16::MAX), &mut ahead);
                 match vectors {
-                    4 => add_vectors::<F, Q, 4>(rows, tile.clone(), weights, at, out),
-                    2 | 3 => add_vectors::<F, Q, 2>(rows, tile.clone(), weights, at, out),
-                    _ => add_vectors::<F, Q, 1>(rows, tile.clone(), weights, at, out),
+                    4 => add_vectors::<F, Q, 4>(rows, tile, weights, at, out, ahead),
+                    2 | 3 => add_vectors::<F, Q, 2>(rows, tile, weights, at, out, ahead),
+                    _ => add_vectors::<F, Q, 1>(rows, tile, weights, at, out, ahead),
                 }
                 channel += LANES * if vectors == 3 { 2 } else { vectors };
             }
             if whole < dim {
                 let out = outputs.as_mut_ptr().add(whole);
-                add_vectors::<F, Q, 1>(rows, tile, weights, (whole, mask(dim - whole)), out);
+                let last = (whole, mask(dim - whole));
+                add_vectors::<F, Q, 1>(rows, tile, weights, last, out, &mut ahead);
             }
         }
     }
@@ -204,12 +209,14 @@ unsafe fn add_vectors<F: Raw, const Q: usize, const P: usize>(
     weights: &[f32],
     (channel, mask): (usize, __mmask16),
     out: *mut f32,
+    ahead: &mut Ahead,
 ) {
     // SAFETY: by contract.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); P]; Q];
         let mut row = rows.bytes.as_ptr().add(tile.start * rows.stride + channel * F::BYTES);
         for t in tile {
+            ahead.fetch();
             let mut x = [_mm512_setzero_ps(); P];
             for p in 0..P {
                 x[p] = F::vector(row.add(p * LANES * F::BYTES), mask);
