@@ -52,10 +52,7 @@ test: examples test-install
 
 # What an engine does with an installation: the shared and the static library, by plain flags.
 test-install: STAGE := $(abspath $(OUT))/stage
-test-simulate:
-	$(CARGO) run --quiet --release --example simulate -- $(SIMULATE)
-
-install: lib
+test-install: lib
 	rm -rf $(STAGE)
 	$(MAKE) --no-print-directory install DESTDIR=$(STAGE) PREFIX=/usr
 	gcc -std=c99 cpp-examples/01-hello.c -I$(STAGE)/usr/include -L$(STAGE)/usr/lib -lkvmgr \
@@ -90,6 +87,10 @@ bench:
 # The block manager beside kvbm-logical (89 crates, downloaded and linked), in one process.
 bench-peers:
 	$(CARGO) run --release --manifest-path benches/peers/Cargo.toml --target-dir $(TARGET)/peers
+
+# Hit rates of recorded or synthetic traces, by evictor and size of the pool.
+simulate:
+	$(CARGO) run --quiet --release --example simulate -- $(SIMULATE)
 
 install: lib
 	install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/lib/cmake/kvmgr \
