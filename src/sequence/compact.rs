@@ -120,7 +120,11 @@ impl Sequence {
     /// The lane with trimmed and split spans, if that is possible without wasting blocks.
     fn trim(&self, index: usize, keep: &KeepSet) -> Option<Lane> {
         let old = &self.lanes[index];
-        let needed = keep.len().div_ceil(self.cache.config().block_size);
+        let block_size = self.cache.config().block_size;
+        let needed = keep.len().div_ceil(block_size);
+        // Splits are for a few rows at a time; where whole blocks can be had, a gather has them.
+        let rows: usize = old.spans.iter().map(|span| span.count as usize).sum();
+        let may_split = rows - keep.len() < block_size;
         let slack = TRIM_SLACK.max(needed / 16);
         let mut lane =
             Lane { spans: Vec::with_capacity(old.spans.len() + 1), evicted: old.evicted };
@@ -143,7 +147,8 @@ impl Sequence {
             // its span, which therefore has to stay one.
             let runs = lane.spans.len() - before;
             let is_open_tail = i + 1 == old.spans.len() && !span.sealed;
-            if !span.sealed && (runs > 1 || is_open_tail && runs == 1 && next < end) {
+            let is_split = runs > 1 && (!span.sealed || !may_split);
+            if is_split || is_open_tail && runs == 1 && next < end {
                 return None;
             }
             let last = before.checked_sub(1).map(|last| lane.spans[last].block.id);
