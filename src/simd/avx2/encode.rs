@@ -237,7 +237,7 @@ fn round_half_away(x: __m256) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "f16c")]
-fn f16_of(x: f32) -> [u8; 2] {
+pub(in crate::simd) fn f16_of(x: f32) -> [u8; 2] {
     let half = _mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(x));
     (_mm_cvtsi128_si32(half) as u16).to_le_bytes()
 }

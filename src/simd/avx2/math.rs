@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use crate::simd::softmax::exp::{COEFFICIENTS, HIGHEST, LN2_HIGH, LN2_LOW, LOWEST};
 use crate::simd::{Softmax, scalar, softmax};
 
 #[target_feature(enable = "avx2,fma")]
@@ -130,16 +131,10 @@ pub(super) fn weigh(scores: &mut [f32], softmax: &mut Softmax<'_>) {
     softmax::weigh!(scores, softmax, max, exp_sub);
 }
 
-/// `e^x` within 2 units in the last place: `x = n ln 2 + r` with `|r| <= ln 2 / 2`, and the
-/// polynomial of Cephes' `expf` for `e^r`. Below the smallest normal number the result is 0.
+/// `e^x`: see [`softmax::exp`].
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn exp(x: __m256) -> __m256 {
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    /// Logarithm of the smallest normal number.
-    const LOWEST: f32 = -87.336_54;
-    const HIGHEST: f32 = 88.0;
     let underflows = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(LOWEST));
     // The operand order keeps NaN.
     let x = _mm256_max_ps(_mm256_set1_ps(LOWEST), x);
@@ -150,8 +145,9 @@ fn exp(x: __m256) -> __m256 {
     ));
     let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(LN2_HIGH), x);
     let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(LN2_LOW), r);
-    let mut p = _mm256_set1_ps(1.987_569_1e-4);
-    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+    let [first, rest @ ..] = COEFFICIENTS;
+    let mut p = _mm256_set1_ps(first);
+    for coefficient in rest {
         p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(coefficient));
     }
     let p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), _mm256_add_ps(r, _mm256_set1_ps(1.0)));

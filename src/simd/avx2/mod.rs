@@ -17,6 +17,7 @@ use super::Kernels;
 use super::rows::RowKernels;
 // What the AVX-512 level shares.
 pub(super) use codebook::UNIT as TQ_UNIT;
+pub(super) use encode::f16_of;
 pub(super) use format::{Affine2, Affine4, Codes2, Codes4, Q4_0, Q8_0};
 use format::{Bf16, F16, F32, Format, Raw};
 pub(super) use integer::{HUGE, TINY};

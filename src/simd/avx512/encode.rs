@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::math::{load, mask};
+use crate::simd::avx2::f16_of;
 use crate::simd::rows::BLOCK;
 use crate::simd::sanitize;
 use crate::simd::scalar::{Q4_0_LIMIT, Q8_0_LIMIT, reciprocal};
@@ -107,11 +108,4 @@ fn round_half_away(x: __m512) -> __m512i {
     let sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0));
     let half = _mm512_or_ps(_mm512_set1_ps(0.5f32.next_down()), sign);
     _mm512_cvttps_epi32(_mm512_add_ps(x, half))
-}
-
-#[inline]
-#[target_feature(enable = "f16c")]
-fn f16_of(x: f32) -> [u8; 2] {
-    let half = _mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(x));
-    (_mm_cvtsi128_si32(half) as u16).to_le_bytes()
 }

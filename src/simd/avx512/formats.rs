@@ -17,7 +17,7 @@ macro_rules! scaled {
     ($bytes:literal) => {
         #[inline(always)]
         unsafe fn scales_of_16(_: &Rows<'_>, lanes: Lanes, block: usize) -> __m512 {
-            // SAFETY: a block lanes with its f16 scale.
+            // SAFETY: a block starts with its f16 scale.
             unsafe { gather_f16(lanes, block * $bytes) }
         }
     };
@@ -32,16 +32,16 @@ macro_rules! scaled {
     };
 }
 
-/// Blocks of nibbles at a distance from the start of the block.
+/// Blocks of nibbles at a distance from the start of the block, and what makes integers of them.
 macro_rules! nibbles {
-    ($bytes:literal, $at:literal, $offset:literal) => {
+    ($bytes:literal, $at:literal, $offset:literal, $finish:ident($with:expr)) => {
         const OFFSET: i32 = $offset;
         const ORDER: [u16; BLOCK] = NIBBLES;
 
         #[inline(always)]
         unsafe fn columns(_: &Rows<'_>, lanes: Lanes, block: usize) -> [__m512i; 16] {
             // SAFETY: the nibbles of the block.
-            unsafe { lowest(nibble_columns(lanes, block * $bytes + $at), 4) }
+            unsafe { $finish(nibble_columns(lanes, block * $bytes + $at), $with) }
         }
 
         #[inline(always)]
@@ -54,7 +54,7 @@ macro_rules! nibbles {
             let at = block * $bytes + $at;
             // SAFETY: as above.
             unsafe {
-                let words = lowest(nibble_pair(even.add(at), odd.add(at)), 4);
+                let words = $finish(nibble_pair(even.add(at), odd.add(at)), $with);
                 if $offset == 0 { words } else { minus(words, $offset) }
             }
         }
@@ -64,21 +64,21 @@ macro_rules! nibbles {
 pub(super) use scaled;
 
 impl Words for Q4_0 {
-    nibbles!(18, 2, 8);
+    nibbles!(18, 2, 8, lowest(4));
     scaled!(18);
 }
 
 impl Words for Q4_1 {
-    nibbles!(20, 4, 0);
+    nibbles!(20, 4, 0, lowest(4));
     scaled!(20, with minimum);
 }
 
 impl Words for Codes4 {
-    nibbles!(16, 0, 0);
+    nibbles!(16, 0, 0, lowest(4));
 }
 
 impl Words for Int4 {
-    nibbles!(16, 0, 0);
+    nibbles!(16, 0, 0, lowest(4));
 
     #[inline(always)]
     unsafe fn scales_of_16(rows: &Rows<'_>, lanes: Lanes, _: usize) -> __m512 {
@@ -91,31 +91,6 @@ impl Words for Int4 {
         // SAFETY: as above.
         unsafe { _mm512_castsi512_ps(gather_i32(lanes, rows.dim / 2 + 4)) }
     }
-}
-
-/// Nibbles that choose from a table.
-macro_rules! table_of_levels {
-    ($bytes:literal, $at:literal, $levels:expr) => {
-        const ORDER: [u16; BLOCK] = NIBBLES;
-
-        #[inline(always)]
-        unsafe fn columns(_: &Rows<'_>, lanes: Lanes, block: usize) -> [__m512i; 16] {
-            // SAFETY: the nibbles of the block.
-            unsafe { look_up(nibble_columns(lanes, block * $bytes + $at), $levels) }
-        }
-
-        #[inline(always)]
-        unsafe fn pair(
-            _: &Rows<'_>,
-            even: *const u8,
-            odd: *const u8,
-            block: usize,
-        ) -> [__m512i; 2] {
-            let at = block * $bytes + $at;
-            // SAFETY: as above.
-            unsafe { look_up(nibble_pair(even.add(at), odd.add(at)), $levels) }
-        }
-    };
 }
 
 /// A table twice, so that the fifth bit does not count.
@@ -133,16 +108,16 @@ static IQ4_NL_TWICE: [i16; 32] = twice(&IQ4_NL);
 static E2M1_TWICE: [i16; 32] = twice(&E2M1);
 
 impl Words for Iq4Nl {
-    table_of_levels!(18, 2, &IQ4_NL_TWICE);
+    nibbles!(18, 2, 0, look_up(&IQ4_NL_TWICE));
     scaled!(18);
 }
 
 impl Words for Mxfp4 {
-    table_of_levels!(17, 1, &E2M1_TWICE);
+    nibbles!(17, 1, 0, look_up(&E2M1_TWICE));
 
     #[inline(always)]
     unsafe fn scales_of_16(_: &Rows<'_>, lanes: Lanes, block: usize) -> __m512 {
-        // SAFETY: a block lanes with its exponent.
+        // SAFETY: a block starts with its exponent.
         unsafe {
             let e = of_each(|i| i32::from(*lanes.at(i, block * 17)));
             // See `e8m0_half`.

@@ -2,7 +2,8 @@
 //! 32-bit integers are one instruction.
 //!
 //! Queries, and weights times scales, become 16-bit integers of a common scale. What that rounds
-//! away is 2^-15 of the largest query or weight, far below the error of any format that is stored so.
+//! away is 2^-15 of the largest query or weight (2^-13 for `tq`, whose integers are wider), far below
+//! the error of any format that is stored so.
 //!
 //! ```text
 //! dot    16 rows at a time, a row in each lane: no sum across lanes, scales of 16 rows in one vector

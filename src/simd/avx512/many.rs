@@ -6,6 +6,7 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
+use super::integer::MAX_DIM;
 use super::math::{Ahead, LANES, mask};
 use super::raw::Raw;
 use super::turn::turn_quarters;
@@ -13,9 +14,6 @@ use crate::simd::rows::Rows;
 
 /// Queries from which on turning rows pays.
 pub(super) const MANY: usize = 16;
-
-/// Elements of the widest row that has room on the stack.
-pub(super) const MAX_DIM: usize = 512;
 
 /// Queries of a batch.
 const BATCH: usize = 8;

@@ -5,7 +5,8 @@
 
 use std::arch::x86_64::*;
 
-use super::many::{self, MANY, MAX_DIM};
+use super::integer::MAX_DIM;
+use super::many::{self, MANY};
 use super::math::{Ahead, LANES, mask, sum_each};
 use crate::simd::rows::Rows;
 
