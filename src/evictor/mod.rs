@@ -2,6 +2,7 @@
 //! an evicted prefix can be computed again or fetched from a store.
 
 mod lists;
+mod queue;
 
 use std::fmt::Debug;
 
