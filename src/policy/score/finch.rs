@@ -59,17 +59,10 @@ impl Score for Finch {
 
     fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {
         QueryWindow::score_heads("finch", self.window, layer, |window, probabilities| {
-            let (len, old) = (window.len(), window.old);
-            let mut scores = vec![0.0f32; len];
-            window.for_each_query_head(probabilities, |_, rows| {
-                for (t, row) in rows.chunks_exact(len).enumerate() {
-                    let seen = window.position(t).max(0) as f32;
-                    let seen = if self.normalize { seen } else { 1.0 };
-                    let weight = seen / (layer.group * window.queries) as f32;
-                    scores[..old].iter_mut().zip(row).for_each(|(sum, p)| *sum += weight * p);
-                }
-            });
-            scores
+            window.weighted_sums(probabilities, |t| {
+                let seen = if self.normalize { window.position(t).max(0) as f32 } else { 1.0 };
+                seen / (layer.group * window.queries) as f32
+            })
         })
     }
 }

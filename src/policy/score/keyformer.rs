@@ -10,7 +10,7 @@
 //! `P^(1/tau) e^(zeta/tau)`, divided by its sum. The authors add up all queries so far and raise tau
 //! from 1 to 2 while they generate; a pipeline has one window and one tau for each of its moments.
 
-use super::noise::{mix, uniform};
+use super::noise::{gumbel, mix};
 use super::{Entry, QueryWindow, Score};
 use crate::error::Result;
 use crate::policy::{HeadScores, LayerInput};
@@ -84,10 +84,7 @@ impl Score for Keyformer {
             let factors: Vec<f32> = window
                 .positions()
                 .iter()
-                .map(|position| {
-                    let gumbel = -(-uniform(place ^ *position as u64).ln()).ln();
-                    (self.noise * gumbel / self.tau).exp()
-                })
+                .map(|position| (self.noise * gumbel(place ^ *position as u64) / self.tau).exp())
                 .collect();
             window.for_each_query_head(probabilities, |_, rows| {
                 for row in rows.chunks_exact(window.len()) {

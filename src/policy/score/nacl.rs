@@ -8,7 +8,7 @@
 //!
 //! The lot is drawn by counter: it depends on the seed and the place of a token alone.
 
-use super::noise::{mix, uniform};
+use super::noise::{gumbel, mix};
 use super::{Entry, QueryWindow, Score};
 use crate::error::Result;
 use crate::policy::select::ranks;
@@ -78,13 +78,7 @@ impl Score for Nacl {
     fn score(&self, layer: &LayerInput<'_>, budgets: &[usize]) -> Result<Vec<HeadScores>> {
         let mut heads =
             QueryWindow::score_heads("nacl", self.window, layer, |window, probabilities| {
-                let mut sums = vec![0.0f32; window.len()];
-                window.for_each_query_head(probabilities, |_, rows| {
-                    for row in rows.chunks_exact(window.len()) {
-                        sums[..window.old].iter_mut().zip(row).for_each(|(sum, p)| *sum += p);
-                    }
-                });
-                sums
+                window.weighted_sums(probabilities, |_| 1.0)
             })?;
         for (h, (head, budget)) in heads.iter_mut().zip(budgets).enumerate() {
             let place = mix(mix(mix(self.seed) ^ layer.layer as u64) ^ h as u64);
@@ -107,8 +101,7 @@ impl Nacl {
             .iter()
             .map(|rank| {
                 let i = rank.index();
-                let gumbel = -(-uniform(place ^ positions[i] as u64).ln()).ln();
-                (head.scores[i] / self.temperature + gumbel, i)
+                (head.scores[i] / self.temperature + gumbel(place ^ positions[i] as u64), i)
             })
             .collect();
         lots.sort_by(|a, b| b.0.total_cmp(&a.0));

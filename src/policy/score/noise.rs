@@ -13,6 +13,12 @@ pub(super) fn uniform(x: u64) -> f32 {
     ((mix(x) >> 40) as f32 + 0.5) / (1u32 << 24) as f32
 }
 
+/// A draw from the standard Gumbel distribution: the largest of logits plus such draws is one of them in
+/// proportion to its exponential.
+pub(super) fn gumbel(x: u64) -> f32 {
+    -(-uniform(x).ln()).ln()
+}
+
 /// A draw from the standard normal distribution, by Box and Muller.
 pub(super) fn normal(x: u64) -> f32 {
     let (a, b) = (uniform(x), uniform(mix(x) ^ 1));
@@ -30,6 +36,7 @@ mod tests {
         assert!((mean(&uniform) - 0.5).abs() < 0.01);
         assert!(mean(&normal).abs() < 0.02);
         assert!((mean(&|x| normal(x).powi(2)) - 1.0).abs() < 0.04);
+        assert!((mean(&gumbel) - 0.5772).abs() < 0.04);
         assert!((0..n).all(|x| uniform(x) > 0.0 && uniform(x) < 1.0 && normal(x).is_finite()));
     }
 }

@@ -128,6 +128,23 @@ impl<'a> QueryWindow<'a> {
         }
     }
 
+    /// `[T]`: for each token before the window, the sum of what the queries of all query heads give it,
+    /// query `t` of the window times `weight(t)`; 0 for the window.
+    pub(super) fn weighted_sums(
+        &self,
+        probabilities: &mut WindowProbabilities,
+        weight: impl Fn(usize) -> f32,
+    ) -> Vec<f32> {
+        let mut sums = vec![0.0f32; self.len()];
+        self.for_each_query_head(probabilities, |_, rows| {
+            for (t, row) in rows.chunks_exact(self.len()).enumerate() {
+                let weight = weight(t);
+                sums[..self.old].iter_mut().zip(row).for_each(|(sum, p)| *sum += weight * p);
+            }
+        });
+        sums
+    }
+
     /// Over the queries of the window, mean and variance of what they give each token before it, on the
     /// mean over the query heads: `[old]` each.
     pub(in crate::policy) fn moments(

@@ -61,16 +61,7 @@ impl Score for PyramidInfer {
         QueryWindow::score_heads("pyramidinfer", self.window, layer, |window, probabilities| {
             let weight = |t: usize| self.decay.powi((window.queries - 1 - t) as i32);
             let total: f64 = (0..window.queries).map(weight).sum::<f64>() * layer.group as f64;
-            let weights: Vec<f32> =
-                (0..window.queries).map(|t| (weight(t) / total) as f32).collect();
-            let mut scores = vec![0.0f32; window.len()];
-            window.for_each_query_head(probabilities, |_, rows| {
-                for (row, weight) in rows.chunks_exact(window.len()).zip(&weights) {
-                    let old = scores[..window.old].iter_mut().zip(row);
-                    old.for_each(|(sum, p)| *sum += weight * p);
-                }
-            });
-            scores
+            window.weighted_sums(probabilities, |t| (weight(t) / total) as f32)
         })
     }
 }
