@@ -5,6 +5,7 @@
 //! listing through the C ABI and the tests that visit every member.
 
 use crate::error::{Error, Kind, Result, bail, ensure};
+use crate::shape::Needs;
 use crate::spec::{Stage, Value};
 
 /// One parameter of a member, in positional order.
@@ -56,6 +57,25 @@ pub trait Member {
     fn name(&self) -> &'static str;
     /// Parameters in positional order.
     fn params(&self) -> &'static [Param];
+}
+
+/// How the registry describes a stage of a pipeline, which makes a `T`.
+#[derive(Debug)]
+pub struct StageEntry<T: ?Sized> {
+    /// Name in specs.
+    pub name: &'static str,
+    /// One line for the documentation.
+    pub summary: &'static str,
+    /// Where it is from; empty for plumbing.
+    pub paper: &'static str,
+    /// Parameters in positional order.
+    pub params: &'static [Param],
+    /// What the engine may have to hand over, over all parameters.
+    pub needs: Needs,
+    /// Pipelines that tests and benches visit.
+    pub examples: &'static [&'static str],
+    /// Makes the stage.
+    pub create: fn(&Args) -> Result<Box<T>>,
 }
 
 /// Checked arguments of a member: one value for each parameter.

@@ -6,7 +6,7 @@ use super::act::ACTS;
 use super::budget::BUDGETS;
 use super::map::MAPS;
 use super::score::SCORES;
-use crate::registry::{Domain, Member, Param};
+use crate::registry::{Domain, Member, Param, StageEntry};
 use crate::selector::SELECTORS;
 use crate::shape::Needs;
 
@@ -64,60 +64,37 @@ impl Member for StageInfo {
 
 /// Every stage, in the order in which a spec writes them.
 pub static STAGES: LazyLock<Vec<StageInfo>> = LazyLock::new(|| {
-    let scores = SCORES.iter().map(|entry| StageInfo {
-        class: StageClass::Score,
-        name: entry.name,
-        summary: entry.summary,
-        paper: entry.paper,
-        params: entry.params,
-        needs: entry.needs,
-        examples: entry.examples,
-    });
-    let maps = MAPS.iter().map(|entry| StageInfo {
-        class: StageClass::Map,
-        name: entry.name,
-        summary: entry.summary,
-        paper: entry.paper,
-        params: entry.params,
-        needs: entry.needs,
-        examples: entry.examples,
-    });
-    let budgets = BUDGETS.iter().map(|entry| StageInfo {
-        class: StageClass::Budget,
-        name: entry.name,
-        summary: entry.summary,
-        paper: entry.paper,
-        params: entry.params,
-        needs: Needs::NONE,
-        examples: entry.examples,
-    });
-    let acts = ACTS.iter().map(|entry| StageInfo {
-        class: StageClass::Act,
-        name: entry.name,
-        summary: entry.summary,
-        paper: entry.paper,
-        params: entry.params,
-        needs: entry.needs,
-        examples: entry.examples,
-    });
-    let selectors = SELECTORS.iter().map(|entry| StageInfo {
-        class: StageClass::Select,
-        name: entry.name,
-        summary: entry.summary,
-        paper: entry.paper,
-        params: entry.params,
-        needs: entry.needs,
-        examples: entry.examples,
-    });
     let of = |classes: std::ops::RangeInclusive<StageClass>| {
         PLUMBING.iter().filter(move |stage| classes.contains(&stage.class)).copied()
     };
     let before = of(StageClass::Trigger..=StageClass::Trigger);
     let keep = of(StageClass::Keep..=StageClass::Keep);
     let after = of(StageClass::Position..=StageClass::Quant);
-    let before = before.chain(scores).chain(maps).chain(budgets).chain(keep).chain(acts);
-    before.chain(after).chain(selectors).collect()
+    before
+        .chain(members(StageClass::Score, SCORES))
+        .chain(members(StageClass::Map, MAPS))
+        .chain(members(StageClass::Budget, BUDGETS))
+        .chain(keep)
+        .chain(members(StageClass::Act, ACTS))
+        .chain(after)
+        .chain(members(StageClass::Select, SELECTORS))
+        .collect()
 });
+
+fn members<T: ?Sized>(
+    class: StageClass,
+    entries: &[&StageEntry<T>],
+) -> impl Iterator<Item = StageInfo> {
+    entries.iter().map(move |entry| StageInfo {
+        class,
+        name: entry.name,
+        summary: entry.summary,
+        paper: entry.paper,
+        params: entry.params,
+        needs: entry.needs,
+        examples: entry.examples,
+    })
+}
 
 /// Stages with a meaning of their own.
 const PLUMBING: &[StageInfo] = &[

@@ -17,8 +17,7 @@ mod rows;
 
 use std::fmt::Debug;
 
-use crate::error::Result;
-use crate::registry::{Args, Domain, Param, registry};
+use crate::registry::{Args, Domain, Param, StageEntry, registry};
 use crate::shape::Needs;
 
 registry! {
@@ -121,20 +120,4 @@ const fn count(name: &'static str, help: &'static str, default: i64, min: i64) -
 }
 
 /// How the registry describes a selector.
-#[derive(Debug)]
-pub struct Entry {
-    /// Name in specs.
-    pub name: &'static str,
-    /// One line for the documentation.
-    pub summary: &'static str,
-    /// Where it is from.
-    pub paper: &'static str,
-    /// Parameters in positional order.
-    pub params: &'static [Param],
-    /// What attention has to observe.
-    pub needs: Needs,
-    /// Pipelines that tests visit.
-    pub examples: &'static [&'static str],
-    /// Makes the selector.
-    pub create: fn(&Args) -> Result<Box<dyn Selector>>,
-}
+pub type Entry = StageEntry<dyn Selector>;

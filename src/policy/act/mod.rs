@@ -5,8 +5,7 @@
 use std::fmt::Debug;
 
 use super::{HeadScores, LayerInput};
-use crate::error::Result;
-use crate::registry::{Args, Param, registry};
+use crate::registry::{StageEntry, registry};
 use crate::shape::{KeepSet, Needs};
 
 registry! {
@@ -37,23 +36,7 @@ pub trait Act: Debug + Send + Sync {
 }
 
 /// How the registry describes an act.
-#[derive(Debug)]
-pub struct Entry {
-    /// Name in specs.
-    pub name: &'static str,
-    /// One line for the documentation.
-    pub summary: &'static str,
-    /// Where it is from.
-    pub paper: &'static str,
-    /// Parameters in positional order.
-    pub params: &'static [Param],
-    /// What the engine has to hand over.
-    pub needs: Needs,
-    /// Pipelines that tests and benches visit.
-    pub examples: &'static [&'static str],
-    /// Makes the act.
-    pub create: fn(&Args) -> Result<Box<dyn Act>>,
-}
+pub type Entry = StageEntry<dyn Act>;
 
 impl Evicted<'_> {
     /// Indices of the survivors and of the evicted, ascending.

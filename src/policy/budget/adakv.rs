@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::policy::HeadScores;
 use crate::policy::select::ranks;
 use crate::registry::{Domain, Param};
-use crate::shape::LaneWidth;
+use crate::shape::{LaneWidth, Needs};
 
 pub(super) static ENTRY: Entry = Entry {
     name: "adakv",
@@ -26,6 +26,7 @@ pub(super) static ENTRY: Entry = Entry {
         help: "fraction of the uniform budget that every head keeps",
         domain: Domain::Real { default: 0.2, min: 0.0, max: 1.0 },
     }],
+    needs: Needs::NONE,
     examples: &["snapkv | adakv(floor=0.2) | keep(0.25)", "h2o | adakv | keep_tokens(512)"],
     create: |args| Ok(Box::new(AdaKv { floor: args.real("floor") })),
 };

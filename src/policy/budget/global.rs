@@ -12,13 +12,14 @@ use super::adakv::compete;
 use super::{Budget, Entry};
 use crate::error::Result;
 use crate::policy::HeadScores;
-use crate::shape::LaneWidth;
+use crate::shape::{LaneWidth, Needs};
 
 pub(super) static ENTRY: Entry = Entry {
     name: "global",
     summary: "heads of all layers compete for the allowance of the model",
     paper: "KVzip, arXiv 2505.23416",
     params: &[],
+    needs: Needs::NONE,
     examples: &["h2o | global | keep(0.5)"],
     create: |_| Ok(Box::new(Global)),
 };

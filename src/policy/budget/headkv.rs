@@ -13,7 +13,7 @@ use crate::error::{Result, ensure};
 use crate::policy::HeadScores;
 use crate::policy::weights::Weights;
 use crate::registry::{Domain, Param};
-use crate::shape::LaneWidth;
+use crate::shape::{LaneWidth, Needs};
 
 pub(super) static ENTRY: Entry = Entry {
     name: "headkv",
@@ -31,6 +31,7 @@ pub(super) static ENTRY: Entry = Entry {
             domain: Domain::Real { default: 1.2, min: 1.0, max: 1e6 },
         },
     ],
+    needs: Needs::NONE,
     examples: &["snapkv | headkv(file=\"headkv.safetensors\", beta=1.2) | keep(0.25)"],
     create: |args| {
         Ok(Box::new(HeadKv { file: Weights::required(args, "file")?, beta: args.real("beta") }))

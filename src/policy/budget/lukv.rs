@@ -13,7 +13,7 @@ use crate::error::{Result, ensure};
 use crate::policy::HeadScores;
 use crate::policy::weights::Weights;
 use crate::registry::{Domain, Param};
-use crate::shape::LaneWidth;
+use crate::shape::{LaneWidth, Needs};
 
 pub(super) static ENTRY: Entry = Entry {
     name: "lukv",
@@ -24,6 +24,7 @@ pub(super) static ENTRY: Entry = Entry {
         help: "a safetensors file with the curve",
         domain: Domain::File,
     }],
+    needs: Needs::NONE,
     examples: &["expected(eps=2e-2) | protect(4, 1) | lukv(file=\"lukv.safetensors\") | keep(0.5)"],
     create: |args| Ok(Box::new(LuKv { file: Weights::required(args, "file")? })),
 };

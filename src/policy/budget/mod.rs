@@ -4,7 +4,7 @@ use std::fmt::Debug;
 
 use super::{HeadScores, LayerInput};
 use crate::error::Result;
-use crate::registry::{Args, Param, registry};
+use crate::registry::{StageEntry, registry};
 use crate::shape::{LaneWidth, Needs};
 
 pub(super) use preferences::divide;
@@ -73,18 +73,4 @@ pub trait Budget: Debug + Send + Sync {
 }
 
 /// How the registry describes a budget.
-#[derive(Debug)]
-pub struct Entry {
-    /// Name in specs.
-    pub name: &'static str,
-    /// One line for the documentation.
-    pub summary: &'static str,
-    /// Where it is from.
-    pub paper: &'static str,
-    /// Parameters in positional order.
-    pub params: &'static [Param],
-    /// Pipelines that tests and benches visit.
-    pub examples: &'static [&'static str],
-    /// Makes the budget.
-    pub create: fn(&Args) -> Result<Box<dyn Budget>>,
-}
+pub type Entry = StageEntry<dyn Budget>;

@@ -42,6 +42,7 @@ pub(super) static ENTRY: Entry = Entry {
             domain: Domain::Real { default: 1.0, min: 1e-2, max: 1e2 },
         },
     ],
+    needs: Needs::KEYS.union(Needs::QUERY_WINDOW),
     examples: &["snapkv(w=32) | preferences(w=32) | keep(0.25)"],
     create: |args| {
         let [tau1, tau2] = ["tau1", "tau2"].map(|name| args.real(name));
@@ -58,7 +59,7 @@ struct Preferences {
 
 impl Budget for Preferences {
     fn needs(&self) -> Needs {
-        Needs::KEYS.union(Needs::QUERY_WINDOW)
+        ENTRY.needs
     }
 
     fn query_window(&self) -> usize {

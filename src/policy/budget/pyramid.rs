@@ -13,7 +13,7 @@ use super::{Budget, Entry, LayerShare};
 use crate::error::Result;
 use crate::policy::HeadScores;
 use crate::registry::{Domain, Param};
-use crate::shape::LaneWidth;
+use crate::shape::{LaneWidth, Needs};
 
 pub(super) static ENTRY: Entry = Entry {
     name: "pyramid",
@@ -31,6 +31,7 @@ pub(super) static ENTRY: Entry = Entry {
             domain: Domain::Real { default: 20.0, min: 1.0, max: 1e6 },
         },
     ],
+    needs: Needs::NONE,
     examples: &[
         "snapkv | pyramid | keep(0.25)",
         "snapkv(w=16) | pyramid(16, 10) | keep_tokens(64)",

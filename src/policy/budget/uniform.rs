@@ -3,13 +3,14 @@
 use super::{Budget, Entry};
 use crate::error::Result;
 use crate::policy::HeadScores;
-use crate::shape::LaneWidth;
+use crate::shape::{LaneWidth, Needs};
 
 pub(super) static ENTRY: Entry = Entry {
     name: "uniform",
     summary: "the same number of tokens for every head",
     paper: "",
     params: &[],
+    needs: Needs::NONE,
     examples: &["snapkv | uniform | keep(0.25)"],
     create: |_| Ok(Box::new(Uniform)),
 };

@@ -10,7 +10,7 @@ use std::fmt::Debug;
 use super::budget::Budget;
 use super::{HeadScores, LayerInput};
 use crate::error::Result;
-use crate::registry::{Args, Param, registry};
+use crate::registry::{StageEntry, registry};
 use crate::shape::{KeepSet, LaneWidth, Needs};
 
 use subset::Subset;
@@ -90,23 +90,7 @@ pub trait Map: Debug + Send + Sync {
 }
 
 /// How the registry describes a map.
-#[derive(Debug)]
-pub struct Entry {
-    /// Name in specs.
-    pub name: &'static str,
-    /// One line for the documentation.
-    pub summary: &'static str,
-    /// Where it is from; empty for plumbing.
-    pub paper: &'static str,
-    /// Parameters in positional order.
-    pub params: &'static [Param],
-    /// What the engine may have to hand over, over all parameters.
-    pub needs: Needs,
-    /// Pipelines that tests and benches visit.
-    pub examples: &'static [&'static str],
-    /// Makes the map.
-    pub create: fn(&Args) -> Result<Box<dyn Map>>,
-}
+pub type Entry = StageEntry<dyn Map>;
 
 impl Debug for Context<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 
 use super::{Allowance, Event, HeadInput, HeadScores, LayerInput};
 use crate::error::{Result, bail};
-use crate::registry::{Args, Param, registry};
+use crate::registry::{StageEntry, registry};
 use crate::shape::{KeepSet, LaneWidth, Needs};
 
 pub(super) use probability::QueryWindow;
@@ -116,23 +116,7 @@ pub trait Score: Debug + Send + Sync {
 }
 
 /// How the registry describes a score.
-#[derive(Debug)]
-pub struct Entry {
-    /// Name in specs.
-    pub name: &'static str,
-    /// One line for the documentation.
-    pub summary: &'static str,
-    /// Where it is from.
-    pub paper: &'static str,
-    /// Parameters in positional order.
-    pub params: &'static [Param],
-    /// What the engine may have to hand over, over all parameters.
-    pub needs: Needs,
-    /// Pipelines that tests and benches visit.
-    pub examples: &'static [&'static str],
-    /// Makes the score.
-    pub create: fn(&Args) -> Result<Box<dyn Score>>,
-}
+pub type Entry = StageEntry<dyn Score>;
 
 /// The scores of each head, one after the other.
 fn per_head(
