@@ -16,9 +16,10 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::math::{fetch, load, store_four, store_one, sum_each, sum_lanes};
+use super::math::{load, store_four, store_one, sum_each, sum_lanes};
 use super::rows as decoded;
 use super::whole::{Factor, Whole};
+use crate::simd::ahead::Ahead;
 use crate::simd::rows::{BLOCK, Rows};
 
 /// Queries or outputs of a batch.
@@ -145,8 +146,9 @@ fn dot_batch<W: Whole, const Q: usize>(
         let scores = scores.as_mut_ptr();
         let row = |t: usize| rows.bytes.as_ptr().add(t * rows.stride);
         let whole = count / 4 * 4;
+        let mut ahead = Ahead::new(rows.ahead, (whole / 4).max(1));
         for t in (0..whole).step_by(4) {
-            fetch(rows.ahead, t / 4, whole / 4);
+            ahead.fetch();
             let mut lines = [_mm_setzero_ps(); 4];
             for r in 0..4 {
                 lines[r] = _mm_mul_ps(dot_row::<W, Q>(rows, row(t + r), &prepared), factors);
@@ -275,13 +277,14 @@ fn add_tile<W: Whole, const Q: usize>(
             }
             return;
         }
+        let mut ahead = Ahead::new(ahead, rows.dim / BLOCK * 2);
         for block in 0..rows.dim / BLOCK {
-            fetch(ahead, block, rows.dim / BLOCK);
             let mut bias = [0.0; Q];
             if W::HAS_MINIMUM {
                 bias = sum_minima::<W, Q>(rows, tile, block);
             }
             for half in 0..2 {
+                ahead.fetch();
                 let target = outputs.as_mut_ptr().add(block * BLOCK + half * 16);
                 add_half::<W, Q>(rows, tile, &scaled, (block, half), &bias, target);
             }

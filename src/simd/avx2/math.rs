@@ -81,16 +81,6 @@ pub(super) unsafe fn store_one<const Q: usize>(line: __m128, target: *mut f32, c
     }
 }
 
-/// Asks memory for the `part`-th of `parts` equal parts of the bytes that are wanted next.
-#[inline(always)]
-pub(super) fn fetch(ahead: &[u8], part: usize, parts: usize) {
-    let (start, end) = (ahead.len() * part / parts, ahead.len() * (part + 1) / parts);
-    for at in (start..end).step_by(64) {
-        // SAFETY: a prefetch has no effect on values and never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.as_ptr().wrapping_add(at).cast()) };
-    }
-}
-
 #[target_feature(enable = "avx2")]
 pub(super) fn scale(values: &mut [f32], factor: f32) {
     let (vectors, rest) = values.as_chunks_mut::<8>();

@@ -6,7 +6,8 @@
 use std::arch::x86_64::*;
 
 use super::format::Raw;
-use super::math::{fetch, store_four, store_one, sum_each};
+use super::math::{store_four, store_one, sum_each};
+use crate::simd::ahead::Ahead;
 use crate::simd::rows::Rows;
 
 /// Queries or outputs of a batch.
@@ -49,10 +50,11 @@ fn dot_batch<F: Raw, const R: usize, const Q: usize>(
     unsafe {
         let row = |t: usize| rows.bytes.as_ptr().add(t * rows.stride);
         let scores = scores.as_mut_ptr();
+        let mut ahead = Ahead::new(rows.ahead, (whole / R).max(1));
         for t in (0..whole).step_by(4) {
-            fetch(rows.ahead, t / 4, whole / 4);
             let mut lines = [_mm_setzero_ps(); 4];
             for first in (0..4).step_by(R) {
+                ahead.fetch();
                 let some = dot_rows::<F, R, Q>(row(t + first), rows.stride, queries, dim);
                 lines[first..first + R].copy_from_slice(&some);
             }
@@ -155,14 +157,14 @@ fn axpy_batch<F: Raw, const Q: usize>(rows: &Rows<'_>, weights: &[f32], outputs:
             let start = rows.bytes.as_ptr().add(first * rows.stride);
             let outputs = outputs.as_mut_ptr();
             let vectors = dim / 8;
+            let ahead = if first == 0 { rows.ahead } else { &[] };
+            let mut ahead = Ahead::new(ahead, turned.len() * vectors.div_ceil(2).max(1));
             for i in (0..vectors / 2 * 2).step_by(2) {
-                if first == 0 {
-                    fetch(rows.ahead, i / 2, vectors / 2);
-                }
-                add_vectors::<F, Q, 2>(rows, start, turned, i, outputs);
+                add_vectors::<F, Q, 2>(rows, start, turned, i, outputs, &mut ahead);
             }
             if vectors % 2 == 1 {
-                add_vectors::<F, Q, 1>(rows, start, turned, vectors - 1, outputs);
+                let last = vectors - 1;
+                add_vectors::<F, Q, 1>(rows, start, turned, last, outputs, &mut ahead);
             }
             for column in vectors * 8..dim {
                 for (t, weights) in turned.iter().enumerate() {
@@ -188,12 +190,14 @@ unsafe fn add_vectors<F: Raw, const Q: usize, const P: usize>(
     weights: &[[f32; Q]],
     i: usize,
     outputs: *mut f32,
+    ahead: &mut Ahead,
 ) {
     // SAFETY: by contract.
     unsafe {
         let mut sums = [[_mm256_setzero_ps(); P]; Q];
         let mut row = start;
         for weights in weights {
+            ahead.fetch();
             let mut x = [_mm256_setzero_ps(); P];
             for p in 0..P {
                 x[p] = F::vector(row, i + p);

@@ -6,8 +6,9 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::integer::{BATCH, MAX_DIM, Padded, factor_of, limit};
-use super::math::{Ahead, LANES, mask, sum_each};
+use super::math::{LANES, mask, sum_each};
 use super::words::Words;
+use crate::simd::ahead::Ahead;
 use crate::simd::avx2::Factor;
 use crate::simd::rows::{BLOCK, Format, RowKernels, Rows};
 

@@ -6,10 +6,11 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::integer::{BATCH, MAX_DIM, Padded};
-use super::math::{Ahead, LANES, mask};
+use super::math::{LANES, mask};
 use super::queries::{PAIRS, Queries};
 use super::turn::Lanes;
 use super::words::Words;
+use crate::simd::ahead::Ahead;
 use crate::simd::avx2::Factor;
 use crate::simd::rows::{BLOCK, Format, RowKernels, Rows};
 

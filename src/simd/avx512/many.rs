@@ -7,9 +7,10 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::integer::MAX_DIM;
-use super::math::{Ahead, LANES, mask};
+use super::math::{LANES, mask};
 use super::raw::Raw;
 use super::turn::turn_quarters;
+use crate::simd::ahead::Ahead;
 use crate::simd::rows::Rows;
 
 /// Queries from which on turning rows pays.

@@ -8,9 +8,6 @@ use crate::simd::{Softmax, softmax};
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
 
-/// Bytes that memory moves at once.
-const LINE: usize = 64;
-
 /// The lanes of a last vector of `rest` elements.
 #[inline(always)]
 pub(super) const fn mask(rest: usize) -> __mmask16 {
@@ -150,35 +147,4 @@ pub(super) fn load(values: &[f32]) -> __m512 {
 pub(super) fn store(out: &mut [f32], x: __m512) {
     // SAFETY: as many lanes as there are values are written.
     unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), mask(out.len()), x) };
-}
-
-/// Bytes that will be wanted next, asked for in equal parts: so many at once that memory is never
-/// idle, and not so many that the CPU waits for room to ask.
-pub(super) struct Ahead {
-    at: *const u8,
-    rest: usize,
-    step: usize,
-}
-
-impl Ahead {
-    #[inline(always)]
-    pub(super) fn new(bytes: &[u8], parts: usize) -> Self {
-        Self {
-            at: bytes.as_ptr(),
-            rest: bytes.len(),
-            step: bytes.len().div_ceil(LINE).div_ceil(parts) * LINE,
-        }
-    }
-
-    /// Asks memory for one part more.
-    #[inline(always)]
-    pub(super) fn fetch(&mut self) {
-        let some = self.step.min(self.rest);
-        for at in (0..some).step_by(LINE) {
-            // SAFETY: a prefetch has no effect on values and never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.at.wrapping_add(at).cast()) };
-        }
-        self.at = self.at.wrapping_add(some);
-        self.rest -= some;
-    }
 }

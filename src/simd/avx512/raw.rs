@@ -7,7 +7,8 @@ use std::arch::x86_64::*;
 
 use super::integer::MAX_DIM;
 use super::many::{self, MANY};
-use super::math::{Ahead, LANES, mask, sum_each};
+use super::math::{LANES, mask, sum_each};
+use crate::simd::ahead::Ahead;
 use crate::simd::rows::Rows;
 
 /// Queries or outputs of a batch, and rows of a step of `dot`.
