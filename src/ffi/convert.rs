@@ -219,20 +219,35 @@ pub(super) unsafe fn list<T: Copy>(
 ) -> Result<()> {
     // SAFETY: the caller promises it.
     let num = unsafe { output(out_num, "out_num") }?;
-    if out.is_null() && capacity == 0 {
-        *num = values.len();
-        return Ok(());
-    }
-    ensure!(
-        values.len() <= capacity,
-        InvalidArgument,
-        "{name} needs room for {} elements, capacity is {capacity}",
-        values.len()
-    );
     // SAFETY: the caller promises it.
-    unsafe { slice_mut(out, capacity, name) }?[..values.len()].copy_from_slice(values);
+    if let Some(out) = unsafe { room(out, capacity, values.len(), (name, "elements")) }? {
+        out.copy_from_slice(values);
+    }
     *num = values.len();
     Ok(())
+}
+
+/// The room for `needed` values that a caller offers; `None` if NULL with capacity 0 asks for their
+/// number alone. `what` they are is for the message.
+///
+/// # Safety
+/// As for [`slice_mut`] with `capacity` elements.
+pub(super) unsafe fn room<'a, T>(
+    out: *mut T,
+    capacity: usize,
+    needed: usize,
+    (name, what): (&str, &str),
+) -> Result<Option<&'a mut [T]>> {
+    if out.is_null() && capacity == 0 {
+        return Ok(None);
+    }
+    ensure!(
+        needed <= capacity,
+        InvalidArgument,
+        "{name} needs room for {needed} {what}, capacity is {capacity}"
+    );
+    // SAFETY: the caller promises it.
+    Ok(Some(&mut unsafe { slice_mut(out, capacity, name) }?[..needed]))
 }
 
 impl kvmgr_dtype {

@@ -397,14 +397,9 @@ pub unsafe extern "C" fn kvmgr_pool_take_log(
         write(pool, |manager| {
             ensure!(manager.is_logged(), InvalidState, "the pool was made without KVMGR_POOL_LOG");
             let needed = manager.log_len();
-            if !(out.is_null() && capacity == 0) {
-                ensure!(
-                    needed <= capacity,
-                    InvalidArgument,
-                    "out needs room for {needed} bytes, capacity is {capacity}"
-                );
-                let out = convert::slice_mut(out.cast::<u8>(), capacity, "out")?;
-                out[..needed].copy_from_slice(&manager.take_log());
+            let room = convert::room(out.cast::<u8>(), capacity, needed, ("out", "bytes"))?;
+            if let Some(out) = room {
+                out.copy_from_slice(&manager.take_log());
             }
             *size = needed;
             Ok(())

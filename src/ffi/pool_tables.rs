@@ -29,18 +29,10 @@ pub unsafe extern "C" fn kvmgr_pool_take_copies(
         let num = convert::output(out_num, "out_num")?;
         write(pool, |manager| {
             let needed = manager.tables().num_copies();
-            if out.is_null() && capacity == 0 {
-                *num = needed;
-                return Ok(());
-            }
-            ensure!(
-                needed <= capacity,
-                InvalidArgument,
-                "out needs room for {needed} copies, capacity is {capacity}"
-            );
-            let out = convert::slice_mut(out, capacity, "out")?;
-            for (out, copy) in out.iter_mut().zip(manager.take_copies()) {
-                *out = kvmgr_block_copy { source: copy.source.0, target: copy.target.0 };
+            if let Some(out) = convert::room(out, capacity, needed, ("out", "copies"))? {
+                for (out, copy) in out.iter_mut().zip(manager.take_copies()) {
+                    *out = kvmgr_block_copy { source: copy.source.0, target: copy.target.0 };
+                }
             }
             *num = needed;
             Ok(())
@@ -69,15 +61,8 @@ pub unsafe extern "C" fn kvmgr_pool_take_recycled(
             let Some(needed) = manager.pool().num_recycled() else {
                 bail!(InvalidState, "the pool was made without KVMGR_POOL_RECYCLED");
             };
-            if !(out.is_null() && capacity == 0) {
-                ensure!(
-                    needed <= capacity,
-                    InvalidArgument,
-                    "out needs room for {needed} blocks, capacity is {capacity}"
-                );
-                let out = convert::slice_mut(out, capacity, "out")?;
-                let blocks = manager.take_recycled().unwrap_or_default();
-                out[..needed].copy_from_slice(&blocks);
+            if let Some(out) = convert::room(out, capacity, needed, ("out", "blocks"))? {
+                out.copy_from_slice(&manager.take_recycled().unwrap_or_default());
             }
             *num = needed;
             Ok(())
