@@ -15,7 +15,9 @@ struct alignas(16) u32x4 {
 #include "emu.hpp"
 #else
 
-#define KVM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+/// Every kernel takes one struct by value, so that anybody who launches kernels by name can.
+#define KVM_KERNEL(threads, ctas, name, Params)                                                   \
+    extern "C" __global__ void __launch_bounds__(threads, ctas) name(const Params p)
 #define KVM_DEVICE __device__ __forceinline__
 #define KVM_DYN_SMEM(name) extern __shared__ __align__(16) unsigned char name[]
 
@@ -107,3 +109,18 @@ KVM_DEVICE float kvm_log2(float x) {
     return y;
 }
 #endif
+
+/// The sum and the maximum over the 8 lanes that hold the same columns of a result.
+KVM_DEVICE float kvm_sum_rows(float x) {
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) x += kvm_shfl_xor(x, mask);
+    return x;
+}
+KVM_DEVICE float kvm_max_rows(float x) {
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) {
+        float other = kvm_shfl_xor(x, mask);
+        x = other > x ? other : x;
+    }
+    return x;
+}

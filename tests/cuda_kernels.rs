@@ -6,7 +6,8 @@
 
 mod common;
 
-use std::ffi::{CStr, CString, c_char};
+use std::cell::Cell;
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::process::Command;
 use std::{fs, ptr};
@@ -19,11 +20,13 @@ use half::{bf16, f16};
 #[derive(Debug, Clone, Copy, Default)]
 struct Item {
     token: u32,
+    num_queries: u32,
     kv_head: u32,
     first_page: u32,
     len: u32,
     begin: u32,
     end: u32,
+    sealed_end: u32,
     slot: u32,
     part: u32,
     num_parts: u32,
@@ -34,17 +37,17 @@ struct Item {
 #[repr(C)]
 struct Params {
     q: *const u16,
-    k: *const u16,
-    v: *const u16,
     o: *mut u16,
     lse: *mut f32,
     sinks: *const f32,
-    pages: *const i32,
+    pages: *const u32,
     items: *const Item,
-    num_items: *const u32,
+    starts: *const u32,
     partials: *mut f32,
     tickets: *mut u32,
-    strides: [i64; 8],
+    open: [*const u16; 2],
+    sealed: [*const u8; 2],
+    strides: [i64; 10],
     scale: f32,
     softcap: f32,
     window: u32,
@@ -52,7 +55,9 @@ struct Params {
     block_size: u32,
 }
 
-type Launch = unsafe extern "C" fn(u32, *const Params, u32, u32, u32, u32) -> *const c_char;
+/// Name, parameters, CTAs, threads, bytes of shared memory, seed.
+type Launch =
+    unsafe extern "C" fn(*const c_char, *const c_void, u32, u32, u32, u32) -> *const c_char;
 
 /// Builds the kernels, after `edit` has changed their source, and answers how to launch them.
 fn build(edit: impl Fn(String) -> String) -> Option<Launch> {
@@ -62,12 +67,21 @@ fn build(edit: impl Fn(String) -> String) -> Option<Launch> {
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = tempfile::tempdir().unwrap();
-    let source = fs::read_to_string(root.join("kernels/decode_f16.cu")).unwrap();
-    fs::write(folder.path().join("decode_f16.cu"), edit(source)).unwrap();
-    fs::copy(root.join("tests/cuda/harness.cpp"), folder.path().join("harness.cpp")).unwrap();
+    for name in ["kernels/decode_f16.cu", "kernels/kvm_attn.cuh", "tests/cuda/harness.cpp"] {
+        let (from, to) = (root.join(name), folder.path().join(name.rsplit('/').next().unwrap()));
+        fs::write(to, edit(fs::read_to_string(from).unwrap())).unwrap();
+    }
     let library = folder.path().join("libkernels.so");
     let output = Command::new("g++")
-        .args(["-std=c++17", "-O2", "-mf16c", "-Wno-unknown-pragmas", "-fPIC", "-shared"])
+        .args([
+            "-std=c++17",
+            "-O2",
+            "-mf16c",
+            "-Wno-unknown-pragmas",
+            "-fPIC",
+            "-shared",
+            "-fno-gnu-unique",
+        ])
         .args(["-I", root.join("kernels").to_str().unwrap()])
         .args(["-I", root.join("tests/cuda").to_str().unwrap(), "-o"])
         .args([&library, &folder.path().join("harness.cpp")])
@@ -82,9 +96,9 @@ fn build(edit: impl Fn(String) -> String) -> Option<Launch> {
     unsafe {
         let handle = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
         assert!(!handle.is_null());
-        let symbol = libc::dlsym(handle, c"emu_decode".as_ptr());
+        let symbol = libc::dlsym(handle, c"emu_launch".as_ptr());
         assert!(!symbol.is_null());
-        Some(std::mem::transmute::<*mut libc::c_void, Launch>(symbol))
+        Some(std::mem::transmute::<*mut c_void, Launch>(symbol))
     }
 }
 
@@ -130,12 +144,12 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
     let mut slot = 0;
     for (i, &len) in lens.iter().enumerate() {
         let first_page = pages.len();
-        pages.extend((0..len.div_ceil(block)).map(|j| order[first_page + j] as i32));
+        pages.extend((0..len.div_ceil(block)).map(|j| order[first_page + j] as u32));
         let num_parts = if len > 32 { 3 } else { 1 };
         for part in 0..num_parts {
             let cut = |part: usize| if part == num_parts { len } else { part * 16 };
             items.push(
-                [i / KV_HEADS, i % KV_HEADS, first_page, len, cut(part), cut(part + 1), slot]
+                [i / KV_HEADS, 1, i % KV_HEADS, first_page, len, cut(part), cut(part + 1), 0, slot]
                     .into_iter()
                     .chain([part, num_parts, i])
                     .map(|x| x as u32)
@@ -155,15 +169,17 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
         .iter()
         .map(|x| Item {
             token: x[0],
-            kv_head: x[1],
-            first_page: x[2],
-            len: x[3],
-            begin: x[4],
-            end: x[5],
-            slot: x[6],
-            part: x[7],
-            num_parts: x[8],
-            ticket: x[9],
+            num_queries: x[1],
+            kv_head: x[2],
+            first_page: x[3],
+            len: x[4],
+            begin: x[5],
+            end: x[6],
+            sealed_end: x[7],
+            slot: x[8],
+            part: x[9],
+            num_parts: x[10],
+            ticket: x[11],
         })
         .collect();
     let heads = KV_HEADS * group;
@@ -171,38 +187,41 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
         random.normals(tokens * heads * dim).into_iter().map(|x| case.bits(x)).collect();
     let sinks = random.normals(heads);
     let (mut o, mut lse) = (vec![0x7fffu16; q.len()], vec![f32::NAN; tokens * heads]);
-    let mut partials = vec![f32::NAN; slot * group * (dim + 2)];
+    let mut partials = vec![f32::NAN; slot * group.next_multiple_of(8) * (dim + 2)];
     let mut tickets = vec![0u32; lens.len()];
-    let num_items = items.len() as u32;
+    const GRID: usize = 5;
+    let starts: Vec<u32> = (0..=GRID).map(|i| (i * items.len() / GRID) as u32).collect();
     let [bd, hd] = [block * dim, heads * dim].map(|x| x as i64);
     let d = dim as i64;
     let params = Params {
         q: q.as_ptr(),
-        k: pool[0].as_ptr(),
-        v: pool[1].as_ptr(),
         o: o.as_mut_ptr(),
         lse: lse.as_mut_ptr(),
         sinks: if case.has_sinks { sinks.as_ptr() } else { ptr::null() },
         pages: pages.as_ptr(),
         items: items.as_ptr(),
-        num_items: &raw const num_items,
+        starts: starts.as_ptr(),
         partials: partials.as_mut_ptr(),
         tickets: tickets.as_mut_ptr(),
-        strides: [hd, d, hd, d, heads as i64, KV_HEADS as i64 * bd, bd, d],
+        open: [pool[0].as_ptr(), pool[1].as_ptr()],
+        sealed: [ptr::null(); 2],
+        strides: [hd, d, hd, d, heads as i64, KV_HEADS as i64 * bd, bd, d, 0, 0],
         scale: 1.0 / (dim as f32).sqrt(),
         softcap: case.softcap as f32,
         window: case.window as u32,
         group: group as u32,
         block_size: block as u32,
     };
-    let size = [64, 128, 256].iter().position(|d| *d == dim).unwrap();
-    let variant = usize::from(case.is_bf16) * 6 + size * 2 + usize::from(group > 8);
     let warps = if dim == 256 { 2 } else { 4 };
     let smem = warps * 3 * 2 * 16 * dim * 2;
+    let dtype = if case.is_bf16 { "bf16" } else { "f16" };
+    let columns = if group > 8 { 16 } else { 8 };
+    let name = CString::new(format!("kvm_decode_{dtype}_d{dim}_g{columns}")).unwrap();
     for run in 0..2 {
-        let (variant, threads, smem) = (variant as u32, warps as u32 * 32, smem as u32);
+        let (params, threads) = ((&raw const params).cast(), warps as u32 * 32);
         // SAFETY: every address of `params` is live and as large as the kernel is told.
-        let error = unsafe { launch(variant, &raw const params, 5, threads, smem, run) };
+        let error =
+            unsafe { launch(name.as_ptr(), params, GRID as u32, threads, smem as u32, run) };
         if !error.is_null() {
             // SAFETY: a string literal of the harness.
             eprintln!("{}", unsafe { CStr::from_ptr(error) }.to_string_lossy());
@@ -288,16 +307,18 @@ fn decoding_matches_attention_in_f64() {
 #[test]
 fn the_emulator_notices_missing_barriers_and_waits() {
     let mutations = [
-        ("kvm_cp_wait<KVM_STAGES - 2>()", "kvm_cp_wait<KVM_STAGES - 1>()"),
-        ("kvm_cp_wait<0>();\n    kvm_sync();", "kvm_cp_wait<0>();"),
+        ("kvm_cp_wait<STAGES - 2>()", "kvm_cp_wait<STAGES - 1>()"),
+        ("kvm_sync(); // nobody reads", "// nobody reads"),
         ("        }\n    kvm_sync();\n\n    u32 size", "        }\n\n    u32 size"),
         ("kvm_sync(); // the next item", "// the next item"),
     ];
     for (from, to) in mutations {
+        let is_there = Cell::new(false);
         let launch = build(|source| {
-            assert!(source.contains(from), "{from} is not in the kernel");
+            is_there.set(is_there.get() || source.contains(from));
             source.replace(from, to)
         });
+        assert!(launch.is_none() || is_there.get(), "{from} is not in the kernels");
         let Some(launch) = launch else { return };
         let is_seen = (1..=6).any(|seed| {
             let (error, lse) = error_of(launch, PLAIN, seed);

@@ -17,9 +17,35 @@
 #include <random>
 #include <vector>
 
-#define KVM_KERNEL(threads) extern "C" void
+#define KVM_KERNEL(threads, ctas, name, Params)                                                   \
+    extern "C" void name(const Params p);                                                         \
+    static const EmuKernel emu_##name(#name, threads, sizeof(Params),                             \
+                                      [](const void* p) { name(*(const Params*)p); });            \
+    extern "C" void name(const Params p)
 #define KVM_DEVICE inline
 #define KVM_DYN_SMEM(name) unsigned char* name = emu().smem.data()
+
+/// A kernel under its name.
+struct EmuKernel {
+    const char* name;
+    u32 threads;
+    size_t params_bytes;
+    void (*run)(const void* params);
+
+    EmuKernel(const char* name, u32 threads, size_t bytes, void (*run)(const void*))
+        : name(name), threads(threads), params_bytes(bytes), run(run) {
+        all().push_back(this);
+    }
+    static std::vector<const EmuKernel*>& all() {
+        static std::vector<const EmuKernel*> list;
+        return list;
+    }
+    static const EmuKernel* find(const char* name) {
+        for (const EmuKernel* kernel : all())
+            if (!strcmp(kernel->name, name)) return kernel;
+        return nullptr;
+    }
+};
 
 struct EmuCopy {
     void* to;
