@@ -24,7 +24,7 @@ import tempfile
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 GEN = os.path.join(FOLDER, "gen")
 OPTIONS = ["--gpu-architecture=compute_80", "--std=c++17", "-default-device"]
-ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 
 def wheel_file(*path):
