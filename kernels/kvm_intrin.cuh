@@ -29,6 +29,10 @@ KVM_DEVICE void kvm_syncwarp() { __syncwarp(); }
 KVM_DEVICE void kvm_fence() { __threadfence(); }
 KVM_DEVICE u32 kvm_atomic_add(u32* p, u32 x) { return atomicAdd(p, x); }
 
+/// What lane `from` has.
+KVM_DEVICE u32 kvm_shfl(u32 x, u32 from) { return __shfl_sync(0xffffffffu, x, from); }
+KVM_DEVICE u32 kvm_ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+KVM_DEVICE u32 kvm_popc(u32 x) { return __popc(x); }
 KVM_DEVICE float kvm_shfl_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 /// Reads past L1: what other CTAs wrote before a fence is seen.

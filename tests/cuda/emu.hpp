@@ -214,6 +214,24 @@ inline float kvm_shfl_xor(float x, int mask) {
     }));
 }
 
+inline u32 kvm_shfl(u32 x, u32 from) {
+    static const char* name = "shfl";
+    u64 in[2] = {x, from};
+    return (u32)*emu_warp(name, in, 2, [](auto& in, auto& out) {
+        for (int i = 0; i < 32; i++) out[i][0] = in[in[i][1] % 32][0];
+    });
+}
+inline u32 kvm_ballot(bool x) {
+    static const char* name = "ballot";
+    u64 in[1] = {x};
+    return (u32)*emu_warp(name, in, 1, [](auto& in, auto& out) {
+        u64 bits = 0;
+        for (int i = 0; i < 32; i++) bits |= in[i][0] << i;
+        for (int i = 0; i < 32; i++) out[i][0] = bits;
+    });
+}
+inline u32 kvm_popc(u32 x) { return __builtin_popcount(x); }
+
 inline void kvm_cp_async16(void* to, const void* from, bool is_valid) {
     if ((size_t)to % 16 || (is_valid && (size_t)from % 16)) emu().fail("cp.async is not aligned");
     emu().fibers[emu().current].open.push_back({to, from, is_valid});
