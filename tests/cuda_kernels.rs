@@ -5,15 +5,16 @@
 #![expect(unsafe_code, reason = "calls kernels as a driver does")]
 
 mod common;
+#[path = "common/emulator.rs"]
+mod emulator;
 
 use std::cell::Cell;
-use std::ffi::{CStr, CString, c_char, c_void};
-use std::path::Path;
-use std::process::Command;
-use std::{fs, ptr};
+use std::ptr;
 
 use common::Random;
-use half::{bf16, f16};
+use emulator::{Grid, Half, Kernels};
+
+const SOURCE: &str = "decode_f16.cu";
 
 /// `KvmItem` of the kernels.
 #[repr(C)]
@@ -55,56 +56,9 @@ struct Params {
     block_size: u32,
 }
 
-/// Name, parameters, CTAs, threads, bytes of shared memory, seed.
-type Launch =
-    unsafe extern "C" fn(*const c_char, *const c_void, u32, u32, u32, u32) -> *const c_char;
-
-/// Builds the kernels, after `edit` has changed their source, and answers how to launch them.
-fn build(edit: impl Fn(String) -> String) -> Option<Launch> {
-    if !cfg!(target_arch = "x86_64") {
-        eprintln!("SKIP: the emulator wants x86-64");
-        return None;
-    }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let folder = tempfile::tempdir().unwrap();
-    for name in ["kernels/decode_f16.cu", "kernels/kvm_attn.cuh", "tests/cuda/harness.cpp"] {
-        let (from, to) = (root.join(name), folder.path().join(name.rsplit('/').next().unwrap()));
-        fs::write(to, edit(fs::read_to_string(from).unwrap())).unwrap();
-    }
-    let library = folder.path().join("libkernels.so");
-    let output = Command::new("g++")
-        .args([
-            "-std=c++17",
-            "-O2",
-            "-mf16c",
-            "-Wno-unknown-pragmas",
-            "-fPIC",
-            "-shared",
-            "-fno-gnu-unique",
-        ])
-        .args(["-I", root.join("kernels").to_str().unwrap()])
-        .args(["-I", root.join("tests/cuda").to_str().unwrap(), "-o"])
-        .args([&library, &folder.path().join("harness.cpp")])
-        .output();
-    let Ok(output) = output else {
-        eprintln!("SKIP: g++ is not installed");
-        return None;
-    };
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let name = CString::new(library.to_str().unwrap()).unwrap();
-    // SAFETY: a library that was just built; it stays loaded for the life of the process.
-    unsafe {
-        let handle = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
-        assert!(!handle.is_null());
-        let symbol = libc::dlsym(handle, c"emu_launch".as_ptr());
-        assert!(!symbol.is_null());
-        Some(std::mem::transmute::<*mut c_void, Launch>(symbol))
-    }
-}
-
 #[derive(Debug, Clone, Copy)]
 struct Case {
-    is_bf16: bool,
+    dtype: Half,
     dim: usize,
     group: usize,
     block: usize,
@@ -113,21 +67,11 @@ struct Case {
     has_sinks: bool,
 }
 
-impl Case {
-    fn bits(self, x: f32) -> u16 {
-        if self.is_bf16 { bf16::from_f32(x).to_bits() } else { f16::from_f32(x).to_bits() }
-    }
-
-    fn value(self, bits: u16) -> f64 {
-        if self.is_bf16 { bf16::from_bits(bits).to_f64() } else { f16::from_bits(bits).to_f64() }
-    }
-}
-
 const KV_HEADS: usize = 2;
 
 /// Runs ragged heads twice through the kernel (tickets must be 0 again) and answers the relative
 /// error of O and the largest of LSE; infinite if the emulator saw something forbidden.
-fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
+fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
     let Case { dim, group, block, .. } = case;
     let mut random = Random(seed);
     let lens = [0, 1, 15, 16, 17, block + 1, 100, 3 * block];
@@ -161,7 +105,10 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
             let at = row(pages[first_page + t / block] as usize, i % KV_HEADS, t);
             for side in &mut pool {
                 let values = random.normals(dim);
-                side[at..at + dim].iter_mut().zip(values).for_each(|(x, v)| *x = case.bits(v));
+                side[at..at + dim]
+                    .iter_mut()
+                    .zip(values)
+                    .for_each(|(x, v)| *x = case.dtype.bits(v));
             }
         }
     }
@@ -184,7 +131,7 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
         .collect();
     let heads = KV_HEADS * group;
     let q: Vec<u16> =
-        random.normals(tokens * heads * dim).into_iter().map(|x| case.bits(x)).collect();
+        random.normals(tokens * heads * dim).into_iter().map(|x| case.dtype.bits(x)).collect();
     let sinks = random.normals(heads);
     let (mut o, mut lse) = (vec![0x7fffu16; q.len()], vec![f32::NAN; tokens * heads]);
     let mut partials = vec![f32::NAN; slot * group.next_multiple_of(8) * (dim + 2)];
@@ -214,17 +161,12 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
     };
     let warps = if dim == 256 { 2 } else { 4 };
     let smem = warps * 3 * 2 * 16 * dim * 2;
-    let dtype = if case.is_bf16 { "bf16" } else { "f16" };
     let columns = if group > 8 { 16 } else { 8 };
-    let name = CString::new(format!("kvm_decode_{dtype}_d{dim}_g{columns}")).unwrap();
-    for run in 0..2 {
-        let (params, threads) = ((&raw const params).cast(), warps as u32 * 32);
-        // SAFETY: every address of `params` is live and as large as the kernel is told.
-        let error =
-            unsafe { launch(name.as_ptr(), params, GRID as u32, threads, smem as u32, run) };
-        if !error.is_null() {
-            // SAFETY: a string literal of the harness.
-            eprintln!("{}", unsafe { CStr::from_ptr(error) }.to_string_lossy());
+    let name = format!("kvm_decode_{}_d{dim}_g{columns}", case.dtype.name());
+    for seed in 0..2 {
+        let grid = Grid { ctas: GRID, threads: warps * 32, smem, seed };
+        if let Err(error) = kernels.launch(&name, &params, grid) {
+            eprintln!("{error}");
             return (f64::INFINITY, f64::INFINITY);
         }
     }
@@ -243,8 +185,11 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
                 .clone()
                 .map(|t| {
                     let key = &pool[0][at(t)..][..dim];
-                    let dot: f64 =
-                        query.iter().zip(key).map(|(a, b)| case.value(*a) * case.value(*b)).sum();
+                    let dot: f64 = query
+                        .iter()
+                        .zip(key)
+                        .map(|(a, b)| case.dtype.value(*a) * case.dtype.value(*b))
+                        .sum();
                     let x = dot / (dim as f64).sqrt();
                     if case.softcap > 0.0 { case.softcap * (x / case.softcap).tanh() } else { x }
                 })
@@ -262,9 +207,9 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
                 let expected: f64 = visible
                     .clone()
                     .zip(&logits)
-                    .map(|(t, x)| x.exp() / sum * case.value(pool[1][at(t) + d]))
+                    .map(|(t, x)| x.exp() / sum * case.dtype.value(pool[1][at(t) + d]))
                     .sum();
-                let found = case.value(o[out_row * dim + d]);
+                let found = case.dtype.value(o[out_row * dim + d]);
                 difference += (found - expected).powi(2);
                 norm += expected.powi(2);
             }
@@ -275,7 +220,7 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
 }
 
 const PLAIN: Case = Case {
-    is_bf16: true,
+    dtype: Half::Bf16,
     dim: 128,
     group: 4,
     block: 16,
@@ -286,18 +231,24 @@ const PLAIN: Case = Case {
 
 #[test]
 fn decoding_matches_attention_in_f64() {
-    let Some(launch) = build(|source| source) else { return };
+    let Some(kernels) = Kernels::build(SOURCE) else { return };
     let mut cases = Vec::new();
     for (i, group) in (1..=16).enumerate() {
         let (dim, block) = ([64, 128, 256][i % 3], [16, 32, 64][i / 3 % 3]);
-        cases.push(Case { is_bf16: i % 2 == 0, dim, group, block, ..PLAIN });
+        cases.push(Case {
+            dtype: if i % 2 == 0 { Half::Bf16 } else { Half::F16 },
+            dim,
+            group,
+            block,
+            ..PLAIN
+        });
     }
     cases.push(Case { window: 20, ..PLAIN });
-    cases.push(Case { softcap: 2.0, is_bf16: false, dim: 64, ..PLAIN });
+    cases.push(Case { softcap: 2.0, dtype: Half::F16, dim: 64, ..PLAIN });
     cases.push(Case { has_sinks: true, window: 7, dim: 256, ..PLAIN });
     for (i, case) in cases.into_iter().enumerate() {
-        let (error, lse) = error_of(launch, case, i as u64 + 1);
-        let limit = if case.is_bf16 { 4e-3 } else { 1e-3 };
+        let (error, lse) = error_of(kernels, case, i as u64 + 1);
+        let limit = case.dtype.limit();
         assert!(error < limit && lse < 1e-3, "{case:?}: O {error:e}, LSE {lse:e}");
     }
 }
@@ -314,14 +265,14 @@ fn the_emulator_notices_missing_barriers_and_waits() {
     ];
     for (from, to) in mutations {
         let is_there = Cell::new(false);
-        let launch = build(|source| {
-            is_there.set(is_there.get() || source.contains(from));
-            source.replace(from, to)
+        let kernels = Kernels::build_edited(SOURCE, |text| {
+            is_there.set(is_there.get() || text.contains(from));
+            text.replace(from, to)
         });
-        assert!(launch.is_none() || is_there.get(), "{from} is not in the kernels");
-        let Some(launch) = launch else { return };
+        let Some(kernels) = kernels else { return };
+        assert!(is_there.get(), "{from} is not in the kernels");
         let is_seen = (1..=6).any(|seed| {
-            let (error, lse) = error_of(launch, PLAIN, seed);
+            let (error, lse) = error_of(kernels, PLAIN, seed);
             error > 4e-3 || lse > 1e-3
         });
         assert!(is_seen, "without {from} nothing went wrong");

@@ -59,6 +59,13 @@ struct EmuFiber {
     std::vector<EmuCopy> open;
     std::deque<std::vector<EmuCopy>> groups;
     bool is_ready = true, is_done = false;
+
+    /// Stacks are used again by the next CTA.
+    void start() {
+        open.clear();
+        groups.clear();
+        is_ready = true, is_done = false;
+    }
 };
 
 struct EmuWarp {
@@ -107,8 +114,9 @@ inline void emu_entry() {
 }
 
 inline void Emu::run_block(u32 threads, size_t smem_bytes) {
-    fibers = std::vector<EmuFiber>(threads);
-    warps = std::vector<EmuWarp>(threads / 32);
+    fibers.resize(threads);
+    for (auto& fiber : fibers) fiber.start();
+    warps.assign(threads / 32, {});
     smem.assign(smem_bytes, 0xff);
     at_barrier = 0;
     for (auto& fiber : fibers) {
