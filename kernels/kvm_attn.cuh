@@ -296,7 +296,8 @@ KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D
     float* partial = p.partials + ((i64)it.slot + it.part) * 8 * NT * (D + 4);
     float sum[NT][2];
 #pragma unroll
-    for (int n = 0; n < NT; n++) sum[n][0] = kvm_sum_rows(st.sum[n][0]), sum[n][1] = kvm_sum_rows(st.sum[n][1]);
+    for (int n = 0; n < NT; n++)
+        for (int c = 0; c < 2; c++) sum[n][c] = kvm_sum_rows(st.sum[n][c]);
 #pragma unroll
     for (int first = 0; first < D; first += 64) {
 #pragma unroll
@@ -333,15 +334,14 @@ KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D
         kvm_sync(); // the place is free for the next channels
     }
     if (it.num_parts > 1) {
-        kvm_fence(); // my part before my ticket
-        kvm_sync();
-        u32* done = (u32*)meet;
-        if (kvm_tid() == 0) *done = kvm_atomic_add(p.tickets + it.ticket, 1);
-        kvm_sync();
-        bool is_last = *done + 1 == it.num_parts;
-        kvm_sync(); // all have seen it
-        if (is_last) {
+        u32* done = (u32*)meet + 66; // a word that no row uses
+        if (kvm_tid() == 0) {
+            kvm_fence(); // the CTA's part before its ticket
+            *done = kvm_atomic_add(p.tickets + it.ticket, 1);
             kvm_fence(); // the last ticket before the parts of the others
+        }
+        kvm_sync();
+        if (*done + 1 == it.num_parts) {
             kvm_merge_parts<BF16, D, NT>(p, it, columns);
             if (kvm_tid() == 0) p.tickets[it.ticket] = 0;
         }

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from driver import Decode, Driver, cubin_or_ptx
+from driver import Decode, Driver, cubin_or_ptx, smem_of
 from plan import plan
 
 NAN = 0x7fff
@@ -48,8 +48,8 @@ def reference(q, k, v, window, softcap, sinks):
 def run_case(driver, function, random, dtype, dim, group, block, window, softcap, has_sinks, grid):
     heads = 2
     warps = 2 if dim == 256 else 4
-    smem = 3 * warps * 64 * dim
-    items, starts, slots = plan(LENS, heads, group, grid, block)
+    columns = 16 if group > 8 else 8
+    items, slots = plan(LENS, heads, group, grid, block)
     num_pages = [-(-n // block) for n in LENS]
     order = random.permutation(sum(num_pages) + 3)
     pool = np.full((2, len(order), heads, block, dim), NAN, np.uint16)
@@ -62,12 +62,11 @@ def run_case(driver, function, random, dtype, dim, group, block, window, softcap
         first += pages
     q = to_bits(random.standard_normal((len(LENS), heads * group, dim)), dtype)
     sinks = random.standard_normal(heads * group).astype(np.float32)
-    columns = 16 if group > 8 else 8
     o, lse = np.full_like(q, NAN), np.full(q.shape[:2], np.nan, np.float32)
     device = {name: driver.upload(array) for name, array in {
         "q": q, "o": o, "lse": lse, "pages": order.astype(np.uint32), "items": items,
-        "starts": starts, "tickets": np.zeros(len(LENS) * heads, np.uint32),
-        "partials": np.full(slots * columns * (dim + 2), np.nan, np.float32),
+        "tickets": np.zeros(len(LENS) * heads, np.uint32),
+        "partials": np.full(slots * columns * (dim + 4), np.nan, np.float32),
         "k": pool[0], "v": pool[1], "sinks": sinks}.items()}
     params = Decode(**device, q_token=heads * group * dim, q_head=dim,
                     o_token=heads * group * dim, o_head=dim, lse_token=heads * group,
@@ -77,7 +76,7 @@ def run_case(driver, function, random, dtype, dim, group, block, window, softcap
     if not has_sinks:
         params.sinks = None
     for _ in range(2):  # the second finds the tickets as the first has left them
-        driver.launch(function, grid, warps * 32, smem, 0, params)
+        driver.launch(function, grid, warps * 32, smem_of(dim, columns), 0, params)
     driver.download(device["o"], o)
     driver.download(device["lse"], lse)
     for pointer in device.values():
@@ -111,7 +110,7 @@ def main():
               ("bf16", 128, 8, 32, 7, 0.0, True)]
     for case in cases[:: 3 if arguments.quick else 1]:
         dtype, dim, group = case[:3]
-        smem = 3 * (2 if dim == 256 else 4) * 64 * dim
+        smem = smem_of(dim, 16 if group > 8 else 8)
         name = f"kvm_decode_{dtype}_d{dim}_g{16 if group > 8 else 8}"
         function = driver.function(module, name, smem)
         for grid in (3, 64):

@@ -6,21 +6,27 @@ import os
 
 P, I64, U32, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
 
-# KvmItem of kernels/kvm_attn.cuh, 12 words.
+# KvmItem of kernels/kvm_attn.cuh; three more words are unused.
 ITEM = ["token", "num_queries", "kv_head", "first_page", "len", "begin", "end", "sealed_end",
-        "slot", "part", "num_parts", "ticket"]
+        "slot", "part", "num_parts", "ticket", "next"]
 
 
 class Decode(ctypes.Structure):
     """KvmDecode of kernels/kvm_attn.cuh."""
     _fields_ = (
-        [(name, P) for name in ["q", "o", "lse", "sinks", "pages", "items", "starts", "partials",
-                                "tickets", "k", "v", "sealed_k", "sealed_v"]]
+        [(name, P) for name in ["q", "o", "lse", "sinks", "pages", "items", "partials", "tickets",
+                                "k", "v", "sealed_k", "sealed_v"]]
         + [(name, I64) for name in ["q_token", "q_head", "o_token", "o_head", "lse_token",
                                     "kv_block", "kv_head", "kv_token", "sealed_block",
                                     "sealed_head"]]
         + [("scale", F32), ("softcap", F32), ("window", U32), ("group", U32), ("block_size", U32)]
     )
+
+
+def smem_of(dim, columns, stages=2):
+    """kvm_ring_bytes + kvm_meet_bytes of kernels/kvm_attn.cuh."""
+    warps = 2 if dim == 256 else 4
+    return warps * (stages * 64 * dim + columns * 68 * 4)
 
 
 class Driver:

@@ -3,6 +3,7 @@ shares, one for each CTA."""
 
 import numpy as np
 
+NEXT = 12  # place of `next` in an item
 UNIT = 64  # rows; what the warps of a CTA do at a time
 OVERHEAD = 2  # what an item costs beside its rows, in units; shorter parts are not cut off
 
@@ -32,10 +33,23 @@ def chunks(units, grid):
     return max(low, 1)
 
 
+def deal(ctas, grid):
+    """Lists of items as linked items, the first of each CTA in front."""
+    items = [(list_[0] if list_ else [0] * 16) for list_ in ctas] + [[0] * 16] * (grid - len(ctas))
+    items = [list(item) for item in items[:grid]]
+    for cta, list_ in enumerate(ctas):
+        at = cta
+        for item in list_[1:]:
+            items[at][NEXT] = len(items)
+            at = len(items)
+            items.append(list(item))
+    return np.array(items, np.uint32)
+
+
 def plan(lens, num_kv_heads, group, grid, block_size, sealed_block=0):
     """Items for one query of each sequence, whose heads all have lens[i] rows.
 
-    Answers items [n, 12] u32, starts [grid + 1] u32, number of slots.
+    Answers items [n, 16] u32 (KvmItem) and the number of slots.
     """
     units = [-(-n // UNIT) for n in lens]
     heads = [(s, h) for s in range(len(lens)) for h in range(num_kv_heads)]
@@ -44,7 +58,7 @@ def plan(lens, num_kv_heads, group, grid, block_size, sealed_block=0):
     # One part for each CTA, or shares of equal cost: whichever lets the busiest CTA do less.
     by_chunk = chunk is not None and chunk <= total / grid + 1
     pages = np.cumsum([0] + [-(-n // block_size) for n in lens])
-    items, starts, start, cta, slot = [], [0], 0, 0, 0
+    ctas, start, cta, slot = [[]], 0, 0, 0
     for ticket, (s, h) in enumerate(heads):
         end = start + units[s] + OVERHEAD
         last = cta
@@ -57,14 +71,14 @@ def plan(lens, num_kv_heads, group, grid, block_size, sealed_block=0):
             cuts = cuts_of(units[s], start, [(i + 1) * total / grid for i in range(cta, last)])
         edges = [0] + cuts + [units[s]]
         sealed = lens[s] // sealed_block * sealed_block if sealed_block else 0
-        parts = []
-        for i, (a, b) in enumerate(zip(edges, edges[1:])):
-            if b > a or (units[s] == 0 and i == 0):
-                parts.append([s, 1, h, pages[s], lens[s], a * UNIT, min(b * UNIT, lens[s]), sealed])
+        parts = [i for i in range(len(edges) - 1) if edges[i] < edges[i + 1]] or [0]
+        for i in range(len(edges) - 1):
+            if i in parts:
+                begin, stop = edges[i] * UNIT, min(edges[i + 1] * UNIT, lens[s])
+                ctas[-1].append([s, 1, h, pages[s], lens[s], begin, stop, sealed, slot,
+                                 parts.index(i), len(parts), ticket, 0, 0, 0, 0])
             if by_chunk or i < len(cuts):
-                starts.append(len(items) + len(parts))
-        items += [part + [slot, i, len(parts), ticket] for i, part in enumerate(parts)]
+                ctas.append([])
         slot += len(parts)
         start, cta = end, last
-    starts += [len(items)] * (grid + 1 - len(starts))
-    return np.array(items, np.uint32).reshape(-1, 12), np.array(starts, np.uint32), slot
+    return deal(ctas, grid), slot
