@@ -104,6 +104,13 @@ template <bool BF16> KVM_DEVICE u32 kvm_pack(float low, float high) {
     return x;
 }
 
+KVM_DEVICE u32 kvm_bits(float x) { return __float_as_uint(x); }
+KVM_DEVICE float kvm_float(u32 bits) { return __uint_as_float(bits); }
+KVM_DEVICE float kvm_half_to_float(u32 bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)bits));
+    return x;
+}
 KVM_DEVICE float kvm_infinity() { return __int_as_float(0x7f800000); }
 KVM_DEVICE float kvm_exp2(float x) {
     float y;
@@ -130,4 +137,13 @@ KVM_DEVICE float kvm_max_rows(float x) {
         x = other > x ? other : x;
     }
     return x;
+}
+/// The maximum over the lanes of a warp.
+KVM_DEVICE float kvm_max_lanes(float x) {
+#pragma unroll
+    for (int mask = 1; mask < 4; mask *= 2) {
+        float other = kvm_shfl_xor(x, mask);
+        x = other > x ? other : x;
+    }
+    return kvm_max_rows(x);
 }

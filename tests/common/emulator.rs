@@ -134,3 +134,39 @@ impl Half {
         }
     }
 }
+
+/// A type of elements, numbered as the kernels number it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    F16,
+    Bf16,
+    F32,
+}
+
+impl Element {
+    /// As kernels are named.
+    pub fn name(self) -> &'static str {
+        ["f16", "bf16", "f32"][self as usize]
+    }
+
+    /// The bytes of `values`, rounded to the type.
+    pub fn store(self, values: &[f32]) -> Vec<u8> {
+        let half =
+            |half: Half| values.iter().flat_map(move |x| half.bits(*x).to_le_bytes()).collect();
+        match self {
+            Self::F16 => half(Half::F16),
+            Self::Bf16 => half(Half::Bf16),
+            Self::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        }
+    }
+
+    /// Element `i` of what was stored.
+    pub fn value(self, bytes: &[u8], i: usize) -> f64 {
+        let half = |half: Half| half.value(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]));
+        match self {
+            Self::F16 => half(Half::F16),
+            Self::Bf16 => half(Half::Bf16),
+            Self::F32 => f32::from_le_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap()).into(),
+        }
+    }
+}

@@ -206,6 +206,10 @@ inline float emu_float(u64 bits) {
     return x;
 }
 
+inline u32 kvm_bits(float x) { return (u32)emu_bits(x); }
+inline float kvm_float(u32 bits) { return emu_float(bits); }
+inline float kvm_half_to_float(u32 bits) { return _cvtsh_ss((u16)bits); }
+
 inline float kvm_shfl_xor(float x, int mask) {
     static const char* name = "shfl_xor";
     u64 in[2] = {emu_bits(x), (u64)mask};
