@@ -10,6 +10,9 @@ typedef long long i64;
 struct alignas(16) u32x4 {
     u32 x[4];
 };
+struct alignas(16) f32x4 {
+    float x, y, z, w;
+};
 
 #ifdef KVM_EMU
 #include "emu.hpp"
@@ -36,11 +39,15 @@ KVM_DEVICE u32 kvm_popc(u32 x) { return __popc(x); }
 KVM_DEVICE float kvm_shfl_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 /// Reads past L1: what other CTAs wrote before a fence is seen.
-KVM_DEVICE float kvm_ld_cg(const float* p) {
-    float x;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
-    return x;
+KVM_DEVICE void kvm_ld_cg4(float (&x)[4], const float* p) {
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "l"(p)
+                 : "memory");
 }
+
+/// The logarithm of a power of two.
+KVM_DEVICE u32 kvm_log2_of(u32 x) { return 31 - __clz(x); }
 
 KVM_DEVICE u32 kvm_smem_addr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 

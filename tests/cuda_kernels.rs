@@ -32,6 +32,8 @@ struct Item {
     part: u32,
     num_parts: u32,
     ticket: u32,
+    next: u32,
+    unused: [u32; 3],
 }
 
 /// `KvmDecode` of the kernels.
@@ -43,7 +45,6 @@ struct Params {
     sinks: *const f32,
     pages: *const u32,
     items: *const Item,
-    starts: *const u32,
     partials: *mut f32,
     tickets: *mut u32,
     open: [*const u16; 2],
@@ -60,6 +61,8 @@ struct Params {
 struct Case {
     dtype: Half,
     dim: usize,
+    /// Queries of a sequence.
+    queries: usize,
     group: usize,
     block: usize,
     window: usize,
@@ -69,13 +72,38 @@ struct Case {
 
 const KV_HEADS: usize = 2;
 
+/// What 16-byte loads of floats want.
+#[repr(C, align(16))]
+#[derive(Debug, Clone, Copy)]
+struct Quad([f32; 4]);
+
+const GRID: usize = 5;
+
+/// Items, dealt out to CTAs like cards: the first of each CTA, then the others.
+fn deal(items: &[Item]) -> Vec<Item> {
+    let mut dealt = vec![Item::default(); GRID];
+    let mut last = [usize::MAX; GRID];
+    for (i, item) in items.iter().enumerate() {
+        let cta = i % GRID;
+        if last[cta] == usize::MAX {
+            last[cta] = cta;
+            dealt[cta] = *item;
+        } else {
+            dealt[last[cta]].next = dealt.len() as u32;
+            last[cta] = dealt.len();
+            dealt.push(*item);
+        }
+    }
+    dealt
+}
+
 /// Runs ragged heads twice through the kernel (tickets must be 0 again) and answers the relative
 /// error of O and the largest of LSE; infinite if the emulator saw something forbidden.
 fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
-    let Case { dim, group, block, .. } = case;
+    let Case { dim, queries, group, block, .. } = case;
     let mut random = Random(seed);
     let lens = [0, 1, 15, 16, 17, block + 1, 100, 3 * block];
-    let tokens = lens.len() / KV_HEADS;
+    let tokens = lens.len() / KV_HEADS * queries;
     let num_blocks = lens.iter().map(|len| len.div_ceil(block)).sum::<usize>() + 3;
     let mut order: Vec<usize> = (0..num_blocks).collect();
     for i in (1..num_blocks).rev() {
@@ -90,16 +118,20 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
         let first_page = pages.len();
         pages.extend((0..len.div_ceil(block)).map(|j| order[first_page + j] as u32));
         let num_parts = if len > 32 { 3 } else { 1 };
-        for part in 0..num_parts {
-            let cut = |part: usize| if part == num_parts { len } else { part * 16 };
-            items.push(
-                [i / KV_HEADS, 1, i % KV_HEADS, first_page, len, cut(part), cut(part + 1), 0, slot]
-                    .into_iter()
-                    .chain([part, num_parts, i])
-                    .map(|x| x as u32)
-                    .collect::<Vec<_>>(),
-            );
-        }
+        items.extend((0..num_parts).map(|part| Item {
+            token: (i / KV_HEADS * queries) as u32,
+            num_queries: queries as u32,
+            kv_head: (i % KV_HEADS) as u32,
+            first_page: first_page as u32,
+            len: len as u32,
+            begin: 16 * part,
+            end: if part + 1 == num_parts { len as u32 } else { 16 * (part + 1) },
+            slot,
+            part,
+            num_parts,
+            ticket: i as u32,
+            ..Item::default()
+        }));
         slot += num_parts;
         for t in 0..len {
             let at = row(pages[first_page + t / block] as usize, i % KV_HEADS, t);
@@ -112,32 +144,15 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
             }
         }
     }
-    let items: Vec<Item> = items
-        .iter()
-        .map(|x| Item {
-            token: x[0],
-            num_queries: x[1],
-            kv_head: x[2],
-            first_page: x[3],
-            len: x[4],
-            begin: x[5],
-            end: x[6],
-            sealed_end: x[7],
-            slot: x[8],
-            part: x[9],
-            num_parts: x[10],
-            ticket: x[11],
-        })
-        .collect();
+    let items = deal(&items);
     let heads = KV_HEADS * group;
     let q: Vec<u16> =
         random.normals(tokens * heads * dim).into_iter().map(|x| case.dtype.bits(x)).collect();
     let sinks = random.normals(heads);
     let (mut o, mut lse) = (vec![0x7fffu16; q.len()], vec![f32::NAN; tokens * heads]);
-    let mut partials = vec![f32::NAN; slot * group.next_multiple_of(8) * (dim + 2)];
+    let columns = if group * queries > 8 { 16 } else { 8 };
+    let mut partials = vec![Quad([f32::NAN; 4]); slot as usize * columns * (dim / 4 + 1)];
     let mut tickets = vec![0u32; lens.len()];
-    const GRID: usize = 5;
-    let starts: Vec<u32> = (0..=GRID).map(|i| (i * items.len() / GRID) as u32).collect();
     let [bd, hd] = [block * dim, heads * dim].map(|x| x as i64);
     let d = dim as i64;
     let params = Params {
@@ -147,8 +162,7 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
         sinks: if case.has_sinks { sinks.as_ptr() } else { ptr::null() },
         pages: pages.as_ptr(),
         items: items.as_ptr(),
-        starts: starts.as_ptr(),
-        partials: partials.as_mut_ptr(),
+        partials: partials.as_mut_ptr().cast(),
         tickets: tickets.as_mut_ptr(),
         open: [pool[0].as_ptr(), pool[1].as_ptr()],
         sealed: [ptr::null(); 2],
@@ -160,8 +174,7 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
         block_size: block as u32,
     };
     let warps = if dim == 256 { 2 } else { 4 };
-    let smem = warps * 3 * 2 * 16 * dim * 2;
-    let columns = if group > 8 { 16 } else { 8 };
+    let smem = warps * (2 * 64 * dim + columns * 68 * 4);
     let name = format!("kvm_decode_{}_d{dim}_g{columns}", case.dtype.name());
     for seed in 0..2 {
         let grid = Grid { ctas: GRID, threads: warps * 32, smem, seed };
@@ -174,9 +187,15 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
 
     let (mut difference, mut norm, mut worst) = (0.0, 0.0, 0.0f64);
     for (i, &len) in lens.iter().enumerate() {
-        let first_page = items.iter().find(|item| item.ticket == i as u32).unwrap().first_page;
-        for g in 0..group {
-            let out_row = i / KV_HEADS * heads + i % KV_HEADS * group + g;
+        let first_page = items
+            .iter()
+            .find(|item| item.ticket == i as u32 && item.num_queries > 0)
+            .unwrap()
+            .first_page;
+        for column in 0..queries * group {
+            let (query, g) = (column / group, column % group);
+            let out_row = (i / KV_HEADS * queries + query) * heads + i % KV_HEADS * group + g;
+            let len = len.saturating_sub(queries - 1 - query);
             let query = &q[out_row * dim..][..dim];
             let visible = if case.window > 0 { len.saturating_sub(case.window) } else { 0 }..len;
             let at =
@@ -222,6 +241,7 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
 const PLAIN: Case = Case {
     dtype: Half::Bf16,
     dim: 128,
+    queries: 1,
     group: 4,
     block: 16,
     window: 0,
@@ -244,6 +264,8 @@ fn decoding_matches_attention_in_f64() {
         });
     }
     cases.push(Case { window: 20, ..PLAIN });
+    cases.push(Case { queries: 2, ..PLAIN });
+    cases.push(Case { queries: 5, group: 3, window: 18, dim: 64, ..PLAIN });
     cases.push(Case { softcap: 2.0, dtype: Half::F16, dim: 64, ..PLAIN });
     cases.push(Case { has_sinks: true, window: 7, dim: 256, ..PLAIN });
     for (i, case) in cases.into_iter().enumerate() {
@@ -259,9 +281,9 @@ fn decoding_matches_attention_in_f64() {
 fn the_emulator_notices_missing_barriers_and_waits() {
     let mutations = [
         ("kvm_cp_wait<STAGES - 2>()", "kvm_cp_wait<STAGES - 1>()"),
-        ("kvm_sync(); // nobody reads", "// nobody reads"),
-        ("        }\n    kvm_sync();\n\n    u32 size", "        }\n\n    u32 size"),
-        ("kvm_sync(); // the next item", "// the next item"),
+        ("        kvm_sync();\n        for (u32 i", "        for (u32 i"),
+        ("kvm_sync(); // the place is free", "// the place is free"),
+        ("kvm_sync();\n        if (*done", "if (*done"),
     ];
     for (from, to) in mutations {
         let is_there = Cell::new(false);

@@ -176,7 +176,11 @@ inline u32 kvm_atomic_add(u32* p, u32 x) {
     *p += x;
     return old;
 }
-inline float kvm_ld_cg(const float* p) { return *p; }
+inline void kvm_ld_cg4(float (&x)[4], const float* p) {
+    if ((size_t)p % 16) emu().fail("a load of 16 bytes is not aligned");
+    memcpy(x, p, 16);
+}
+inline u32 kvm_log2_of(u32 x) { return 31 - __builtin_clz(x); }
 
 inline void kvm_sync() {
     Emu& e = emu();
