@@ -19,6 +19,8 @@ struct KvmItem {
     u32 slot;        // first of its num_parts partial results
     u32 part, num_parts;
     u32 ticket;      // counts parts that are done; 0 before and after
+    u32 next;        // index of the CTA's next item, 0 after its last
+    u32 unused[3];
 };
 
 /// Strides of Q, O and open blocks are in elements. Rows of K and V are aligned to 16 bytes, of Q
@@ -29,9 +31,8 @@ struct KvmDecode {
     float* lse;         // [token, q_heads], natural logarithm; may be null
     const float* sinks; // [q_heads] extra logits; may be null
     const u32* pages;
-    const KvmItem* items;
-    const u32* starts; // [grid + 1]: CTA i does the items starts[i] to starts[i + 1] - 1
-    float* partials;   // [slot, 8 NT, D + 2]
+    const KvmItem* items; // CTA i starts with item i; num_queries is 0 if there is nothing to do
+    float* partials;      // [slot, 8 NT, D + 4]
     u32* tickets;
     const u16 *k, *v;                          // open blocks
     const unsigned char *sealed_k, *sealed_v;  // sealed blocks of another format; else null
@@ -44,8 +45,12 @@ struct KvmDecode {
 #define KVM_INF kvm_infinity()
 static constexpr float KVM_LOG2E = 1.4426950408889634f, KVM_LN2 = 0.6931471805599453f;
 
-/// Warps of a CTA: the ring stays below the 99 KiB that every device since sm_80 has.
+/// Warps of a CTA. Shared memory stays below the 99 KiB that every device since sm_80 has.
 KVM_DEVICE constexpr int kvm_warps(int D) { return D == 256 ? 2 : 4; }
+
+/// Bytes of shared memory of the tiles that are loaded ahead, and of the place where warps meet.
+KVM_DEVICE constexpr int kvm_ring_bytes(int D, int stages) { return kvm_warps(D) * stages * 64 * D; }
+KVM_DEVICE constexpr int kvm_meet_bytes(int D, int NT) { return kvm_warps(D) * 8 * NT * 68 * 4; }
 
 /// The rows that each column of this lane sees: begin to end - 1.
 template <int NT> struct KvmSight {
@@ -116,21 +121,26 @@ template <int D> KVM_DEVICE int kvm_swizzle(int row, int chunk) {
     return row * D + ((chunk ^ (row & 7)) << 3);
 }
 
-/// Asks for 16 rows of K and V of an open block.
+/// The number of the block that holds a row of the head, 0 if the part has no such row.
+KVM_DEVICE u32 kvm_page(const KvmDecode& p, const KvmItem& it, u32 row) {
+    return row < it.end ? p.pages[it.first_page + (row >> kvm_log2_of(p.block_size))] : 0;
+}
+
+/// Asks for 16 rows of K and V of the open block `page`.
 template <int D>
-KVM_DEVICE void kvm_load_tile(const KvmDecode& p, const KvmItem& it, u32 first, u16* tile) {
-    int lane = kvm_tid() % 32;
-    bool has_tile = first < it.end;
-    i64 page = has_tile ? p.pages[it.first_page + first / p.block_size] : 0;
-    i64 base = page * p.kv_block + it.kv_head * p.kv_head + (first % p.block_size) * p.kv_token;
+KVM_DEVICE void kvm_load_tile(const KvmDecode& p, const KvmItem& it, u32 first, u32 page,
+                              u16* tile) {
+    u32 lane = kvm_tid() % 32, row = lane / (D / 8), chunk = lane % (D / 8);
+    constexpr u32 STEP = 256 / D; // rows that the lanes of a warp reach at once
+    i64 at = page * p.kv_block + it.kv_head * p.kv_head +
+             ((first & (p.block_size - 1)) + row) * p.kv_token + chunk * 8;
 #pragma unroll
     for (int j = 0; j < D / 16; j++) {
-        int row = (j * 32 + lane) / (D / 8), chunk = (j * 32 + lane) % (D / 8);
-        bool is_valid = first + row < it.end;
-        i64 at = is_valid ? base + row * p.kv_token + chunk * 8 : 0;
-        int to = kvm_swizzle<D>(row, chunk);
-        kvm_cp_async16(tile + to, p.k + at, is_valid);
-        kvm_cp_async16(tile + 16 * D + to, p.v + at, is_valid);
+        bool is_valid = first + row + j * STEP < it.end;
+        i64 from = is_valid ? at + j * STEP * p.kv_token : 0;
+        int to = kvm_swizzle<D>(row + j * STEP, chunk);
+        kvm_cp_async16(tile + to, p.k + from, is_valid);
+        kvm_cp_async16(tile + 16 * D + to, p.v + from, is_valid);
     }
 }
 
@@ -181,124 +191,159 @@ KVM_DEVICE void kvm_tile(const KvmDecode& p, const KvmSight<NT>& sight, u32 firs
     }
 }
 
-/// Attends to the open rows of an item. A warp owns every kvm_warps(D)-th tile of 16 rows and a ring
-/// of STAGES tiles in shared memory that it alone fills: there is no barrier of the CTA.
-template <bool BF16, int D, int NT, int STAGES>
-KVM_DEVICE void kvm_open_rows(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
-                              const u32 (&q)[D / 16][NT][2], unsigned char* smem,
-                              KvmState<D, NT>& st) {
-    constexpr int WARPS = kvm_warps(D), TILE = 2 * 16 * D;
-    u32 warp = kvm_tid() / 32;
-    u16* ring = (u16*)smem + warp * STAGES * TILE;
-    u32 first = (it.begin > it.sealed_end ? it.begin : it.sealed_end) + warp * 16;
-    for (int i = 0; i < STAGES - 1; i++) {
-        kvm_load_tile<D>(p, it, first + i * WARPS * 16, ring + i * TILE);
-        kvm_cp_commit();
-    }
-    for (int i = 0; first < it.end; i = i + 1 == STAGES ? 0 : i + 1, first += WARPS * 16) {
-        kvm_cp_wait<STAGES - 2>();
-        kvm_syncwarp(); // all lanes' copies have landed, all lanes have left the oldest tile
-        int free = i == 0 ? STAGES - 1 : i - 1;
-        kvm_load_tile<D>(p, it, first + (STAGES - 1) * WARPS * 16, ring + free * TILE);
-        kvm_cp_commit();
-        kvm_tile<BF16, D, NT>(p, sight, first, ring + i * TILE, q, st);
-    }
-    kvm_cp_wait<0>();
-}
+/// The rows of a part that lie in open blocks. A warp owns every kvm_warps(D)-th tile of 16 rows, and
+/// a ring of STAGES tiles in shared memory that it alone fills: there is no barrier of the CTA.
+template <int D, int STAGES> struct KvmRing {
+    static constexpr u32 STEP = kvm_warps(D) * 16, TILE = 2 * 16 * D;
+    u16* tiles;
 
-/// One result from `count` of them, `stride` floats apart: outputs d and d + 1 of a column.
-template <int D, bool GLOBAL>
-KVM_DEVICE void kvm_merge(const float* parts, u32 count, u32 stride, u32 d, float (&r)[4]) {
-    r[0] = -KVM_INF;
-    r[1] = r[2] = r[3] = 0;
-#pragma unroll 4
-    for (u32 i = 0; i < count; i++, parts += stride) {
-        auto at = [&](u32 j) { return GLOBAL ? kvm_ld_cg(parts + j) : parts[j]; };
-        float other = at(D), max = other > r[0] ? other : r[0];
-        float a = kvm_weight(r[0], max), b = kvm_weight(other, max);
-        r[0] = max;
-        r[1] = r[1] * a + at(D + 1) * b;
-        r[2] = r[2] * a + at(d) * b;
-        r[3] = r[3] * a + at(d + 1) * b;
-    }
-}
+    KVM_DEVICE KvmRing(unsigned char* smem)
+        : tiles((u16*)smem + kvm_tid() / 32 * STAGES * TILE) {}
 
+    KVM_DEVICE u32 first(const KvmItem& it) const {
+        return (it.begin > it.sealed_end ? it.begin : it.sealed_end) + kvm_tid() / 32 * 16;
+    }
+
+    /// Asks for the first tiles of a part.
+    KVM_DEVICE void begin(const KvmDecode& p, const KvmItem& it) const {
+        u32 row = first(it), pages[STAGES];
+#pragma unroll
+        for (int i = 0; i < STAGES - 1; i++) pages[i] = kvm_page(p, it, row + i * STEP);
+#pragma unroll
+        for (int i = 0; i < STAGES - 1; i++) {
+            kvm_load_tile<D>(p, it, row + i * STEP, pages[i], tiles + i * TILE);
+            kvm_cp_commit();
+        }
+    }
+
+    /// Attends to all rows of a part that has begun.
+    template <bool BF16, int NT>
+    KVM_DEVICE void attend(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
+                           const u32 (&q)[D / 16][NT][2], KvmState<D, NT>& st) const {
+        u32 row = first(it), page = kvm_page(p, it, row + (STAGES - 1) * STEP);
+        for (int i = 0; row < it.end; i = i + 1 == STAGES ? 0 : i + 1, row += STEP) {
+            kvm_cp_wait<STAGES - 2>();
+            kvm_syncwarp(); // all lanes' copies have landed, all lanes have left the oldest tile
+            int free = i == 0 ? STAGES - 1 : i - 1;
+            kvm_load_tile<D>(p, it, row + (STAGES - 1) * STEP, page, tiles + free * TILE);
+            kvm_cp_commit();
+            page = kvm_page(p, it, row + STAGES * STEP); // known when it is needed
+            kvm_tile<BF16, D, NT>(p, sight, row, tiles + i * TILE, q, st);
+        }
+        kvm_cp_wait<0>();
+        kvm_syncwarp(); // the ring is free
+    }
+};
+
+/// Part of a result: four channels with the maximum and the sum that they refer to.
+struct KvmPart {
+    float max, sum, o[4];
+
+    /// Takes in another part.
+    KVM_DEVICE void add(float max2, float sum2, const float (&o2)[4]) {
+        float top = max2 > max ? max2 : max;
+        float a = kvm_weight(max, top), b = kvm_weight(max2, top);
+        max = top;
+        sum = sum * a + sum2 * b;
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[i] = o[i] * a + o2[i] * b;
+    }
+};
+
+/// Writes channels d to d + 3 of a column of O, and its LSE.
 template <bool BF16>
-KVM_DEVICE void kvm_finish(const KvmDecode& p, const KvmItem& it, u32 column, u32 d,
-                           float (&r)[4]) {
+KVM_DEVICE void kvm_finish(const KvmDecode& p, const KvmItem& it, u32 column, u32 d, KvmPart r) {
     u32 q_head = it.kv_head * p.group + column % p.group;
     if (p.sinks) {
-        float sink = p.sinks[q_head] * KVM_LOG2E, max = sink > r[0] ? sink : r[0];
-        float a = kvm_weight(r[0], max);
-        r[1] = r[1] * a + kvm_weight(sink, max);
-        r[2] *= a;
-        r[3] *= a;
-        r[0] = max;
+        float none[4] = {};
+        r.add(p.sinks[q_head] * KVM_LOG2E, 1, none);
     }
-    float inverse = r[1] > 0 ? 1 / r[1] : 0;
-    u16* o = p.o + kvm_column(p, it, column, p.o_token, p.o_head) + d;
-    *(u32*)o = kvm_pack<BF16>(r[2] * inverse, r[3] * inverse);
+    float inverse = r.sum > 0 ? 1 / r.sum : 0;
+    u32* o = (u32*)(p.o + kvm_column(p, it, column, p.o_token, p.o_head) + d);
+    o[0] = kvm_pack<BF16>(r.o[0] * inverse, r.o[1] * inverse);
+    o[1] = kvm_pack<BF16>(r.o[2] * inverse, r.o[3] * inverse);
     if (p.lse && d == 0)
         p.lse[(it.token + column / p.group) * p.lse_token + q_head] =
-            (r[0] + kvm_log2(r[1])) * KVM_LN2;
+            (r.max + kvm_log2(r.sum)) * KVM_LN2;
 }
 
-/// Merges what the warps have, and, by the last CTA of a head, its parts. Shared memory is the
-/// meeting place: 4 * warps * 8 NT * (D + 2) bytes.
+/// By the CTA that finishes a head last: makes one result of its parts.
+template <bool BF16, int D, int NT>
+KVM_DEVICE void kvm_merge_parts(const KvmDecode& p, const KvmItem& it, u32 columns) {
+    constexpr int ROW = D + 4;
+    for (u32 i = kvm_tid(); i < columns * D / 4; i += kvm_warps(D) * 32) {
+        u32 column = i / (D / 4), d = i % (D / 4) * 4;
+        const float* row = p.partials + ((i64)it.slot * 8 * NT + column) * ROW;
+        KvmPart r = {-KVM_INF, 0, {}};
+#pragma unroll 8
+        for (u32 part = 0; part < it.num_parts; part++, row += 8 * NT * ROW) {
+            float o[4], seen[4];
+            kvm_ld_cg4(o, row + d);
+            kvm_ld_cg4(seen, row + D);
+            r.add(seen[0], seen[1], o);
+        }
+        kvm_finish<BF16>(p, it, column, d, r);
+    }
+}
+
+/// Makes one result of what the warps have and writes it, 64 channels at a time; the last CTA of a
+/// head that was split merges the parts. `meet` is shared memory, kvm_meet_bytes.
 template <bool BF16, int D, int NT>
 KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D, NT>& st,
-                         unsigned char* smem) {
-    constexpr int WARPS = kvm_warps(D), STRIDE = D + 2;
+                         float* meet) {
+    constexpr int WARPS = kvm_warps(D), ROW = 68;
     u32 lane = kvm_tid() % 32, warp = kvm_tid() / 32, columns = it.num_queries * p.group;
-    float* meet = (float*)smem;
-    kvm_sync(); // nobody reads from the rings any more
+    float* partial = p.partials + ((i64)it.slot + it.part) * 8 * NT * (D + 4);
+    float sum[NT][2];
 #pragma unroll
     for (int n = 0; n < NT; n++)
+        for (int c = 0; c < 2; c++) sum[n][c] = kvm_sum_rows(st.sum[n][c]);
 #pragma unroll
-        for (int c = 0; c < 2; c++) {
-            float sum = kvm_sum_rows(st.sum[n][c]);
-            u32 column = n * 8 + lane % 4 * 2 + c;
-            if (column >= columns) continue;
-            float* row = meet + (warp * columns + column) * STRIDE;
+    for (int first = 0; first < D; first += 64) {
 #pragma unroll
-            for (int d = 0; d < D / 16; d++) {
-                row[d * 16 + lane / 4] = st.o[d][n][c];
-                row[d * 16 + lane / 4 + 8] = st.o[d][n][c + 2];
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                u32 column = n * 8 + lane % 4 * 2 + c;
+                float* row = meet + (warp * 8 * NT + column) * ROW;
+#pragma unroll
+                for (int d = 0; d < 4; d++) {
+                    row[d * 16 + lane / 4] = st.o[first / 16 + d][n][c];
+                    row[d * 16 + lane / 4 + 8] = st.o[first / 16 + d][n][c + 2];
+                }
+                if (lane / 4 == 0) row[64] = st.max[n][c], row[65] = sum[n][c];
             }
-            if (lane / 4 == 0) row[D] = st.max[n][c], row[D + 1] = sum;
+        kvm_sync();
+        for (u32 i = kvm_tid(); i < columns * 16; i += WARPS * 32) {
+            u32 column = i / 16, d = i % 16 * 4;
+            KvmPart r = {-KVM_INF, 0, {}};
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float* row = meet + (w * 8 * NT + column) * ROW;
+                float o[4] = {row[d], row[d + 1], row[d + 2], row[d + 3]};
+                r.add(row[64], row[65], o);
+            }
+            if (it.num_parts == 1) {
+                kvm_finish<BF16>(p, it, column, first + d, r);
+            } else {
+                float* to = partial + column * (D + 4);
+                *(f32x4*)(to + first + d) = {r.o[0], r.o[1], r.o[2], r.o[3]};
+                if (first + d == 0) to[D] = r.max, to[D + 1] = r.sum;
+            }
         }
-    kvm_sync();
-
-    u32 size = columns * STRIDE;
-    float* partial = p.partials + (i64)it.slot * 8 * NT * STRIDE;
-    for (u32 i = kvm_tid(); i < columns * D / 2; i += WARPS * 32) {
-        u32 column = i / (D / 2), d = i % (D / 2) * 2;
-        float r[4];
-        kvm_merge<D, false>(meet + column * STRIDE, WARPS, size, d, r);
-        if (it.num_parts == 1) {
-            kvm_finish<BF16>(p, it, column, d, r);
-        } else {
-            float* row = partial + it.part * size + column * STRIDE;
-            row[d] = r[2], row[d + 1] = r[3];
-            if (d == 0) row[D] = r[0], row[D + 1] = r[1];
-        }
+        kvm_sync(); // the place is free for the next channels
     }
     if (it.num_parts > 1) {
-        kvm_fence(); // my part before my ticket
-        kvm_sync();
-        u32* done = (u32*)smem;
-        if (kvm_tid() == 0) *done = kvm_atomic_add(p.tickets + it.ticket, 1);
+        u32* done = (u32*)meet + 66; // a word that no row uses
+        if (kvm_tid() == 0) {
+            kvm_fence(); // the CTA's part before its ticket
+            *done = kvm_atomic_add(p.tickets + it.ticket, 1);
+            kvm_fence(); // the last ticket before the parts of the others
+        }
         kvm_sync();
         if (*done + 1 == it.num_parts) {
-            kvm_fence(); // the last ticket before the parts of the others
-            for (u32 i = kvm_tid(); i < columns * D / 2; i += WARPS * 32) {
-                u32 column = i / (D / 2), d = i % (D / 2) * 2;
-                float r[4];
-                kvm_merge<D, true>(partial + column * STRIDE, it.num_parts, size, d, r);
-                kvm_finish<BF16>(p, it, column, d, r);
-            }
+            kvm_merge_parts<BF16, D, NT>(p, it, columns);
             if (kvm_tid() == 0) p.tickets[it.ticket] = 0;
         }
     }
-    kvm_sync(); // the next item fills the rings again
 }

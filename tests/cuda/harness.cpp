@@ -1,13 +1,17 @@
-// The shipped kernels as functions of a shared library; compiled by tests/cuda_kernels.rs.
+// The kernels of one shipped source as a shared library; compiled by tests/common/emulator.rs.
 #define KVM_EMU
-#include "decode_f16.cu"
+#define KVM_TEXT(x) #x
+#define KVM_QUOTED(x) KVM_TEXT(x)
+#include "kvm_intrin.cuh"
+#include KVM_QUOTED(KVM_SOURCE)
 
 /// Runs one launch, CTAs in a random order; answers NULL or what went wrong.
-extern "C" const char* emu_launch(const char* name, const void* params, u32 grid, u32 threads,
-                                  u32 smem, u32 seed) {
+extern "C" const char* emu_launch(const char* name, const void* params, size_t params_bytes,
+                                  u32 grid, u32 threads, u32 smem, u32 seed) {
     const EmuKernel* kernel = EmuKernel::find(name);
     if (!kernel) return "there is no kernel of this name";
     if (kernel->threads != threads) return "the kernel wants another number of threads";
+    if (kernel->params_bytes != params_bytes) return "the parameters of the kernel are another struct";
     Emu& e = emu();
     e.random.seed(seed);
     e.error = nullptr;
