@@ -28,9 +28,7 @@ fn list_kernels(root: &Path, out: &Path) {
     files.sort();
     let list: String =
         files.iter().map(|path| format!("    include_bytes!({path:?}),\n")).collect();
-    let text = format!(
-        "/// PTX, gzipped.\npub(super) static FILES: &[&[u8]] = &[\n{list}];\n"
-    );
+    let text = format!("/// PTX, gzipped.\npub(super) static FILES: &[&[u8]] = &[\n{list}];\n");
     if let Err(error) = std::fs::write(out.join("kernels.rs"), text) {
         println!("cargo:warning=kernels.rs: {error}");
     }

@@ -116,7 +116,8 @@ impl Slab {
             Region::Host(arena) => arena.address(offset),
             Region::Device(memory) => {
                 let address = memory.address() as usize + offset;
-                NonNull::new(std::ptr::without_provenance_mut(address)).unwrap_or(NonNull::dangling())
+                NonNull::new(std::ptr::without_provenance_mut(address))
+                    .unwrap_or(NonNull::dangling())
             }
         }
     }
@@ -139,7 +140,9 @@ impl Slab {
         let Class { slot_bytes, free, .. } = self.classes[class];
         let has_slots = match &self.region {
             Region::Host(_) => true, // Addresses are never short.
-            Region::Device(_) => free + self.free_chunks.len() * (self.chunk_bytes / slot_bytes) >= n,
+            Region::Device(_) => {
+                free + self.free_chunks.len() * (self.chunk_bytes / slot_bytes) >= n
+            }
         };
         has_slots && self.used_bytes + n * slot_bytes <= self.limit
     }

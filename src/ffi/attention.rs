@@ -315,9 +315,7 @@ pub unsafe extern "C" fn kvmgr_attention_graph_key(
 /// kvmgr_attention_append, so that the tokens can be committed. CUDA only.
 #[must_use]
 #[unsafe(no_mangle)]
-pub extern "C" fn kvmgr_attention_graph_launched(
-    attention: *mut kvmgr_attention,
-) -> kvmgr_status {
+pub extern "C" fn kvmgr_attention_graph_launched(attention: *mut kvmgr_attention) -> kvmgr_status {
     guard(|| {
         handle::with(attention.cast_const(), |attention| {
             attention.attention.read(NAME)?.graph_launched()

@@ -337,10 +337,9 @@ pub(super) unsafe fn device_tensor(
             "{name}.device_id is {}, the cache is on CUDA device {id}",
             tensor.device_id
         ),
-        kvmgr_device_type(0) | KVMGR_DEVICE_CPU => bail!(
-            InvalidArgument,
-            "{name}.device_type is CPU, the cache is on CUDA device {id}"
-        ),
+        kvmgr_device_type(0) | KVMGR_DEVICE_CPU => {
+            bail!(InvalidArgument, "{name}.device_type is CPU, the cache is on CUDA device {id}")
+        }
         kvmgr_device_type(value) => {
             bail!(InvalidArgument, "{name}.device_type is {value}, not a kvmgr_device_type")
         }

@@ -2,6 +2,7 @@
 //! child process of the test finds through LD_LIBRARY_PATH. Memory is only reached through the driver.
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::ptr;
@@ -74,6 +75,13 @@ pub fn check(result: CUresult) {
     assert_eq!(result, CUresult::CUDA_SUCCESS);
 }
 
+/// Starts the driver; answers the current context.
+pub fn start() -> sys::CUcontext {
+    // SAFETY: may be called at any time.
+    check(unsafe { sys::cuInit(0) });
+    current_context()
+}
+
 /// A context of the engine, current for this thread while it lives.
 #[derive(Debug)]
 pub struct Context(sys::CUcontext);
@@ -113,6 +121,7 @@ pub fn current_context() -> sys::CUcontext {
 pub struct Buffer {
     pub address: u64,
     pub bytes: usize,
+    unused: Range<usize>,
 }
 
 impl Buffer {
@@ -120,16 +129,31 @@ impl Buffer {
         let mut address = 0;
         // SAFETY: the driver writes one address.
         check(unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes.max(1)) });
-        Self { address, bytes }
+        Self { address, bytes, unused: 0..0 }
     }
 
     pub fn of<T: Copy>(data: &[T]) -> Self {
         let buffer = Self::new(size_of_val(data));
-        // SAFETY: both are that long.
-        check(unsafe {
-            sys::cuMemcpyHtoD_v2(buffer.address, data.as_ptr().cast(), buffer.bytes)
-        });
+        buffer.write(data);
         buffer
+    }
+
+    pub fn write<T: Copy>(&self, data: &[T]) {
+        let bytes = size_of_val(data);
+        assert!(bytes <= self.bytes);
+        // SAFETY: both are that long.
+        check(unsafe { sys::cuMemcpyHtoD_v2(self.address, data.as_ptr().cast(), bytes) });
+    }
+
+    /// Marks bytes that nobody may write.
+    pub fn expect_unused(&mut self, range: Range<usize>) {
+        self.unused = range;
+        self.write(&vec![0xA5u8; self.bytes]);
+    }
+
+    pub fn check_unused(&self) {
+        let bytes = self.read::<u8>();
+        assert!(bytes[self.unused.clone()].iter().all(|byte| *byte == 0xA5));
     }
 
     /// Waits for the device and answers what is in the buffer.

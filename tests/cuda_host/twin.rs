@@ -105,7 +105,13 @@ impl Setup {
     }
 
     /// `[tokens, heads, dim]`, contiguous.
-    pub fn tensor(&self, data: *mut c_void, tokens: usize, heads: usize, cuda: bool) -> kvmgr_tensor {
+    pub fn tensor(
+        &self,
+        data: *mut c_void,
+        tokens: usize,
+        heads: usize,
+        cuda: bool,
+    ) -> kvmgr_tensor {
         kvmgr_tensor {
             data,
             dtype: self.dtype,
@@ -154,9 +160,7 @@ impl Engine {
     pub fn sequence(&self) -> *mut kvmgr_sequence {
         let mut sequence = ptr::null_mut();
         // SAFETY: a live handle and a place for a pointer.
-        ok(unsafe {
-            kvmgr_cache_sequence_create(self.cache, ptr::null(), &raw mut sequence)
-        });
+        ok(unsafe { kvmgr_cache_sequence_create(self.cache, ptr::null(), &raw mut sequence) });
         sequence
     }
 }
@@ -243,7 +247,7 @@ impl Twin {
     }
 
     pub fn truncate(&self, pair: &mut Pair, n: usize) {
-        pair.both().map(|sequence| ok(kvmgr_sequence_truncate(sequence, n)));
+        pair.both().into_iter().for_each(|sequence| ok(kvmgr_sequence_truncate(sequence, n)));
         pair.tokens.truncate(n);
     }
 
@@ -252,7 +256,9 @@ impl Twin {
     pub fn step(&mut self, pairs: &mut [&mut Pair], feeds: &[(Vec<i32>, usize)]) {
         let counts: Vec<u32> = feeds.iter().map(|(ids, _)| ids.len() as u32).collect();
         for (pair, n) in pairs.iter().zip(&counts) {
-            pair.both().map(|sequence| ok(kvmgr_sequence_reserve(sequence, *n as usize)));
+            for sequence in pair.both() {
+                ok(kvmgr_sequence_reserve(sequence, *n as usize));
+            }
         }
         let list = |device: bool| -> Vec<_> {
             pairs.iter().map(|pair| if device { pair.device } else { pair.host }).collect()
@@ -269,10 +275,10 @@ impl Twin {
     }
 
     pub fn commit(&self, pair: &mut Pair, ids: &[i32]) {
-        // SAFETY: live handles and a list of this length.
-        pair.both().map(|sequence| unsafe {
-            ok(kvmgr_sequence_commit(sequence, ids.as_ptr(), ids.len()));
-        });
+        for sequence in pair.both() {
+            // SAFETY: a live handle and a list of this length.
+            ok(unsafe { kvmgr_sequence_commit(sequence, ids.as_ptr(), ids.len()) });
+        }
         pair.tokens.extend_from_slice(ids);
     }
 
@@ -280,7 +286,8 @@ impl Twin {
     fn layer(&mut self, layer: usize, total: usize) {
         let setup = self.setup;
         let heads = setup.kv_heads * setup.group;
-        let rows = |random: &mut Random, heads: usize| setup.random(random, total * heads * setup.dim);
+        let rows =
+            |random: &mut Random, heads: usize| setup.random(random, total * heads * setup.dim);
         let mut kv = [(); 2].map(|()| rows(&mut self.random, setup.kv_heads));
         let mut query = rows(&mut self.random, heads);
         let mut sinks = self.random.normals(heads);
@@ -293,7 +300,12 @@ impl Twin {
             ..setup.tensor(output.as_mut_ptr().cast(), total, heads, false)
         };
         let l = setup.lse(lse.as_mut_ptr().cast(), total, false);
-        run(&self.host, layer, [&key, &value, &q, &o, &l], &self.options(layer, sinks.as_mut_ptr()));
+        run(
+            &self.host,
+            layer,
+            [&key, &value, &q, &o, &l],
+            &self.options(layer, sinks.as_mut_ptr()),
+        );
 
         let device = [&kv[0], &kv[1], &query].map(|data| Buffer::of(data));
         let (o, l) = (Buffer::new(query.len() * 2), Buffer::new(lse.len() * 4));
@@ -307,6 +319,31 @@ impl Twin {
         run(&self.device, layer, [&key, &value, &q, &out, &l2], &options);
         let found: Vec<f32> = o.read::<u16>().into_iter().map(|x| setup.value(x)).collect();
         self.compare(&found, &output, &l.read::<f32>(), &lse);
+    }
+
+    /// Appends `[key, value, query]` to the host's layer 0 and answers O and LSE.
+    pub fn run_host(&self, data: &mut [Vec<u16>; 3], total: usize) -> (Vec<f32>, Vec<f32>) {
+        let setup = self.setup;
+        let heads = setup.kv_heads * setup.group;
+        let mut output = vec![f32::NAN; total * heads * setup.dim];
+        let mut lse = vec![f32::NAN; total * heads];
+        let [key, value, query] = [(0, setup.kv_heads), (1, setup.kv_heads), (2, heads)]
+            .map(|(i, heads)| setup.tensor(data[i].as_mut_ptr().cast(), total, heads, false));
+        let o = kvmgr_tensor {
+            dtype: KVMGR_DTYPE_F32,
+            ..setup.tensor(output.as_mut_ptr().cast(), total, heads, false)
+        };
+        let l = setup.lse(lse.as_mut_ptr().cast(), total, false);
+        run(&self.host, 0, [&key, &value, &query, &o, &l], &self.options(0, ptr::null_mut()));
+        (output, lse)
+    }
+
+    /// Plans a decode step on the device.
+    pub fn try_plan(&self, pairs: &[Pair]) -> kvmgr_status {
+        let (list, counts): (Vec<_>, Vec<u32>) = pairs.iter().map(|pair| (pair.device, 1)).unzip();
+        let attention = self.device.attention;
+        // SAFETY: live handles and lists of this length.
+        unsafe { kvmgr_attention_plan(attention, list.as_ptr(), counts.as_ptr(), counts.len()) }
     }
 
     pub fn options(&self, layer: usize, sinks: *mut f32) -> kvmgr_attention_options {

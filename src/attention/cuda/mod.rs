@@ -1,7 +1,7 @@
 //! Attention on a CUDA device: the same plan, append and run as on the CPU.
 //!
 //! ```text
-//! plan     block tables -> page tables, shares of all CTAs, targets of new rows -> one async copy
+//! plan     block tables -> page tables, shares of all CTAs, places of new rows -> one async copy
 //! append   one launch: K, V -> rows of open blocks
 //! run      one launch: Q -> attend over pages -> merge parts -> O, LSE
 //! ```
@@ -21,7 +21,7 @@ use self::schedule::{Schedule, Segment, segments};
 use self::workspace::{Capacity, Workspace};
 use super::{DeviceOptions, check_shape};
 use crate::cache::{Cache, OPEN, PAGE_BYTES};
-use crate::device::cuda::params::{Append, Decode};
+use crate::device::cuda::params::{Append, Decode, Item};
 use crate::device::cuda::{DeviceTensor, Gpu, Kernel};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, ensure};
@@ -37,19 +37,19 @@ const APPEND_THREADS: usize = 256;
 pub(super) struct Cuda {
     gpu: Arc<Gpu>,
     dtype: DType,
-    append: Kernel,
+    /// For keys and values of each type.
+    append: [(DType, Kernel); 3],
     /// For one column tile of 8 query heads, if a group fits, and for one of 16.
     narrow: Option<Kernel>,
     wide: Kernel,
-    grid: u32,
     workspace: Workspace,
     schedule: Schedule,
     segments: Vec<Segment>,
     /// The segments of each lane of the table that is being made.
     lanes: Vec<std::ops::Range<usize>>,
     pages: Vec<Vec<u32>>,
-    targets: Vec<Vec<u32>>,
-    tables: Vec<(Vec<u32>, Vec<u32>)>,
+    places: Vec<Vec<u32>>,
+    items: Vec<Vec<u32>>,
     /// Whether the plan runs the wide kernel.
     is_wide: bool,
     num_tokens: usize,
@@ -65,14 +65,16 @@ impl Cuda {
         };
         let dtype = memory.open;
         let warps = if dim == 256 { 2 } else { 4 };
-        let load = |columns: usize| {
+        let load = |columns: u32| {
             let name = format!("kvm_decode_{}_d{dim}_g{columns}", dtype.name());
-            gpu.kernel(&name, warps * 32, 3 * warps * 64 * dim as u32)
+            // Two tiles of 16 rows of K and V for each warp, and the place where warps meet.
+            let (ring, meet) = (warps * 2 * 64 * dim as u32, warps * columns * 68 * 4);
+            gpu.kernel(&name, warps * 32, ring + meet)
         };
-        let wide = load(16)?;
-        let narrow = (group <= 8).then(|| load(8)).transpose()?;
-        let ctas = narrow.as_ref().map_or(wide.ctas_per_sm, |kernel| kernel.ctas_per_sm);
-        let grid = gpu.num_sms() * ctas.min(wide.ctas_per_sm);
+        let append = |from: DType| -> Result<(DType, Kernel)> {
+            let name = format!("kvm_append_{}_{}", from.name(), dtype.name());
+            Ok((from, gpu.kernel(&name, APPEND_THREADS as u32, 0)?))
+        };
         let num_tables = match config.lane_width {
             LaneWidth::Sequence => 1,
             LaneWidth::Layer | LaneWidth::Head => config.shape.num_layers,
@@ -80,17 +82,16 @@ impl Cuda {
         Ok(Self {
             gpu: gpu.clone(),
             dtype,
-            append: gpu.kernel("kvm_append", APPEND_THREADS as u32, 0)?,
-            narrow,
-            wide,
-            grid,
-            workspace: Workspace::new(gpu, num_tables, grid as usize, 16 * (dim + 2) * 4),
+            append: [append(DType::F16)?, append(DType::Bf16)?, append(DType::F32)?],
+            narrow: (group <= 8).then(|| load(8)).transpose()?,
+            wide: load(16)?,
+            workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
             schedule: Schedule::default(),
             segments: Vec::new(),
             lanes: Vec::new(),
             pages: vec![Vec::new(); num_tables],
-            targets: vec![Vec::new(); num_tables],
-            tables: vec![(Vec::new(), Vec::new()); num_tables],
+            places: vec![Vec::new(); num_tables],
+            items: vec![Vec::new(); num_tables],
             is_wide: false,
             num_tokens: 0,
         })
@@ -107,13 +108,14 @@ impl Cuda {
         let _entered = self.gpu.enter()?;
         self.gpu.ensure_not_capturing("reserve")?;
         let config = cache.config();
-        let (heads, grid) = (config.shape.num_kv_heads, self.grid as usize);
+        let heads = config.shape.num_kv_heads;
+        let grid = self.grid_of(false).max(self.grid_of(true)) as usize;
         let tiles = num_sequences + num_queries.div_ceil((16 / config.shape.group()).max(1));
         let lists = if config.lane_width == LaneWidth::Head { heads } else { 1 };
         // A cut adds an item, and a head that was cut has two parts more than it has whole shares.
         self.workspace.reserve(&Capacity {
-            items: tiles * heads + grid,
-            targets: num_queries * lists,
+            items: tiles * heads + 2 * grid,
+            places: num_queries * lists,
             pages: num_blocks,
             slots: 2 * grid,
             tickets: grid,
@@ -130,26 +132,25 @@ impl Cuda {
         self.is_wide = self.narrow.is_none() || queries.clone().any(|n| n > 1 && n * group > 8);
         self.num_tokens = queries.sum();
         let mut needed = Capacity::default();
-        for table in 0..self.tables.len() {
-            self.make_table(cache, batch, table)?;
+        for table in 0..self.items.len() {
+            self.make_table(cache, batch, table);
             let schedule = &self.schedule;
-            needed.items = needed.items.max(schedule.items.len());
-            needed.targets = needed.targets.max(self.targets[table].len() / 2);
+            needed.items = needed.items.max(schedule.num_words() / Item::WORDS);
+            needed.places = needed.places.max(self.places[table].len() / 2);
             needed.pages = needed.pages.max(self.pages[table].len());
             needed.slots = needed.slots.max(schedule.num_slots as usize);
             needed.tickets = needed.tickets.max(schedule.num_tickets as usize);
         }
         self.workspace.reserve(&needed)?;
-        let (layout, pages, targets) = (self.workspace.layout, &self.pages, &self.targets);
-        let tables = &self.tables;
-        self.workspace.write(|words| {
-            for (i, table) in words.chunks_exact_mut(layout.words).take(tables.len()).enumerate() {
+        let Self { items, places, pages, workspace, .. } = self;
+        let layout = workspace.layout;
+        workspace.write(|words| {
+            for (i, table) in words.chunks_exact_mut(layout.words).take(items.len()).enumerate() {
                 let mut put = |at: usize, list: &[u32]| {
                     table[at..][..list.len()].copy_from_slice(list);
                 };
-                put(0, &tables[i].0);
-                put(layout.items, &tables[i].1);
-                put(layout.targets, &targets[i]);
+                put(0, &items[i]);
+                put(layout.places, &places[i]);
                 put(layout.pages, &pages[i]);
             }
             pages.iter().map(Vec::len).max().unwrap_or(0)
@@ -157,21 +158,18 @@ impl Cuda {
     }
 
     /// Fills the lists of one table.
-    fn make_table(
-        &mut self,
-        cache: &Cache,
-        batch: &[(&Sequence, usize)],
-        table: usize,
-    ) -> Result<()> {
+    fn make_table(&mut self, cache: &Cache, batch: &[(&Sequence, usize)], table: usize) {
         let config = cache.config();
         let shape = &config.shape;
-        let heads_per_lane = if config.lane_width == LaneWidth::Head { 1 } else { shape.num_kv_heads };
+        let heads_per_lane =
+            if config.lane_width == LaneWidth::Head { 1 } else { shape.num_kv_heads };
         let num_lanes = shape.num_kv_heads / heads_per_lane;
         let first_lane = table * num_lanes;
         let tile = (if self.is_wide { 16 } else { 8 } / shape.group()).max(1);
-        let (pages, targets) = (&mut self.pages[table], &mut self.targets[table]);
+        let grid = self.grid_of(self.is_wide);
+        let (pages, places) = (&mut self.pages[table], &mut self.places[table]);
         pages.clear();
-        targets.clear();
+        places.clear();
         self.schedule.clear();
         let page_of =
             |block: &crate::cache::Block| (cache.page(&block.view), block.view.format() != OPEN);
@@ -197,21 +195,28 @@ impl Cuda {
             }
             token += n;
         }
-        self.schedule.cut(self.grid);
+        self.schedule.cut(grid);
         // [lane, token]
         for lane in first_lane..first_lane + num_lanes {
             for (sequence, n) in batch {
                 for (span, first, count) in Lane::tail(&sequence.lanes()[lane].spans, *n) {
                     let page = cache.page(&span.block.view);
-                    targets.extend((first..first + count).flat_map(|row| [page, row as u32]));
+                    places.extend((first..first + count).flat_map(|row| [page, row as u32]));
                 }
             }
         }
-        let (starts, items) = &mut self.tables[table];
-        starts.clone_from(&self.schedule.starts);
-        items.clear();
-        items.extend(self.schedule.items.iter().flat_map(|item| item.words()));
-        Ok(())
+        let items = &mut self.items[table];
+        items.resize(self.schedule.num_words(), 0);
+        self.schedule.write(items);
+    }
+
+    fn decode_kernel(&self, is_wide: bool) -> &Kernel {
+        self.narrow.as_ref().filter(|_| !is_wide).unwrap_or(&self.wide)
+    }
+
+    /// CTAs of a decode kernel: as many as the device holds at a time.
+    fn grid_of(&self, is_wide: bool) -> u32 {
+        self.gpu.num_sms() * self.decode_kernel(is_wide).ctas_per_sm
     }
 
     /// Queues the append of a layer. The rows of the plan are reserved.
@@ -226,35 +231,38 @@ impl Cuda {
         let expected = [self.num_tokens, shape.num_kv_heads, shape.head_dim];
         for (name, tensor) in [("key", key), ("value", value)] {
             check_shape(name, tensor.shape, expected)?;
-            tensor.check(name, self.dtype, 16)?;
+            tensor.check(name, key.dtype, 16)?;
         }
         if self.num_tokens == 0 {
             return Ok(());
         }
         let blocks = self.blocks(cache, layer);
         let params = Append {
-            key: key.address,
-            value: value.address,
-            k: blocks.k,
-            v: blocks.v,
-            targets: self.workspace.address(blocks.table, self.workspace.layout.targets),
-            key_token: key.strides[0] as i64,
-            key_head: key.strides[1] as i64,
-            value_token: value.strides[0] as i64,
-            value_head: value.strides[1] as i64,
+            k: key.address,
+            v: value.address,
+            to_k: blocks.k,
+            to_v: blocks.v,
+            places: self.workspace.address(blocks.table, self.workspace.layout.places),
+            k_token: key.strides[0] as i64,
+            k_head: key.strides[1] as i64,
+            v_token: value.strides[0] as i64,
+            v_head: value.strides[1] as i64,
             kv_block: blocks.block_stride,
             kv_head: blocks.head_stride,
             kv_token: shape.head_dim as i64,
+            place_token: 1,
+            place_head: if blocks.head_stride == 0 { self.num_tokens as i64 } else { 0 },
             num_tokens: self.num_tokens as u32,
-            num_heads: shape.num_kv_heads as u32,
+            num_kv_heads: shape.num_kv_heads as u32,
             dim: shape.head_dim as u32,
-            target_head: if blocks.head_stride == 0 { self.num_tokens as u32 } else { 0 },
         };
-        let chunks = 2 * expected.iter().product::<usize>() / 8;
+        let chunks = expected.iter().product::<usize>() / 8;
         let most = self.gpu.num_sms() as usize * 8;
         let grid = chunks.div_ceil(APPEND_THREADS).clamp(1, most);
+        let kernel = self.append.iter().find(|(dtype, _)| *dtype == key.dtype);
+        let kernel = kernel.map_or(&self.append[0].1, |(_, kernel)| kernel);
         let _entered = self.gpu.enter()?;
-        self.gpu.launch(&self.append, grid as u32, &params)
+        self.gpu.launch(kernel, grid as u32, &params)
     }
 
     /// Queues the attention of a layer.
@@ -291,8 +299,7 @@ impl Cuda {
             lse: lse.map_or(0, |lse| lse.address),
             sinks: options.sinks,
             pages: workspace.address(blocks.table, layout.pages),
-            items: workspace.address(blocks.table, layout.items),
-            starts: workspace.address(blocks.table, 0),
+            items: workspace.address(blocks.table, 0),
             partials: workspace.partials(),
             tickets: workspace.tickets(),
             k: blocks.k,
@@ -315,9 +322,8 @@ impl Cuda {
             group: shape.group() as u32,
             block_size: cache.config().block_size as u32,
         };
-        let kernel = self.narrow.as_ref().filter(|_| !self.is_wide).unwrap_or(&self.wide);
         let _entered = self.gpu.enter()?;
-        self.gpu.launch(kernel, self.grid, &params)
+        self.gpu.launch(self.decode_kernel(self.is_wide), self.grid_of(self.is_wide), &params)
     }
 
     /// Equal for two plans if a graph captured under one is right for the other.
@@ -344,7 +350,7 @@ impl Cuda {
                 LaneWidth::Head => 0,
                 LaneWidth::Sequence | LaneWidth::Layer => cell_stride as i64,
             },
-            table: if self.tables.len() == 1 { 0 } else { layer },
+            table: if self.items.len() == 1 { 0 } else { layer },
         }
     }
 }

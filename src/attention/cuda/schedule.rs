@@ -72,9 +72,9 @@ pub(super) fn segments(
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
     /// What is to be done, in the order of the CTAs.
-    pub(super) items: Vec<Item>,
+    items: Vec<Item>,
     /// CTA `i` does the items `starts[i]..starts[i + 1]`.
-    pub(super) starts: Vec<u32>,
+    starts: Vec<u32>,
     /// Partial results.
     pub(super) num_slots: u32,
     /// Heads that were cut.
@@ -156,6 +156,37 @@ impl Schedule {
         self.starts.resize(grid as usize + 1, self.items.len() as u32);
     }
 
+    /// Words of [`Self::write`].
+    pub(super) fn num_words(&self) -> usize {
+        // The first item of a CTA has a place of its own, whether there is one or not.
+        let first = self.starts.windows(2).filter(|pair| pair[0] < pair[1]).count();
+        (self.starts.len() - 1 + self.items.len() - first) * Item::WORDS
+    }
+
+    /// Writes the items as kernels read them: the first of each CTA, then the others, linked.
+    pub(super) fn write(&self, out: &mut [u32]) {
+        let grid = self.starts.len() - 1;
+        let mut next = grid;
+        for cta in 0..grid {
+            let items = &self.items[self.starts[cta] as usize..self.starts[cta + 1] as usize];
+            let mut place = cta;
+            let mut put = |place: usize, item: &Item| {
+                out[place * Item::WORDS..][..Item::WORDS].copy_from_slice(&item.words());
+            };
+            if items.is_empty() {
+                put(place, &Item::default());
+            }
+            for (i, item) in items.iter().enumerate() {
+                let is_last = i + 1 == items.len();
+                put(place, &Item { next: if is_last { 0 } else { next as u32 }, ..*item });
+                if !is_last {
+                    place = next;
+                    next += 1;
+                }
+            }
+        }
+    }
+
     /// Numbers the parts of the head whose items start at `first`.
     fn finish_head(&mut self, first: usize) {
         let items = &mut self.items[first..];
@@ -205,6 +236,24 @@ mod tests {
         assert!(most - least <= 1, "{shares:?}");
     }
 
+    /// Following the links of every CTA gives its items.
+    fn check_links(schedule: &Schedule, grid: usize) {
+        let mut words = vec![u32::MAX; schedule.num_words()];
+        schedule.write(&mut words);
+        let (queries, next) = (1, 12);
+        for cta in 0..grid {
+            let mut at = cta * Item::WORDS;
+            let items = schedule.starts[cta] as usize..schedule.starts[cta + 1] as usize;
+            assert_eq!(words[at + queries] == 0, items.is_empty());
+            for i in items.clone() {
+                assert_eq!(words[at..at + next], schedule.items[i].words()[..next]);
+                let link = words[at + next] as usize;
+                assert_eq!(link == 0, i + 1 == items.end);
+                at = link * Item::WORDS;
+            }
+        }
+    }
+
     #[test]
     fn rows_are_shared_evenly_whatever_the_lengths_are() {
         let long: Vec<u32> = (0..50).map(|i| i * i * 3 % 1777 + 1).collect();
@@ -217,8 +266,8 @@ mod tests {
                 }
                 schedule.cut(grid);
                 check(&schedule, &heads, grid);
-                let cut: Vec<_> =
-                    schedule.items.iter().filter(|item| item.num_parts > 1).collect();
+                check_links(&schedule, grid as usize);
+                let cut: Vec<_> = schedule.items.iter().filter(|item| item.num_parts > 1).collect();
                 assert_eq!(cut.len() as u32, schedule.num_slots);
                 for item in cut {
                     assert!(item.ticket < schedule.num_tickets);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table 0 .. table n-1 | tickets | partial results
-//! table = starts [grid + 1] | items | targets (page, row) | pages
+//! table = items | places (page, row) | pages
 //! ```
 //!
 //! Where things are depends on the capacities alone. So the addresses that kernels are given stay the
@@ -20,7 +20,7 @@ pub(super) struct Capacity {
     /// Items of a table.
     pub(super) items: usize,
     /// Rows that are appended, over all heads that have a list of their own.
-    pub(super) targets: usize,
+    pub(super) places: usize,
     /// Blocks of a table.
     pub(super) pages: usize,
     /// Partial results.
@@ -32,7 +32,7 @@ pub(super) struct Capacity {
 impl Capacity {
     fn fits_in(&self, other: &Self) -> bool {
         self.items <= other.items
-            && self.targets <= other.targets
+            && self.places <= other.places
             && self.pages <= other.pages
             && self.slots <= other.slots
             && self.tickets <= other.tickets
@@ -43,7 +43,7 @@ impl Capacity {
         let grow = |a: usize, b: usize| a.max(b).max(64).next_power_of_two();
         Self {
             items: grow(self.items, other.items),
-            targets: grow(self.targets, other.targets),
+            places: grow(self.places, other.places),
             pages: grow(self.pages, other.pages),
             slots: grow(self.slots, other.slots),
             tickets: grow(self.tickets, other.tickets),
@@ -54,8 +54,7 @@ impl Capacity {
 /// Words of 32 bits from the start of a table.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Layout {
-    pub(super) items: usize,
-    pub(super) targets: usize,
+    pub(super) places: usize,
     pub(super) pages: usize,
     /// Words of a table.
     pub(super) words: usize,
@@ -66,7 +65,6 @@ pub(super) struct Layout {
 pub(super) struct Workspace {
     gpu: Arc<Gpu>,
     num_tables: usize,
-    grid: usize,
     /// Bytes of a partial result.
     slot_bytes: usize,
     capacity: Capacity,
@@ -77,10 +75,10 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
-    pub(super) fn new(gpu: &Arc<Gpu>, num_tables: usize, grid: usize, slot_bytes: usize) -> Self {
+    pub(super) fn new(gpu: &Arc<Gpu>, num_tables: usize, slot_bytes: usize) -> Self {
         let (capacity, layout) = (Capacity::default(), Layout::default());
         let gpu = gpu.clone();
-        Self { gpu, num_tables, grid, slot_bytes, capacity, layout, held: None, generation: 0 }
+        Self { gpu, num_tables, slot_bytes, capacity, layout, held: None, generation: 0 }
     }
 
     /// Makes room for what a plan needs. Waits for the device if it has to grow.
@@ -90,10 +88,9 @@ impl Workspace {
         }
         let capacity = self.capacity.grown(needed);
         let align = |words: usize| words.next_multiple_of(4);
-        let items = align(self.grid + 1);
-        let targets = items + align(capacity.items * Item::WORDS);
-        let pages = targets + align(capacity.targets * 2);
-        let layout = Layout { items, targets, pages, words: pages + align(capacity.pages) };
+        let places = capacity.items * Item::WORDS;
+        let pages = places + align(capacity.places * 2);
+        let layout = Layout { places, pages, words: pages + align(capacity.pages) };
         let table_bytes = layout.words * 4 * self.num_tables;
         let tickets = (capacity.tickets * 4).next_multiple_of(16);
         let bytes = table_bytes + tickets + capacity.slots * self.slot_bytes;

@@ -95,7 +95,8 @@ impl Gpu {
         let open = || {
             for function in FUNCTIONS {
                 // SAFETY: the library was found by the probe; the symbol is only looked up.
-                let found = unsafe { sys::culib().get::<unsafe extern "C" fn()>(function.as_bytes()) };
+                let found =
+                    unsafe { sys::culib().get::<unsafe extern "C" fn()>(function.as_bytes()) };
                 ensure!(found.is_ok(), NoDevice, "the libcuda.so that was found lacks {function}");
             }
             Self::open_known(id as i32)
@@ -132,8 +133,7 @@ impl Gpu {
             && current == device;
         if !is_ours {
             // SAFETY: writes one handle, which is given back when `gpu` is dropped.
-            let result =
-                unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut gpu.context, device) };
+            let result = unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut gpu.context, device) };
             check("cuDevicePrimaryCtxRetain", result)?;
             gpu.is_primary = true;
         }
@@ -308,10 +308,8 @@ pub(super) fn check(function: &str, result: CUresult) -> Result<()> {
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
             bail!(OutOfMemory, "{function} of the CUDA driver has no memory left")
         }
-        other => bail!(
-            Device,
-            "{function} of the CUDA driver answered {}: {other:?}",
-            other as u32
-        ),
+        other => {
+            bail!(Device, "{function} of the CUDA driver answered {}: {other:?}", other as u32)
+        }
     }
 }

@@ -171,9 +171,8 @@ impl Staging {
             let address = target.at(*offset, words * 4);
             let source = buffer.address.wrapping_byte_add(first * 4);
             // SAFETY: both ranges were checked; the buffer is not written before the event is done.
-            let result = unsafe {
-                sys::cuMemcpyHtoDAsync_v2(address, source, words * 4, self.gpu.stream())
-            };
+            let result =
+                unsafe { sys::cuMemcpyHtoDAsync_v2(address, source, words * 4, self.gpu.stream()) };
             check("cuMemcpyHtoDAsync", result)?;
         }
         // SAFETY: our own event, the engine's stream.

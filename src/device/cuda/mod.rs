@@ -17,8 +17,8 @@ use std::panic::catch_unwind;
 
 use cudarc::driver::sys::{self, CUresult};
 
-pub use images::has_kernels;
 pub use gpu::{Entered, Gpu, Kernel};
+pub use images::has_kernels;
 pub use memory::{DeviceMemory, Staging};
 pub use tensor::DeviceTensor;
 

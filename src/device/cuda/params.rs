@@ -35,6 +35,10 @@ pub struct Item {
     pub num_parts: u32,
     /// The counter of its parts.
     pub ticket: u32,
+    /// Index of the CTA's next item, 0 after its last.
+    pub next: u32,
+    /// Reserved, 0.
+    pub unused: [u32; 3],
 }
 
 impl Item {
@@ -44,10 +48,10 @@ impl Item {
     /// As the kernels read it.
     pub fn words(&self) -> [u32; Self::WORDS] {
         let Self { token, num_queries, kv_head, first_page, len, begin, end, .. } = *self;
-        let Self { sealed_end, slot, part, num_parts, ticket, .. } = *self;
+        let Self { sealed_end, slot, part, num_parts, ticket, next, unused: [x, y, z], .. } = *self;
         let words = [token, num_queries, kv_head, first_page, len, begin, end, sealed_end];
         let [a, b, c, d, e, f, g, h] = words;
-        [a, b, c, d, e, f, g, h, slot, part, num_parts, ticket]
+        [a, b, c, d, e, f, g, h, slot, part, num_parts, ticket, next, x, y, z]
     }
 }
 
@@ -62,7 +66,6 @@ pub struct Decode {
     pub sinks: u64,
     pub pages: u64,
     pub items: u64,
-    pub starts: u64,
     pub partials: u64,
     pub tickets: u64,
     pub k: u64,
@@ -94,27 +97,28 @@ unsafe impl Params for Decode {}
 #[derive(Debug, Clone, Copy)]
 #[expect(missing_docs, reason = "kernels/append.cu describes them")]
 pub struct Append {
-    pub key: u64,
-    pub value: u64,
     pub k: u64,
     pub v: u64,
-    pub targets: u64,
-    pub key_token: i64,
-    pub key_head: i64,
-    pub value_token: i64,
-    pub value_head: i64,
+    pub to_k: u64,
+    pub to_v: u64,
+    pub places: u64,
+    pub k_token: i64,
+    pub k_head: i64,
+    pub v_token: i64,
+    pub v_head: i64,
     pub kv_block: i64,
     pub kv_head: i64,
     pub kv_token: i64,
+    pub place_token: i64,
+    pub place_head: i64,
     pub num_tokens: u32,
-    pub num_heads: u32,
+    pub num_kv_heads: u32,
     pub dim: u32,
-    pub target_head: u32,
 }
 
 // SAFETY: the fields of KvmAppend in kernels/append.cu.
 unsafe impl Params for Append {}
 
 // The compiler of the kernels pads structs to their alignment as repr(C) does.
-const _: () = assert!(size_of::<Decode>() == 23 * 8 + 5 * 4 + 4);
-const _: () = assert!(size_of::<Append>() == 12 * 8 + 4 * 4);
+const _: () = assert!(size_of::<Decode>() == 22 * 8 + 5 * 4 + 4);
+const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);

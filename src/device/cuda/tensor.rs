@@ -22,7 +22,7 @@ impl DeviceTensor {
         ensure!(
             self.dtype == dtype,
             Unsupported,
-            "{name}.dtype is {}, must be {}, the element type of the CUDA cache",
+            "{name}.dtype is {}, must be {} for this cache on a CUDA device",
             self.dtype.name(),
             dtype.name()
         );
