@@ -4,7 +4,7 @@
 #include "kvm_types.cuh"
 
 /// What one set of rows gave. Strides are in elements; rows of O are aligned to 16 bytes.
-struct KvmPart {
+struct KvmMergePart {
     const void* o;    // [token, head, dim]; rows whose lse is -inf are not read
     const float* lse; // [token, head], natural logarithm
     i64 o_token, o_head, lse_token, lse_head;
@@ -15,7 +15,7 @@ struct KvmPart {
 /// `lse` may be null, but not be that of a part. `dim` is a multiple of 8;
 /// num_tokens * num_heads * dim / 8 is below 2^32.
 struct KvmMerge {
-    const KvmPart* parts;
+    const KvmMergePart* parts;
     void* o;
     float* lse;
     i64 o_token, o_head, lse_token, lse_head;
@@ -30,7 +30,7 @@ KVM_KERNEL(256, 2, kvm_merge_parts, KvmMerge) {
         i64 token = row / p.num_heads, head = row % p.num_heads;
         float max = -kvm_infinity(), sum = 0, o[8] = {};
         for (u32 j = 0; j < p.num_parts; j++) {
-            const KvmPart& part = p.parts[j];
+            const KvmMergePart& part = p.parts[j];
             float lse = part.lse[token * part.lse_token + head * part.lse_head];
             if (lse == -kvm_infinity()) continue;
             float rise = lse > max ? lse : max, x[8];

@@ -203,7 +203,7 @@ fn moved_rows_follow_the_list() {
     }
 }
 
-/// `KvmPart` of the kernels.
+/// `KvmMergePart` of the kernels.
 #[repr(C)]
 struct Part {
     o: *const u8,

@@ -1,4 +1,4 @@
-//! Kernels that choose blocks, on the CPU against the obvious way. What a kernel must not read is NaN.
+//! Kernels that choose blocks and observe queries, on the CPU against the obvious way. What a kernel must not read is NaN.
 
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 #![expect(unsafe_code, reason = "calls kernels as a driver does")]
@@ -255,4 +255,268 @@ fn lists_are_those_of_a_sort() {
     params.num_items = 20;
     kernels.launch("kvm_topk", &params, grid).unwrap();
     assert!(blocks == before);
+}
+
+/// `KvmSeen` of the kernels; an item is token, queries, head, first page, len, begin, end, sum, and
+/// from one query head to the next.
+#[repr(C)]
+struct Seen {
+    q: *const u16,
+    lse: *const f32,
+    pages: *const u32,
+    k: *const u16,
+    sums: *mut f32,
+    items: *const [u32; 9],
+    /// Token, head of Q; token of LSE; block, head, row of K.
+    strides: [i64; 6],
+    scale: f32,
+    softcap: f32,
+    window: u32,
+    num_items: u32,
+    group: u32,
+    block_size: u32,
+}
+
+/// Queries of some heads over paged keys of ragged lengths.
+struct World {
+    half: Half,
+    dim: usize,
+    group: usize,
+    block: usize,
+    window: usize,
+    softcap: f64,
+    q: Vec<u16>,
+    keys: Vec<u16>,
+    pages: Vec<u32>,
+    lse: Vec<f32>,
+    /// First query, queries, head, first page, length.
+    heads: Vec<[usize; 5]>,
+    strides: [i64; 6],
+}
+
+const KV_HEADS: usize = 2;
+
+impl World {
+    fn new(random: &mut Random, case: usize) -> Self {
+        let half = [Half::F16, Half::Bf16][case % 2];
+        let (dim, group) = ([64, 128, 256][case % 3], [1, 4, 5, 7, 8][case % 5]);
+        let block = [16, 32, 64][case / 2 % 3];
+        let (mut heads, mut pages, mut token) = (Vec::new(), Vec::new(), 0);
+        for (len, queries) in [(1, 1), (15, 3), (16, 8), (17, 17), (200, 9), (135, 40)] {
+            for head in 0..KV_HEADS {
+                heads.push([token, queries, head, pages.len(), len + head]);
+                pages.resize(pages.len() + (len + head).div_ceil(block), 0);
+            }
+            token += queries;
+        }
+        let mut free: Vec<u32> = (0..pages.len() as u32 + 2).collect();
+        pages.fill_with(|| free.swap_remove(random.below(free.len())));
+        let q_heads = KV_HEADS * group;
+        let row = dim + 8;
+        let strides =
+            [q_heads * row, row, q_heads + 1, KV_HEADS * block * row, row, KV_HEADS * row];
+        let mut q = random.normals(token * strides[0]);
+        q.iter_mut().for_each(|x| *x *= 1.5);
+        let mut world = Self {
+            half,
+            dim,
+            group,
+            block,
+            window: [0, 0, 10][case % 3],
+            softcap: [0.0, 2.0][case / 3 % 2],
+            q: q.into_iter().map(|x| half.bits(x)).collect(),
+            keys: vec![NAN; (pages.len() + 2) * strides[3]],
+            pages,
+            lse: vec![f32::NAN; token * strides[2]],
+            heads,
+            strides: strides.map(|x| x as i64),
+        };
+        for head in world.heads.clone() {
+            for t in 0..head[4] {
+                let at = world.key_at(head, t);
+                world.keys[at..at + dim].fill_with(|| half.bits(random.normal()));
+            }
+            for (query, g) in (0..head[1]).flat_map(|query| (0..group).map(move |g| (query, g))) {
+                let sum: f64 = world.logits(head, query, g).iter().map(|x| x.exp()).sum();
+                let at = (head[0] + query) * strides[2] + head[2] * group + g;
+                world.lse[at] = sum.ln() as f32;
+            }
+        }
+        world
+    }
+
+    fn key_at(&self, head: [usize; 5], t: usize) -> usize {
+        let page = self.pages[head[3] + t / self.block] as usize;
+        let [_, _, _, block, by_head, row] = self.strides.map(|x| x as usize);
+        page * block + head[2] * by_head + t % self.block * row
+    }
+
+    /// Logits of all rows of a head, -inf where the query sees none.
+    fn logits(&self, head: [usize; 5], query: usize, g: usize) -> Vec<f64> {
+        let at = (head[0] + query) * self.strides[0] as usize
+            + (head[2] * self.group + g) * self.strides[1] as usize;
+        let end = (head[4] + query + 1).saturating_sub(head[1]);
+        let begin = if self.window > 0 { end.saturating_sub(self.window) } else { 0 };
+        let logit = |t: usize| {
+            if t < begin || t >= end {
+                return f64::NEG_INFINITY;
+            }
+            let key = &self.keys[self.key_at(head, t)..][..self.dim];
+            let products = self.q[at..at + self.dim].iter().zip(key);
+            let dot: f64 = products.map(|(a, b)| self.half.value(*a) * self.half.value(*b)).sum();
+            let x = dot / (self.dim as f64).sqrt();
+            if self.softcap > 0.0 { self.softcap * (x / self.softcap).tanh() } else { x }
+        };
+        (0..head[4]).map(logit).collect()
+    }
+
+    /// What all queries of a query head give each row.
+    fn received(&self, head: [usize; 5], g: usize) -> Vec<f64> {
+        let mut sums = vec![0.0; head[4]];
+        for query in 0..head[1] {
+            let lse =
+                self.lse[(head[0] + query) * self.strides[2] as usize + head[2] * self.group + g];
+            let logits = self.logits(head, query, g);
+            sums.iter_mut().zip(logits).for_each(|(sum, x)| *sum += (x - f64::from(lse)).exp());
+        }
+        sums
+    }
+
+    /// Runs `kvm_<name>` over `rows` of each head, in two parts, into sums `sum_head` apart.
+    fn run(&self, kernels: Kernels, name: &str, sum_head: usize, sums: &mut [f32], seed: u32) {
+        let mut items = Vec::new();
+        for (i, [token, queries, head, first_page, len]) in self.heads.iter().copied().enumerate() {
+            let cut = len / 2 / 16 * 16;
+            let sum = i * self.group * sum_head;
+            for (begin, end) in [(0, cut), (cut, len)].into_iter().filter(|(a, b)| a < b) {
+                let item = [token, queries, head, first_page, len, begin, end, sum, sum_head];
+                items.push(item.map(|x| x as u32));
+            }
+        }
+        let params = Seen {
+            q: self.q.as_ptr(),
+            lse: self.lse.as_ptr(),
+            pages: self.pages.as_ptr(),
+            k: self.keys.as_ptr(),
+            sums: sums.as_mut_ptr(),
+            items: items.as_ptr(),
+            strides: self.strides,
+            scale: 1.0 / (self.dim as f32).sqrt(),
+            softcap: self.softcap as f32,
+            window: self.window as u32,
+            num_items: items.len() as u32,
+            group: self.group as u32,
+            block_size: self.block as u32,
+        };
+        let name = format!("kvm_{name}_{}_d{}", self.half.name(), self.dim);
+        let smem = if self.dim == 256 { 384 } else { 512 } * self.dim + 1536;
+        kernels.launch(&name, &params, Grid { ctas: 5, threads: 128, smem, seed }).unwrap();
+    }
+}
+
+#[test]
+fn what_rows_receive_is_exp_of_logit_less_lse() {
+    let Some(kernels) = Kernels::build("obs.cu") else { return };
+    let mut random = Random(4);
+    for case in 0..6 {
+        let world = World::new(&mut random, case);
+        let sum_head = 202;
+        let len = world.heads.len() * world.group * sum_head;
+        let mut window = vec![f32::NAN; len];
+        world.run(kernels, "window", sum_head, &mut window, case as u32);
+        let mut received = vec![0.0f32; len];
+        for seed in 0..2 {
+            world.run(kernels, "received", sum_head, &mut received, seed);
+        }
+        for (i, head) in world.heads.iter().enumerate() {
+            let first = i * world.group * sum_head;
+            let mut total = vec![0.0; head[4]];
+            for g in 0..world.group {
+                let expected = world.received(*head, g);
+                for (t, expected) in expected.iter().enumerate() {
+                    let found = f64::from(window[first + g * sum_head + t]);
+                    let error = (found - expected).abs();
+                    assert!(
+                        error < 1e-4 * expected.max(1e-3),
+                        "{case} {i} {t}: {found} {expected}"
+                    );
+                    total[t] += 2.0 * expected;
+                }
+                let after = window[first + g * sum_head + head[4]];
+                assert!(after.is_nan(), "{case}: writes behind the last row");
+            }
+            for (t, expected) in total.iter().enumerate() {
+                let found = f64::from(received[first + t]);
+                let error = (found - expected).abs();
+                assert!(error < 1e-4 * expected.max(1e-3), "{case} {i} {t}: {found} {expected}");
+            }
+            assert_eq!(received[first + head[4]], 0.0);
+        }
+    }
+}
+
+/// `KvmWindowPool` of the kernels; an item is sum, from head to head, queries, old, begin, end, score.
+#[repr(C)]
+struct WindowPool {
+    sums: *const f32,
+    scores: *mut f32,
+    items: *const [u32; 7],
+    num_items: u32,
+    group: u32,
+    kernel: u32,
+    max_pool: u32,
+    max_agg: u32,
+}
+
+#[test]
+fn pooled_scores_are_those_of_snapkv() {
+    let Some(kernels) = Kernels::build("obs.cu") else { return };
+    let mut random = Random(5);
+    for case in 0..8 {
+        let (max_pool, max_agg) = (case % 2 == 1, case / 2 % 2 == 1);
+        let (group, kernel, queries) = (random.within(1, 8), [1, 5, 7, 255][case / 2], 1 + case);
+        let (sum_head, lens) = (400, [1usize, 2, 15, 16, 17, 300]);
+        let sums: Vec<f32> =
+            random.normals(lens.len() * group * sum_head).iter().map(|x| x.abs()).collect();
+        let mut scores = vec![f32::NAN; lens.len() * sum_head];
+        let mut items = Vec::new();
+        for (i, old) in lens.iter().copied().enumerate() {
+            for (begin, end) in [(0, old / 3), (old / 3, old)] {
+                let item = [i * group * sum_head, sum_head, queries, old, begin, end, i * sum_head];
+                items.push(item.map(|x| x as u32));
+            }
+        }
+        let params = WindowPool {
+            sums: sums.as_ptr(),
+            scores: scores.as_mut_ptr(),
+            items: items.as_ptr(),
+            num_items: items.len() as u32,
+            group: group as u32,
+            kernel: kernel as u32,
+            max_pool: max_pool.into(),
+            max_agg: max_agg.into(),
+        };
+        let grid = Grid { ctas: 3, threads: 256, smem: 0, seed: case as u32 };
+        kernels.launch("kvm_window_pool", &params, grid).unwrap();
+        for (i, old) in lens.iter().copied().enumerate() {
+            for row in 0..old {
+                let near = row.saturating_sub(kernel / 2)..(row + kernel / 2 + 1).min(old);
+                let pooled = (0..group).map(|g| {
+                    let sums = &sums[(i * group + g) * sum_head..];
+                    let means = near.clone().map(|j| f64::from(sums[j]) / queries as f64);
+                    match max_pool {
+                        true => means.fold(f64::NEG_INFINITY, f64::max),
+                        false => means.sum::<f64>() / kernel as f64,
+                    }
+                });
+                let expected = match max_agg {
+                    true => pooled.fold(f64::NEG_INFINITY, f64::max),
+                    false => pooled.sum::<f64>() / group as f64,
+                };
+                let found = f64::from(scores[i * sum_head + row]);
+                assert!((found - expected).abs() < 1e-5 * expected, "{case}: {found} {expected}");
+            }
+            assert!(scores[i * sum_head + old].is_nan());
+        }
+    }
 }
