@@ -67,7 +67,7 @@ fn live(setup: Setup, seed: u64, steps: usize) {
             _ => {}
         }
     }
-    println!("{setup:?}: errors {:?}", twin.worst);
+    eprintln!("{setup:?}: errors {:?}", twin.worst);
 }
 
 #[test]
@@ -220,28 +220,61 @@ fn what_a_device_cannot_do_is_said() {
         ];
         for (tensor, text) in bad {
             // SAFETY: live handles; bad tensors are refused unread.
-            let status =
-                unsafe { kvmgr_attention_append(twin.device.attention, 0, &tensor, &good, 0, 1) };
+            let status = unsafe {
+                kvmgr_attention_append(
+                    twin.device.attention,
+                    0,
+                    &raw const tensor,
+                    &raw const good,
+                    0,
+                    1,
+                )
+            };
             assert!(status != KVMGR_OK && message().contains(text), "{text}: {}", message());
         }
         // SAFETY: live handles; the tensor is refused unread.
-        let status = unsafe { kvmgr_attention_append(twin.host.attention, 0, &good, &good, 0, 1) };
+        let status = unsafe {
+            kvmgr_attention_append(twin.host.attention, 0, &raw const good, &raw const good, 0, 1)
+        };
         assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
         // SAFETY: live handles and tensors of the right size.
         unsafe {
-            ok(kvmgr_attention_append(twin.device.attention, 0, &good, &good, 1, 2));
+            ok(kvmgr_attention_append(
+                twin.device.attention,
+                0,
+                &raw const good,
+                &raw const good,
+                1,
+                2,
+            ));
             let run = |options: &kvmgr_attention_options| {
                 let (q, o) =
                     (PLAIN.tensor(moved(8192), 2, 8, true), PLAIN.tensor(moved(0), 2, 8, true));
-                kvmgr_attention_run(twin.device.attention, 0, &q, &o, ptr::null(), options, 0, 1)
+                kvmgr_attention_run(
+                    twin.device.attention,
+                    0,
+                    &raw const q,
+                    &raw const o,
+                    ptr::null(),
+                    options,
+                    0,
+                    1,
+                )
             };
             let mut options = twin.options(0, ptr::null_mut());
             assert_eq!(run(&options), KVMGR_INVALID_STATE, "only worker 0 appends");
-            ok(kvmgr_attention_append(twin.device.attention, 0, &good, &good, 0, 2));
+            ok(kvmgr_attention_append(
+                twin.device.attention,
+                0,
+                &raw const good,
+                &raw const good,
+                0,
+                2,
+            ));
             ok(run(&options));
             options.alibi_slopes = moved(0).cast();
             assert_eq!(run(&options), KVMGR_UNSUPPORTED, "{}", message());
-            let status = kvmgr_sequence_append(pair.device, 1, &good, &good);
+            let status = kvmgr_sequence_append(pair.device, 1, &raw const good, &raw const good);
             assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
             let starts = [0u32; 3];
             let status = kvmgr_attention_select(

@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 use std::ffi::CString;
 use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::error::{Result, bail};
@@ -25,7 +26,8 @@ pub fn has_kernels() -> bool {
 
 /// PTX text with the kernel `name` and no other.
 pub(super) fn find(name: &str) -> Result<CString> {
-    let from_folder = std::env::var_os(FOLDER).map(read_folder).transpose()?.unwrap_or_default();
+    let from_folder = std::env::var_os(FOLDER).map(PathBuf::from);
+    let from_folder = from_folder.as_deref().map(read_folder).transpose()?.unwrap_or_default();
     let sources = from_folder.iter().map(|text| Cow::Borrowed(text.as_str()));
     let embedded = embedded().iter().map(|text| Cow::Borrowed(text.as_str()));
     for text in sources.chain(embedded) {
@@ -50,10 +52,10 @@ fn embedded() -> &'static [String] {
     })
 }
 
-fn read_folder(folder: std::ffi::OsString) -> Result<Vec<String>> {
+fn read_folder(folder: &Path) -> Result<Vec<String>> {
     let read = || -> std::io::Result<Vec<String>> {
         let mut texts = Vec::new();
-        for entry in std::fs::read_dir(&folder)? {
+        for entry in std::fs::read_dir(folder)? {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "ptx") {
                 texts.push(std::fs::read_to_string(path)?);
