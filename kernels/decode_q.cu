@@ -72,7 +72,9 @@ template <int NT> struct KvmSealedState {
 template <class F, int D, int WARPS> struct KvmSealedRing {
     using Chunk = KvmChunk<F, D>;
     static constexpr u32 STEP = WARPS * F::TOKENS;
-    static constexpr int BYTES = Chunk::K + Chunk::V;
+    /// Places are filled 512 bytes at a time; what is more than a chunk is not copied.
+    static constexpr int V_PLACE = (Chunk::K + 511) / 512 * 512;
+    static constexpr int BYTES = V_PLACE + (Chunk::V + 511) / 512 * 512;
     unsigned char* places;
 
     KVM_DEVICE KvmSealedRing(unsigned char* smem) : places(smem + kvm_tid() / 32 * 2 * BYTES) {}
@@ -86,16 +88,17 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
         i64 at = p.pages[it.first_page + row / 64] * p.sealed_block + it.kv_head * p.sealed_head;
         u32 chunk = row % 64 / F::TOKENS;
         copy<Chunk::K>(places + place * BYTES, p.sealed_k + at + chunk * Chunk::K);
-        copy<Chunk::V>(places + place * BYTES + Chunk::K, p.sealed_v + at + chunk * Chunk::V);
+        copy<Chunk::V>(places + place * BYTES + V_PLACE, p.sealed_v + at + chunk * Chunk::V);
     }
 
     template <int N> KVM_DEVICE static void copy(unsigned char* to, const unsigned char* from) {
         u64 policy = kvm_read_once();
         u32 lane = kvm_tid() % 32;
 #pragma unroll
-        for (int i = 0; i < N; i += 512)
-            if (i + 512 <= N || i + lane * 16 < N)
-                kvm_cp_async16(to + i + lane * 16, from + i + lane * 16, true, policy);
+        for (int i = 0; i < N; i += 512) {
+            u32 at = i + lane * 16;
+            kvm_cp_async16(to + at, from + (at < N ? at : 0), at < N, policy);
+        }
     }
 };
 
@@ -226,7 +229,7 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, float (&x)[F::TOKENS / 
         // From here on the largest scale is 64 to 128. Smaller ones later lose nothing that counts.
         u32 e = kvm_bits(top) >> 23;
         float unit = kvm_float((e > 240 ? 20 : e < 20 ? 240 : 260 - e) << 23);
-        factor = sealed.unit == 0 ? 1 : unit / sealed.unit;
+        factor = sealed.unit == 0 ? 1 : unit * kvm_rcp(sealed.unit);
         sealed.unit = unit;
     }
     u32 pb[TILES][NT][2];
@@ -288,11 +291,11 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const Kvm
         const unsigned char* chunk = ring.places + place * Ring::BYTES;
         kvm_chunk_logits<F>(q, chunk, x);
         kvm_chunk_softmax<F>(p, sight, row, x, st, alpha);
-        kvm_chunk_values<F>(chunk + Ring::Chunk::K, x, alpha, st, sealed);
+        kvm_chunk_values<F>(chunk + Ring::V_PLACE, x, alpha, st, sealed);
         kvm_syncwarp(); // all lanes have left the place that is filled next
     }
     kvm_cp_wait<0>();
-    float inverse = sealed.unit > 0 ? 1 / sealed.unit : 0;
+    float inverse = sealed.unit > 0 ? kvm_rcp(sealed.unit) : 0;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -309,7 +312,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const Kvm
 
 /// The larger of the places for sealed chunks and for open tiles.
 template <class F, int D, int WARPS> KVM_DEVICE constexpr int kvm_quant_bytes() {
-    constexpr int SEALED = WARPS * 2 * (KvmChunk<F, D>::K + KvmChunk<F, D>::V);
+    constexpr int SEALED = WARPS * 2 * KvmSealedRing<F, D, WARPS>::BYTES;
     constexpr int OPEN = kvm_ring_bytes(D, 2, WARPS);
     return SEALED > OPEN ? SEALED : OPEN;
 }

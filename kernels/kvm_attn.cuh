@@ -131,7 +131,10 @@ KVM_DEVICE void kvm_share_q(const KvmDecode& p, const KvmItem& it, KvmSharedQ<NT
 /// A logit in units of log2; -inf if the row is hidden.
 KVM_DEVICE float kvm_logit(const KvmDecode& p, float dot, bool is_seen) {
     float x = dot * p.scale;
-    if (p.softcap > 0) x = p.softcap * (1 - 2 / (1 + kvm_exp2(2 * KVM_LOG2E * x / p.softcap)));
+    if (p.softcap > 0) {
+        float y = kvm_exp2(2 * KVM_LOG2E * x * kvm_rcp(p.softcap));
+        x = p.softcap * (1 - 2 * kvm_rcp(1 + y));
+    }
     return is_seen ? x * KVM_LOG2E : -KVM_INF;
 }
 
@@ -295,7 +298,7 @@ KVM_DEVICE void kvm_finish(const KvmDecode& p, const KvmItem& it, u32 column, u3
         float none[4] = {};
         r.add(p.sinks[q_head] * KVM_LOG2E, 1, none);
     }
-    float inverse = r.sum > 0 ? 1 / r.sum : 0;
+    float inverse = r.sum > 0 ? kvm_rcp(r.sum) : 0;
     u32* o = (u32*)(p.o + kvm_column(p, it, column, p.o_token, p.o_head) + d);
     o[0] = kvm_pack<BF16>(r.o[0] * inverse, r.o[1] * inverse);
     o[1] = kvm_pack<BF16>(r.o[2] * inverse, r.o[3] * inverse);

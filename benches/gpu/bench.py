@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import layout
 from driver import Decode, Driver, image_of, smem_of, warps_of
 from plan import plan
 
@@ -124,6 +125,48 @@ class Ours:
                            self.is_dependent)
 
 
+class Quantized:
+    """The same over sealed blocks, which repeat a few random ones: their content costs no time."""
+
+    def __init__(self, driver, module, point, name):
+        group, heads = point.q_heads // point.kv_heads, point.kv_heads
+        columns = 16 if group > 8 else 8
+        self.driver, self.smem = driver, layout.smem_of(name, D, columns)
+        self.function = driver.function(module, f"kvm_decode_{name}_bf16_d{D}_g{columns}", self.smem)
+        self.grid = driver.num_sms() * driver.occupancy(self.function, 128, self.smem)
+        unit = 4 * layout.FORMATS[name][1]
+        items, slots = plan([point.length] * point.batch, heads, group, self.grid, 64, unit, 64)
+        self.items = torch.from_numpy(items.view(np.int32)).cuda()
+        self.partials = torch.empty(slots * columns * (D + 4), device="cuda")
+        self.tickets = torch.zeros(point.batch * heads, dtype=torch.int32, device="cuda")
+        blocks = point.length // 64
+        rows = point.batch * max(point.buffers, 3)  # smaller than dense ones: more of them
+        random = np.random.default_rng(0)
+        cell = lambda: np.concatenate([layout.side(name, random.standard_normal((64, D)), is_key)[0]
+                                       for is_key in (True, False)])
+        some = torch.from_numpy(np.stack([np.concatenate([cell() for _ in range(heads)])
+                                          for _ in range(4)])).cuda()
+        self.pool = some.repeat(rows * blocks // 4 + 1, 1)
+        self.pages = torch.randperm(rows * blocks, device="cuda").to(torch.int32)
+        self.bytes = point.batch * blocks * some.shape[1]
+        k_bytes, v_bytes = (layout.side_bytes(name, D, is_key) for is_key in (True, False))
+        self.params = []
+        for i in range(rows // point.batch):
+            q, o = point.part(point.q, i), point.part(point.out, i)
+            self.params.append(Decode(
+                q=q.data_ptr(), o=o.data_ptr(), pages=self.pages[i * point.batch * blocks:].data_ptr(),
+                items=self.items.data_ptr(), partials=self.partials.data_ptr(),
+                tickets=self.tickets.data_ptr(), sealed_k=self.pool.data_ptr(),
+                sealed_v=self.pool.data_ptr() + k_bytes, q_token=point.q_heads * D, q_head=D,
+                o_token=point.q_heads * D, o_head=D, sealed_block=some.shape[1],
+                sealed_head=k_bytes + v_bytes, scale=1 / math.sqrt(D), group=group, block_size=64))
+
+    def __call__(self, i):
+        stream = torch.cuda.current_stream().cuda_stream
+        params = self.params[i % len(self.params)]
+        self.driver.launch(self.function, self.grid, 128, self.smem, stream, params, True)
+
+
 def sdpa(point, backend):
     def call(i):
         q, k, v = (point.part(tensor, i) for tensor in (point.q, point.k, point.v))
@@ -136,7 +179,7 @@ def relative_error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def measure(driver, variants, batch, length, heads, baselines):
+def measure(driver, variants, formats, batch, length, heads, baselines):
     point = Point(batch, length, *heads)
     count = max(20, point.buffers) if point.bytes < 1 << 30 else 10
     row = {"B": batch, "S": length, "heads": "%d/%d" % heads, "KV MB": point.bytes / 1e6}
@@ -156,6 +199,14 @@ def measure(driver, variants, batch, length, heads, baselines):
         if expected is not None:
             row[name + " error"] = relative_error(point.part(point.out, 0), expected)
         row[name] = time_graph(ours, count)
+    for name in formats:
+        ours = Quantized(driver, formats[name], point, name)
+        point.out.fill_(float("nan"))
+        row[name] = time_graph(ours, max(count, len(ours.params)))
+        row[name + " MB"] = ours.bytes / 1e6
+        assert point.part(point.out, 0).isfinite().all(), f"{name} left something out"
+        del ours
+        torch.cuda.empty_cache()
     return row
 
 
@@ -165,6 +216,7 @@ def main():
     parser.add_argument("--cubins", default="", help="folder of cubins; default: the committed PTX")
     parser.add_argument("--variants", action="store_true", help="time what the library would not choose")
     parser.add_argument("--points", default="", help="BxS,..; default: the whole grid")
+    parser.add_argument("--formats", default=",".join(layout.FORMATS), help="of sealed blocks")
     parser.add_argument("--json", default="")
     parser.add_argument("--heads", type=int, default=3, help="how many of the head counts")
     parser.add_argument("--limit", type=float, default=9e9, help="largest KV in bytes")
@@ -177,6 +229,10 @@ def main():
     if arguments.variants:
         variants |= {"narrow": (module, {"is_wide": False}), "wide": (module, {"is_wide": True}),
                      "alone": (module, {"is_dependent": False})}
+    formats = {}
+    if arguments.formats:
+        quantized = driver.load(image_of(arguments.cubins, "decode_q"))
+        formats = {name: quantized for name in arguments.formats.split(",")}
     copy = copy_bandwidth()
     print(torch.cuda.get_device_name(), "driver", torch.version.cuda, f"copy {copy:.2f} TB/s")
     baselines = [("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)]
@@ -188,7 +244,7 @@ def main():
                     continue
                 if batch * length * heads[1] * D * 4 > arguments.limit:
                     continue
-                row = measure(driver, variants, batch, length, heads, baselines)
+                row = measure(driver, variants, formats, batch, length, heads, baselines)
                 row["copy"] = copy
                 rows.append(row)
                 best = min((row[name] for name, _ in baselines if name in row), default=float("nan"))
@@ -198,6 +254,9 @@ def main():
                     share = row["KV MB"] / row[name] / copy
                     text += (f" | {name} {row[name]:8.1f} us {share:4.0%} of copy, {best / row[name]:.2f}x"
                              f" err {row.get(name + ' error', float('nan')):.0e}")
+                for name in formats:
+                    share = row[name + " MB"] / row[name] / copy
+                    text += f" | {name} {row[name]:.1f} us {share:.0%} {row['ours'] / row[name]:.2f}x"
                 print(text, flush=True)
                 torch.cuda.empty_cache()
     if arguments.json:

@@ -94,5 +94,5 @@ def side_bytes(name, dim, is_key):
 def smem_of(name, dim, columns):
     """kvm_quant_bytes + kvm_meet_bytes of kernels/decode_q.cu."""
     chunk = FORMATS[name][1]
-    both = (side_bytes(name, dim, True) + side_bytes(name, dim, False)) * chunk // 64
+    both = sum(-(-side_bytes(name, dim, is_key) * chunk // 64 // 512) * 512 for is_key in (True, False))
     return max(4 * 2 * both, 4 * 2 * 64 * dim) + 4 * columns * 68 * 4

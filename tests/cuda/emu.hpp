@@ -327,6 +327,7 @@ template <bool BF16> inline u32 kvm_pack(float low, float high) {
 }
 inline float kvm_infinity() { return INFINITY; }
 inline float kvm_exp2(float x) { return std::exp2(x); }
+inline float kvm_rcp(float x) { return 1 / x; }
 inline float kvm_log2(float x) { return std::log2(x); }
 inline u32 kvm_prmt(u32 low, u32 high, u32 which) {
     u64 bytes = low | (u64)high << 32;
