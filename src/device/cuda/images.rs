@@ -4,7 +4,6 @@
 //! A file holds many kernels, and compiling all of them would take seconds. Only the one that is
 //! wanted is handed to the driver.
 
-use std::borrow::Cow;
 use std::ffi::CString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -24,31 +23,33 @@ pub fn has_kernels() -> bool {
     !embedded::FILES.is_empty()
 }
 
-/// PTX text with the kernel `name` and no other.
-pub(super) fn find(name: &str) -> Result<CString> {
+/// PTX text with the kernel `name` and no other, the newest that a device of compute capability
+/// `sm / 10`.`sm % 10` can do.
+pub(super) fn find(name: &str, sm: u32) -> Result<CString> {
     let from_folder = std::env::var_os(FOLDER).map(PathBuf::from);
     let from_folder = from_folder.as_deref().map(read_folder).transpose()?.unwrap_or_default();
-    let sources = from_folder.iter().map(|text| Cow::Borrowed(text.as_str()));
-    let embedded = embedded().iter().map(|text| Cow::Borrowed(text.as_str()));
-    for text in sources.chain(embedded) {
-        if let Some(image) = only(&text, name) {
+    let fitting = embedded().iter().filter(|(oldest, _)| *oldest <= sm);
+    for text in from_folder.iter().chain(fitting.map(|(_, text)| text)) {
+        if let Some(image) = only(text, name) {
             return Ok(CString::new(image).unwrap_or_default());
         }
     }
     bail!(Unsupported, "this build has no CUDA kernel {name}")
 }
 
-/// The embedded files, unpacked.
-fn embedded() -> &'static [String] {
-    static TEXTS: OnceLock<Vec<String>> = OnceLock::new();
+/// The embedded files, unpacked, those for newer architectures first.
+fn embedded() -> &'static [(u32, String)] {
+    static TEXTS: OnceLock<Vec<(u32, String)>> = OnceLock::new();
     TEXTS.get_or_init(|| {
-        let unpack = |packed: &&[u8]| {
+        let unpack = |(oldest, packed): &(u32, &[u8])| {
             let mut text = String::new();
             // A file that does not unpack has no kernel in it, which is reported by name.
             _ = flate2::read::GzDecoder::new(*packed).read_to_string(&mut text);
-            text
+            (*oldest, text)
         };
-        embedded::FILES.iter().map(unpack).collect()
+        let mut texts: Vec<_> = embedded::FILES.iter().map(unpack).collect();
+        texts.sort_by_key(|(oldest, _)| std::cmp::Reverse(*oldest));
+        texts
     })
 }
 
@@ -110,8 +111,9 @@ mod tests {
 
     #[test]
     fn embedded_files_unpack_to_ptx() {
-        for text in embedded() {
-            assert!(text.contains(".version") && text.contains(".visible .entry kvm_"));
+        for (oldest, text) in embedded() {
+            assert!(text.contains(&format!(".target sm_{oldest}")), "sm_{oldest}");
+            assert!(text.contains(".version 8.1") && text.contains(".visible .entry kvm_"));
         }
     }
 }
