@@ -16,8 +16,8 @@ fn main() {
     list_kernels(Path::new(&root), Path::new(&out));
 }
 
-/// Writes `kernels.rs`, which embeds every `kernels/gen/*.ptx.gz` with the architecture it is for: 80,
-/// or NN of `*.sm_NN.ptx.gz`. They are committed: a build needs no CUDA.
+/// Writes `kernels.rs`, which embeds every `kernels/gen/*.ptx.gz`. They are committed: a build needs
+/// no CUDA.
 fn list_kernels(root: &Path, out: &Path) {
     let folder = root.join("kernels/gen");
     println!("cargo:rerun-if-changed={}", folder.display());
@@ -26,16 +26,9 @@ fn list_kernels(root: &Path, out: &Path) {
         .unwrap_or_default();
     files.retain(|path| path.to_string_lossy().ends_with(".ptx.gz"));
     files.sort();
-    let line = |path: &PathBuf| {
-        let name = path.to_string_lossy();
-        let sm = name.split(".sm_").nth(1).and_then(|rest| rest.split('.').next()).unwrap_or("80");
-        format!("    ({sm}, include_bytes!({path:?})),\n")
-    };
-    let list: String = files.iter().map(line).collect();
-    let text = format!(
-        "/// The oldest architecture, and PTX, gzipped.\n\
-         pub(super) static FILES: &[(u32, &[u8])] = &[\n{list}];\n"
-    );
+    let list: String =
+        files.iter().map(|path| format!("    include_bytes!({path:?}),\n")).collect();
+    let text = format!("/// PTX, gzipped.\npub(super) static FILES: &[&[u8]] = &[\n{list}];\n");
     if let Err(error) = std::fs::write(out.join("kernels.rs"), text) {
         println!("cargo:warning=kernels.rs: {error}");
     }

@@ -37,17 +37,14 @@ KVM_DEVICE u32 kvm_atomic_add(u32* p, u32 x) { return atomicAdd(p, x); }
 KVM_DEVICE u32 kvm_shfl(u32 x, u32 from) { return __shfl_sync(0xffffffffu, x, from); }
 KVM_DEVICE u32 kvm_ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 KVM_DEVICE u32 kvm_popc(u32 x) { return __popc(x); }
-/// Programmatic dependent launch, where the hardware has it: lets the next kernel start, and waits
-/// for the results of the one before.
+/// Programmatic dependent launch: lets the next kernel start, and waits for the results of the one
+/// before. PTX for older devices cannot have these instructions; whoever loads it for sm_90 or newer
+/// takes away the mark of a comment (src/device/cuda/images.rs).
 KVM_DEVICE void kvm_let_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+    asm volatile("//sm_90 griddepcontrol.launch_dependents;" ::: "memory");
 }
 KVM_DEVICE void kvm_wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    asm volatile("//sm_90 griddepcontrol.wait;" ::: "memory");
 }
 
 KVM_DEVICE float kvm_shfl_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

@@ -172,7 +172,7 @@ def main():
     torch.cuda.init()
     torch.zeros(1, device="cuda")
     driver = Driver()
-    module = driver.load(image_of(arguments.cubins, "decode_f16", driver.is_hopper()))
+    module = driver.load(image_of(arguments.cubins, "decode_f16"))
     variants = {"ours": (module, {})}
     if arguments.variants:
         variants |= {"narrow": (module, {"is_wide": False}), "wide": (module, {"is_wide": True}),

@@ -103,7 +103,7 @@ def main():
     driver = Driver()
     driver.make_context()
     random = np.random.default_rng()
-    module = driver.load(image_of(arguments.cubins, "decode_f16", driver.is_hopper()))
+    module = driver.load(image_of(arguments.cubins, "decode_f16"))
     bad = 0
     cases = [(("f16", "bf16")[g % 2], (64, 128, 256)[g % 3], g, (16, 32, 64)[g // 3 % 3], 0, 0.0, False, g % 4 == 1)
              for g in (1, 2, 4, 5, 7, 8, 16)]

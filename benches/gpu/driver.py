@@ -66,14 +66,13 @@ class Driver:
     def num_sms(self):
         return self.attribute(16)
 
-    def is_hopper(self):
-        return self.attribute(75) >= 9  # compute capability
-
     def load(self, path):
-        """A module from a cubin or PTX file, which may be compressed."""
+        """A module from a cubin or compressed PTX, as src/device/cuda/images.rs prepares it."""
         data = open(path, "rb").read()
         if path.endswith(".gz"):
             data = gzip.decompress(data)
+            if self.attribute(75) >= 9:  # compute capability
+                data = data.replace(b"//sm_90 ", b"").replace(b".target sm_80", b".target sm_90")
         module = P()
         self.call("cuModuleLoadData", ctypes.byref(module), data + b"\0")
         return module
@@ -122,11 +121,10 @@ class Driver:
         self.call("cuMemFree_v2", ctypes.c_uint64(pointer))
 
 
-def image_of(folder, family, is_hopper):
+def image_of(folder, family):
     """What to load for a family of kernels: a cubin of `folder`, else the committed PTX."""
     cubin = os.path.join(folder, family + ".cubin")
-    gen = os.path.join(os.path.dirname(__file__), "..", "..", "kernels", "gen")
-    newer = os.path.join(gen, family + ".sm_90.ptx.gz")
     if folder and os.path.exists(cubin):
         return cubin
-    return newer if is_hopper and os.path.exists(newer) else os.path.join(gen, family + ".ptx.gz")
+    gen = os.path.join(os.path.dirname(__file__), "..", "..", "kernels", "gen")
+    return os.path.join(gen, family + ".ptx.gz")

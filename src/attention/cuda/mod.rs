@@ -87,7 +87,7 @@ impl Decoders {
                 let wide = if is_wide { "_wide" } else { "" };
                 let name = format!("kvm_decode_{}_d{dim}_g{columns}{wide}", dtype.name());
                 let variant = Variant { has_16_columns: columns == 16, is_wide };
-                kernels.push((variant, gpu.kernel(&name, warps * 32, shared, true)?));
+                kernels.push((variant, gpu.kernel(&name, warps * 32, shared)?));
             }
         }
         Ok(Self { kernels, warps: narrow })
@@ -124,7 +124,7 @@ impl Cuda {
         let dtype = memory.open;
         let append = |from: DType| -> Result<(DType, Kernel)> {
             let name = format!("kvm_append_{}_{}", from.name(), dtype.name());
-            Ok((from, gpu.kernel(&name, APPEND_THREADS as u32, 0, false)?))
+            Ok((from, gpu.kernel(&name, APPEND_THREADS as u32, 0)?))
         };
         let num_tables = match config.lane_width {
             LaneWidth::Sequence => 1,

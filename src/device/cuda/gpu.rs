@@ -56,6 +56,8 @@ unsafe impl Send for Kernel {}
 // SAFETY: as above.
 unsafe impl Sync for Kernel {}
 
+const WAIT: &[u8] = b"\tgriddepcontrol.wait";
+
 /// Every function of the driver that is called after a device was opened.
 const FUNCTIONS: &[&str] = &[
     "cuCtxGetCurrent",
@@ -217,21 +219,13 @@ impl Gpu {
     }
 
     /// Loads a kernel by its name, with `shared_bytes` of dynamic shared memory. Slow the first time.
-    /// One that `starts_early` waits by itself for the results of the kernel before.
-    pub fn kernel(
-        &self,
-        name: &str,
-        threads: u32,
-        shared_bytes: u32,
-        starts_early: bool,
-    ) -> Result<Kernel> {
+    pub fn kernel(&self, name: &str, threads: u32, shared_bytes: u32) -> Result<Kernel> {
         let mut kernels = self.kernels.lock();
         if let Some((_, kernel)) = kernels.iter().find(|(known, _)| known == name) {
             return Ok(*kernel);
         }
         let _entered = self.enter()?;
-        let mut kernel = self.load(name, threads, shared_bytes)?;
-        kernel.starts_early = starts_early && self.has_early_starts;
+        let kernel = self.load(name, threads, shared_bytes)?;
         kernels.push((name.to_string(), kernel));
         Ok(kernel)
     }
@@ -261,8 +255,10 @@ impl Gpu {
             check("cuOccupancyMaxActiveBlocksPerMultiprocessor", result)?;
         }
         ensure!(ctas > 0, Unsupported, "the device has no room for a CTA of {name}");
-        let ctas_per_sm = ctas as u32;
-        Ok(Kernel { function, threads, shared_bytes, starts_early: false, ctas_per_sm })
+        // Such a kernel waits by itself for the results of the one before.
+        let waits = image.to_bytes().windows(WAIT.len()).any(|text| text == WAIT);
+        let (starts_early, ctas_per_sm) = (waits && self.has_early_starts, ctas as u32);
+        Ok(Kernel { function, threads, shared_bytes, starts_early, ctas_per_sm })
     }
 
     /// Queues `grid` CTAs of a kernel. The context is current: see [`Self::enter`]. A wrong

@@ -23,33 +23,37 @@ pub fn has_kernels() -> bool {
     !embedded::FILES.is_empty()
 }
 
-/// PTX text with the kernel `name` and no other, the newest that a device of compute capability
-/// `sm / 10`.`sm % 10` can do.
+/// PTX text with the kernel `name` and no other, for a device of compute capability `sm / 10`.`sm % 10`.
 pub(super) fn find(name: &str, sm: u32) -> Result<CString> {
     let from_folder = std::env::var_os(FOLDER).map(PathBuf::from);
     let from_folder = from_folder.as_deref().map(read_folder).transpose()?.unwrap_or_default();
-    let fitting = embedded().iter().filter(|(oldest, _)| *oldest <= sm);
-    for text in from_folder.iter().chain(fitting.map(|(_, text)| text)) {
+    for text in from_folder.iter().chain(embedded()) {
         if let Some(image) = only(text, name) {
-            return Ok(CString::new(image).unwrap_or_default());
+            return Ok(CString::new(for_device(image, sm)).unwrap_or_default());
         }
     }
     bail!(Unsupported, "this build has no CUDA kernel {name}")
 }
 
-/// The embedded files, unpacked, those for newer architectures first.
-fn embedded() -> &'static [(u32, String)] {
-    static TEXTS: OnceLock<Vec<(u32, String)>> = OnceLock::new();
+/// Instructions that older devices lack stand in comments.
+fn for_device(image: String, sm: u32) -> String {
+    match sm >= 90 {
+        true => image.replace("//sm_90 ", "").replace(".target sm_80", ".target sm_90"),
+        false => image,
+    }
+}
+
+/// The embedded files, unpacked.
+fn embedded() -> &'static [String] {
+    static TEXTS: OnceLock<Vec<String>> = OnceLock::new();
     TEXTS.get_or_init(|| {
-        let unpack = |(oldest, packed): &(u32, &[u8])| {
+        let unpack = |packed: &&[u8]| {
             let mut text = String::new();
             // A file that does not unpack has no kernel in it, which is reported by name.
             _ = flate2::read::GzDecoder::new(*packed).read_to_string(&mut text);
-            (*oldest, text)
+            text
         };
-        let mut texts: Vec<_> = embedded::FILES.iter().map(unpack).collect();
-        texts.sort_by_key(|(oldest, _)| std::cmp::Reverse(*oldest));
-        texts
+        embedded::FILES.iter().map(unpack).collect()
     })
 }
 
@@ -110,10 +114,17 @@ mod tests {
     }
 
     #[test]
+    fn newer_devices_get_their_instructions() {
+        let ptx = || "//\n.target sm_80\n//sm_90 griddepcontrol.wait;\n".to_string();
+        assert_eq!(for_device(ptx(), 89), ptx());
+        assert_eq!(for_device(ptx(), 120), "//\n.target sm_90\ngriddepcontrol.wait;\n");
+    }
+
+    #[test]
     fn embedded_files_unpack_to_ptx() {
-        for (oldest, text) in embedded() {
-            assert!(text.contains(&format!(".target sm_{oldest}")), "sm_{oldest}");
-            assert!(text.contains(".version 8.1") && text.contains(".visible .entry kvm_"));
+        for text in embedded() {
+            assert!(text.contains(".version 8.1") && text.contains(".target sm_80"));
+            assert!(text.contains(".visible .entry kvm_"));
         }
     }
 }
