@@ -2779,9 +2779,9 @@ kvmgr_status kvmgr_attention_select(kvmgr_attention *attention,
 /**
  * Writes K and V of the planned tokens into the rows that were reserved for them.
  *
- * On a CUDA device K and V are of the cache's dtype with rows aligned to 16 bytes; worker 0 launches
- * one kernel on the cache's stream, the other workers have nothing to do. No allocation, no waiting, so
- * the call can be captured into a graph.
+ * On a CUDA device K and V are of one dtype, any, with rows aligned to 16 bytes; worker 0 launches one
+ * kernel on the cache's stream, the other workers have nothing to do. No allocation, no waiting, so the
+ * call can be captured into a graph.
  *
  * @param layer below num_layers
  * @param key [planned tokens, num_kv_heads, head_dim], rotated as the model wants it

@@ -3,14 +3,14 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::ptr;
-use std::sync::OnceLock;
 
 use cudarc::driver::sys::{self, CUresult};
 use kvmgr::ffi::device::kvmgr_device_count;
 use kvmgr::ffi::types::KVMGR_DEVICE_CUDA;
+
+use crate::mock_driver::mock_driver;
 
 /// Set in a child process, which has the mock driver.
 const CHILD: &str = "KVMGR_TEST_MOCK";
@@ -36,38 +36,6 @@ pub fn on_device(name: &str, body: impl FnOnce()) {
 /// Whether the device is the mock.
 pub fn is_mock() -> bool {
     std::env::var_os(CHILD).is_some()
-}
-
-/// The folder of the mock driver, built once; `None`, with a SKIP, on a machine that cannot.
-fn mock_driver() -> Option<&'static Path> {
-    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
-    FOLDER.get_or_init(build_mock_driver).as_deref()
-}
-
-fn build_mock_driver() -> Option<PathBuf> {
-    if !cfg!(target_arch = "x86_64") {
-        eprintln!("SKIP: the emulator wants x86-64");
-        return None;
-    }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // In the folder of the build, which the next run of the tests overwrites.
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("mock_driver");
-    std::fs::create_dir_all(&folder).unwrap();
-    let output = Command::new("g++")
-        .args(["-std=c++17", "-O2", "-mf16c", "-Wno-unknown-pragmas", "-fPIC", "-shared"])
-        .arg("-I")
-        .arg(root.join("kernels"))
-        .arg("-I")
-        .arg(root.join("tests/cuda"))
-        .arg("-o")
-        .args([folder.join("libcuda.so"), root.join("tests/cuda/mock_driver.cpp")])
-        .output();
-    let Ok(output) = output else {
-        eprintln!("SKIP: g++ is not installed");
-        return None;
-    };
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Some(folder)
 }
 
 #[track_caller]

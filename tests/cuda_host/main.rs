@@ -9,6 +9,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod driver;
+#[path = "../common/mock_driver.rs"]
+mod mock_driver;
 mod twin;
 
 use std::ffi::c_void;

@@ -67,9 +67,12 @@ impl Cuda {
         let warps = if dim == 256 { 2 } else { 4 };
         let load = |columns: u32| {
             let name = format!("kvm_decode_{}_d{dim}_g{columns}", dtype.name());
-            // Two tiles of 16 rows of K and V for each warp, and the place where warps meet.
-            let (ring, meet) = (warps * 2 * 64 * dim as u32, warps * columns * 68 * 4);
-            gpu.kernel(&name, warps * 32, ring + meet)
+            // Two tiles of 16 rows of K and V for each warp, the place where warps meet, and Q where
+            // registers are too few for it.
+            let (dim, tile) = (dim as u32, columns * dim as u32);
+            let (ring, meet) = (warps * 2 * 64 * dim, warps * columns * 68 * 4);
+            let query = if tile >= 4096 { 2 * tile } else { 0 };
+            gpu.kernel(&name, warps * 32, ring + meet + query)
         };
         let append = |from: DType| -> Result<(DType, Kernel)> {
             let name = format!("kvm_append_{}_{}", from.name(), dtype.name());
