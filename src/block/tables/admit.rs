@@ -81,6 +81,8 @@ impl Tables {
         sequence.pending.extend_from_slice(self.digests.get(chunks..).unwrap_or(&[]));
         sequence.pending_from = chunks as u32;
         sequence.ids.clear();
+        // Room for what is generated, so that the first token does not copy the prompt.
+        sequence.ids.reserve((request.tokens.len() + 1).next_power_of_two());
         sequence.ids.extend_from_slice(request.tokens);
         (sequence.committed, sequence.reserved) = ((chunks * size) as u32, (chunks * size) as u32);
         (sequence.live, sequence.parked, sequence.tail_shared) = (true, false, false);
