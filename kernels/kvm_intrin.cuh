@@ -10,12 +10,17 @@ typedef long long i64;
 struct alignas(16) u32x4 {
     u32 x[4];
 };
+struct alignas(16) f32x4 {
+    float x, y, z, w;
+};
 
 #ifdef KVM_EMU
 #include "emu.hpp"
 #else
 
-#define KVM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+/// Every kernel takes one struct by value, so that anybody who launches kernels by name can.
+#define KVM_KERNEL(threads, ctas, name, Params)                                                   \
+    extern "C" __global__ void __launch_bounds__(threads, ctas) name(const Params p)
 #define KVM_DEVICE __device__ __forceinline__
 #define KVM_DYN_SMEM(name) extern __shared__ __align__(16) unsigned char name[]
 
@@ -27,14 +32,22 @@ KVM_DEVICE void kvm_syncwarp() { __syncwarp(); }
 KVM_DEVICE void kvm_fence() { __threadfence(); }
 KVM_DEVICE u32 kvm_atomic_add(u32* p, u32 x) { return atomicAdd(p, x); }
 
+/// What lane `from` has.
+KVM_DEVICE u32 kvm_shfl(u32 x, u32 from) { return __shfl_sync(0xffffffffu, x, from); }
+KVM_DEVICE u32 kvm_ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+KVM_DEVICE u32 kvm_popc(u32 x) { return __popc(x); }
 KVM_DEVICE float kvm_shfl_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 /// Reads past L1: what other CTAs wrote before a fence is seen.
-KVM_DEVICE float kvm_ld_cg(const float* p) {
-    float x;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
-    return x;
+KVM_DEVICE void kvm_ld_cg4(float (&x)[4], const float* p) {
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "l"(p)
+                 : "memory");
 }
+
+/// The logarithm of a power of two.
+KVM_DEVICE u32 kvm_log2_of(u32 x) { return 31 - __clz(x); }
 
 KVM_DEVICE u32 kvm_smem_addr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -95,6 +108,13 @@ template <bool BF16> KVM_DEVICE u32 kvm_pack(float low, float high) {
     return x;
 }
 
+KVM_DEVICE u32 kvm_bits(float x) { return __float_as_uint(x); }
+KVM_DEVICE float kvm_float(u32 bits) { return __uint_as_float(bits); }
+KVM_DEVICE float kvm_half_to_float(u32 bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)bits));
+    return x;
+}
 KVM_DEVICE float kvm_infinity() { return __int_as_float(0x7f800000); }
 KVM_DEVICE float kvm_exp2(float x) {
     float y;
@@ -107,3 +127,27 @@ KVM_DEVICE float kvm_log2(float x) {
     return y;
 }
 #endif
+
+/// The sum and the maximum over the 8 lanes that hold the same columns of a result.
+KVM_DEVICE float kvm_sum_rows(float x) {
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) x += kvm_shfl_xor(x, mask);
+    return x;
+}
+KVM_DEVICE float kvm_max_rows(float x) {
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) {
+        float other = kvm_shfl_xor(x, mask);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+/// The maximum over the lanes of a warp.
+KVM_DEVICE float kvm_max_lanes(float x) {
+#pragma unroll
+    for (int mask = 1; mask < 4; mask *= 2) {
+        float other = kvm_shfl_xor(x, mask);
+        x = other > x ? other : x;
+    }
+    return kvm_max_rows(x);
+}

@@ -5,46 +5,51 @@
 #![expect(unsafe_code, reason = "calls kernels as a driver does")]
 
 mod common;
+#[path = "common/emulator.rs"]
+mod emulator;
 
-use std::ffi::{CStr, CString, c_char};
-use std::path::Path;
-use std::process::Command;
-use std::{fs, ptr};
+use std::cell::Cell;
+use std::ptr;
 
 use common::Random;
-use half::{bf16, f16};
+use emulator::{Grid, Half, Kernels};
+
+const SOURCE: &str = "decode_f16.cu";
 
 /// `KvmItem` of the kernels.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 struct Item {
     token: u32,
+    num_queries: u32,
     kv_head: u32,
     first_page: u32,
     len: u32,
     begin: u32,
     end: u32,
+    sealed_end: u32,
     slot: u32,
     part: u32,
     num_parts: u32,
     ticket: u32,
+    next: u32,
+    unused: [u32; 3],
 }
 
 /// `KvmDecode` of the kernels.
 #[repr(C)]
 struct Params {
     q: *const u16,
-    k: *const u16,
-    v: *const u16,
     o: *mut u16,
     lse: *mut f32,
     sinks: *const f32,
-    pages: *const i32,
+    pages: *const u32,
     items: *const Item,
-    num_items: *const u32,
     partials: *mut f32,
     tickets: *mut u32,
-    strides: [i64; 8],
+    open: [*const u16; 2],
+    sealed: [*const u8; 2],
+    strides: [i64; 10],
     scale: f32,
     softcap: f32,
     window: u32,
@@ -52,46 +57,12 @@ struct Params {
     block_size: u32,
 }
 
-type Launch = unsafe extern "C" fn(u32, *const Params, u32, u32, u32, u32) -> *const c_char;
-
-/// Builds the kernels, after `edit` has changed their source, and answers how to launch them.
-fn build(edit: impl Fn(String) -> String) -> Option<Launch> {
-    if !cfg!(target_arch = "x86_64") {
-        eprintln!("SKIP: the emulator wants x86-64");
-        return None;
-    }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let folder = tempfile::tempdir().unwrap();
-    let source = fs::read_to_string(root.join("kernels/decode_f16.cu")).unwrap();
-    fs::write(folder.path().join("decode_f16.cu"), edit(source)).unwrap();
-    fs::copy(root.join("tests/cuda/harness.cpp"), folder.path().join("harness.cpp")).unwrap();
-    let library = folder.path().join("libkernels.so");
-    let output = Command::new("g++")
-        .args(["-std=c++17", "-O2", "-mf16c", "-Wno-unknown-pragmas", "-fPIC", "-shared"])
-        .args(["-I", root.join("kernels").to_str().unwrap()])
-        .args(["-I", root.join("tests/cuda").to_str().unwrap(), "-o"])
-        .args([&library, &folder.path().join("harness.cpp")])
-        .output();
-    let Ok(output) = output else {
-        eprintln!("SKIP: g++ is not installed");
-        return None;
-    };
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let name = CString::new(library.to_str().unwrap()).unwrap();
-    // SAFETY: a library that was just built; it stays loaded for the life of the process.
-    unsafe {
-        let handle = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
-        assert!(!handle.is_null());
-        let symbol = libc::dlsym(handle, c"emu_decode".as_ptr());
-        assert!(!symbol.is_null());
-        Some(std::mem::transmute::<*mut libc::c_void, Launch>(symbol))
-    }
-}
-
 #[derive(Debug, Clone, Copy)]
 struct Case {
-    is_bf16: bool,
+    dtype: Half,
     dim: usize,
+    /// Queries of a sequence.
+    queries: usize,
     group: usize,
     block: usize,
     window: usize,
@@ -99,25 +70,40 @@ struct Case {
     has_sinks: bool,
 }
 
-impl Case {
-    fn bits(self, x: f32) -> u16 {
-        if self.is_bf16 { bf16::from_f32(x).to_bits() } else { f16::from_f32(x).to_bits() }
-    }
-
-    fn value(self, bits: u16) -> f64 {
-        if self.is_bf16 { bf16::from_bits(bits).to_f64() } else { f16::from_bits(bits).to_f64() }
-    }
-}
-
 const KV_HEADS: usize = 2;
+
+/// What 16-byte loads of floats want.
+#[repr(C, align(16))]
+#[derive(Debug, Clone, Copy)]
+struct Quad([f32; 4]);
+
+const GRID: usize = 5;
+
+/// Items, dealt out to CTAs like cards: the first of each CTA, then the others.
+fn deal(items: &[Item]) -> Vec<Item> {
+    let mut dealt = vec![Item::default(); GRID];
+    let mut last = [usize::MAX; GRID];
+    for (i, item) in items.iter().enumerate() {
+        let cta = i % GRID;
+        if last[cta] == usize::MAX {
+            last[cta] = cta;
+            dealt[cta] = *item;
+        } else {
+            dealt[last[cta]].next = dealt.len() as u32;
+            last[cta] = dealt.len();
+            dealt.push(*item);
+        }
+    }
+    dealt
+}
 
 /// Runs ragged heads twice through the kernel (tickets must be 0 again) and answers the relative
 /// error of O and the largest of LSE; infinite if the emulator saw something forbidden.
-fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
-    let Case { dim, group, block, .. } = case;
+fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
+    let Case { dim, queries, group, block, .. } = case;
     let mut random = Random(seed);
     let lens = [0, 1, 15, 16, 17, block + 1, 100, 3 * block];
-    let tokens = lens.len() / KV_HEADS;
+    let tokens = lens.len() / KV_HEADS * queries;
     let num_blocks = lens.iter().map(|len| len.div_ceil(block)).sum::<usize>() + 3;
     let mut order: Vec<usize> = (0..num_blocks).collect();
     for i in (1..num_blocks).rev() {
@@ -130,82 +116,70 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
     let mut slot = 0;
     for (i, &len) in lens.iter().enumerate() {
         let first_page = pages.len();
-        pages.extend((0..len.div_ceil(block)).map(|j| order[first_page + j] as i32));
+        pages.extend((0..len.div_ceil(block)).map(|j| order[first_page + j] as u32));
         let num_parts = if len > 32 { 3 } else { 1 };
-        for part in 0..num_parts {
-            let cut = |part: usize| if part == num_parts { len } else { part * 16 };
-            items.push(
-                [i / KV_HEADS, i % KV_HEADS, first_page, len, cut(part), cut(part + 1), slot]
-                    .into_iter()
-                    .chain([part, num_parts, i])
-                    .map(|x| x as u32)
-                    .collect::<Vec<_>>(),
-            );
-        }
+        items.extend((0..num_parts).map(|part| Item {
+            token: (i / KV_HEADS * queries) as u32,
+            num_queries: queries as u32,
+            kv_head: (i % KV_HEADS) as u32,
+            first_page: first_page as u32,
+            len: len as u32,
+            begin: 16 * part,
+            end: if part + 1 == num_parts { len as u32 } else { 16 * (part + 1) },
+            slot,
+            part,
+            num_parts,
+            ticket: i as u32,
+            ..Item::default()
+        }));
         slot += num_parts;
         for t in 0..len {
             let at = row(pages[first_page + t / block] as usize, i % KV_HEADS, t);
             for side in &mut pool {
                 let values = random.normals(dim);
-                side[at..at + dim].iter_mut().zip(values).for_each(|(x, v)| *x = case.bits(v));
+                side[at..at + dim]
+                    .iter_mut()
+                    .zip(values)
+                    .for_each(|(x, v)| *x = case.dtype.bits(v));
             }
         }
     }
-    let items: Vec<Item> = items
-        .iter()
-        .map(|x| Item {
-            token: x[0],
-            kv_head: x[1],
-            first_page: x[2],
-            len: x[3],
-            begin: x[4],
-            end: x[5],
-            slot: x[6],
-            part: x[7],
-            num_parts: x[8],
-            ticket: x[9],
-        })
-        .collect();
+    let items = deal(&items);
     let heads = KV_HEADS * group;
     let q: Vec<u16> =
-        random.normals(tokens * heads * dim).into_iter().map(|x| case.bits(x)).collect();
+        random.normals(tokens * heads * dim).into_iter().map(|x| case.dtype.bits(x)).collect();
     let sinks = random.normals(heads);
     let (mut o, mut lse) = (vec![0x7fffu16; q.len()], vec![f32::NAN; tokens * heads]);
-    let mut partials = vec![f32::NAN; slot * group * (dim + 2)];
+    let columns = if group * queries > 8 { 16 } else { 8 };
+    let mut partials = vec![Quad([f32::NAN; 4]); slot as usize * columns * (dim / 4 + 1)];
     let mut tickets = vec![0u32; lens.len()];
-    let num_items = items.len() as u32;
     let [bd, hd] = [block * dim, heads * dim].map(|x| x as i64);
     let d = dim as i64;
     let params = Params {
         q: q.as_ptr(),
-        k: pool[0].as_ptr(),
-        v: pool[1].as_ptr(),
         o: o.as_mut_ptr(),
         lse: lse.as_mut_ptr(),
         sinks: if case.has_sinks { sinks.as_ptr() } else { ptr::null() },
         pages: pages.as_ptr(),
         items: items.as_ptr(),
-        num_items: &raw const num_items,
-        partials: partials.as_mut_ptr(),
+        partials: partials.as_mut_ptr().cast(),
         tickets: tickets.as_mut_ptr(),
-        strides: [hd, d, hd, d, heads as i64, KV_HEADS as i64 * bd, bd, d],
+        open: [pool[0].as_ptr(), pool[1].as_ptr()],
+        sealed: [ptr::null(); 2],
+        strides: [hd, d, hd, d, heads as i64, KV_HEADS as i64 * bd, bd, d, 0, 0],
         scale: 1.0 / (dim as f32).sqrt(),
         softcap: case.softcap as f32,
         window: case.window as u32,
         group: group as u32,
         block_size: block as u32,
     };
-    let size = [64, 128, 256].iter().position(|d| *d == dim).unwrap();
-    let variant = usize::from(case.is_bf16) * 6 + size * 2 + usize::from(group > 8);
     let warps = if dim == 256 { 2 } else { 4 };
-    let smem = warps * 3 * 2 * 16 * dim * 2;
-    for run in 0..2 {
-        let (variant, threads, smem) = (variant as u32, warps as u32 * 32, smem as u32);
-        // SAFETY: every address of `params` is live and as large as the kernel is told.
-        let error = unsafe { launch(variant, &raw const params, 5, threads, smem, run) };
-        if !error.is_null() {
-            // SAFETY: a string literal of the harness.
-            eprintln!("{}", unsafe { CStr::from_ptr(error) }.to_string_lossy());
+    let smem = warps * (2 * 64 * dim + columns * 68 * 4);
+    let name = format!("kvm_decode_{}_d{dim}_g{columns}", case.dtype.name());
+    for seed in 0..2 {
+        let grid = Grid { ctas: GRID, threads: warps * 32, smem, seed };
+        if let Err(error) = kernels.launch(&name, &params, grid) {
+            eprintln!("{error}");
             return (f64::INFINITY, f64::INFINITY);
         }
     }
@@ -213,9 +187,15 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
 
     let (mut difference, mut norm, mut worst) = (0.0, 0.0, 0.0f64);
     for (i, &len) in lens.iter().enumerate() {
-        let first_page = items.iter().find(|item| item.ticket == i as u32).unwrap().first_page;
-        for g in 0..group {
-            let out_row = i / KV_HEADS * heads + i % KV_HEADS * group + g;
+        let first_page = items
+            .iter()
+            .find(|item| item.ticket == i as u32 && item.num_queries > 0)
+            .unwrap()
+            .first_page;
+        for column in 0..queries * group {
+            let (query, g) = (column / group, column % group);
+            let out_row = (i / KV_HEADS * queries + query) * heads + i % KV_HEADS * group + g;
+            let len = len.saturating_sub(queries - 1 - query);
             let query = &q[out_row * dim..][..dim];
             let visible = if case.window > 0 { len.saturating_sub(case.window) } else { 0 }..len;
             let at =
@@ -224,8 +204,11 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
                 .clone()
                 .map(|t| {
                     let key = &pool[0][at(t)..][..dim];
-                    let dot: f64 =
-                        query.iter().zip(key).map(|(a, b)| case.value(*a) * case.value(*b)).sum();
+                    let dot: f64 = query
+                        .iter()
+                        .zip(key)
+                        .map(|(a, b)| case.dtype.value(*a) * case.dtype.value(*b))
+                        .sum();
                     let x = dot / (dim as f64).sqrt();
                     if case.softcap > 0.0 { case.softcap * (x / case.softcap).tanh() } else { x }
                 })
@@ -243,9 +226,9 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
                 let expected: f64 = visible
                     .clone()
                     .zip(&logits)
-                    .map(|(t, x)| x.exp() / sum * case.value(pool[1][at(t) + d]))
+                    .map(|(t, x)| x.exp() / sum * case.dtype.value(pool[1][at(t) + d]))
                     .sum();
-                let found = case.value(o[out_row * dim + d]);
+                let found = case.dtype.value(o[out_row * dim + d]);
                 difference += (found - expected).powi(2);
                 norm += expected.powi(2);
             }
@@ -256,8 +239,9 @@ fn error_of(launch: Launch, case: Case, seed: u64) -> (f64, f64) {
 }
 
 const PLAIN: Case = Case {
-    is_bf16: true,
+    dtype: Half::Bf16,
     dim: 128,
+    queries: 1,
     group: 4,
     block: 16,
     window: 0,
@@ -267,18 +251,26 @@ const PLAIN: Case = Case {
 
 #[test]
 fn decoding_matches_attention_in_f64() {
-    let Some(launch) = build(|source| source) else { return };
+    let Some(kernels) = Kernels::build(SOURCE) else { return };
     let mut cases = Vec::new();
     for (i, group) in (1..=16).enumerate() {
         let (dim, block) = ([64, 128, 256][i % 3], [16, 32, 64][i / 3 % 3]);
-        cases.push(Case { is_bf16: i % 2 == 0, dim, group, block, ..PLAIN });
+        cases.push(Case {
+            dtype: if i % 2 == 0 { Half::Bf16 } else { Half::F16 },
+            dim,
+            group,
+            block,
+            ..PLAIN
+        });
     }
     cases.push(Case { window: 20, ..PLAIN });
-    cases.push(Case { softcap: 2.0, is_bf16: false, dim: 64, ..PLAIN });
+    cases.push(Case { queries: 2, ..PLAIN });
+    cases.push(Case { queries: 5, group: 3, window: 18, dim: 64, ..PLAIN });
+    cases.push(Case { softcap: 2.0, dtype: Half::F16, dim: 64, ..PLAIN });
     cases.push(Case { has_sinks: true, window: 7, dim: 256, ..PLAIN });
     for (i, case) in cases.into_iter().enumerate() {
-        let (error, lse) = error_of(launch, case, i as u64 + 1);
-        let limit = if case.is_bf16 { 4e-3 } else { 1e-3 };
+        let (error, lse) = error_of(kernels, case, i as u64 + 1);
+        let limit = case.dtype.limit();
         assert!(error < limit && lse < 1e-3, "{case:?}: O {error:e}, LSE {lse:e}");
     }
 }
@@ -288,19 +280,21 @@ fn decoding_matches_attention_in_f64() {
 #[test]
 fn the_emulator_notices_missing_barriers_and_waits() {
     let mutations = [
-        ("kvm_cp_wait<KVM_STAGES - 2>()", "kvm_cp_wait<KVM_STAGES - 1>()"),
-        ("kvm_cp_wait<0>();\n    kvm_sync();", "kvm_cp_wait<0>();"),
-        ("        }\n    kvm_sync();\n\n    u32 size", "        }\n\n    u32 size"),
-        ("kvm_sync(); // the next item", "// the next item"),
+        ("kvm_cp_wait<STAGES - 2>()", "kvm_cp_wait<STAGES - 1>()"),
+        ("        kvm_sync();\n        for (u32 i", "        for (u32 i"),
+        ("kvm_sync(); // the place is free", "// the place is free"),
+        ("kvm_sync();\n        if (*done", "if (*done"),
     ];
     for (from, to) in mutations {
-        let launch = build(|source| {
-            assert!(source.contains(from), "{from} is not in the kernel");
-            source.replace(from, to)
+        let is_there = Cell::new(false);
+        let kernels = Kernels::build_edited(SOURCE, |text| {
+            is_there.set(is_there.get() || text.contains(from));
+            text.replace(from, to)
         });
-        let Some(launch) = launch else { return };
+        let Some(kernels) = kernels else { return };
+        assert!(is_there.get(), "{from} is not in the kernels");
         let is_seen = (1..=6).any(|seed| {
-            let (error, lse) = error_of(launch, PLAIN, seed);
+            let (error, lse) = error_of(kernels, PLAIN, seed);
             error > 4e-3 || lse > 1e-3
         });
         assert!(is_seen, "without {from} nothing went wrong");

@@ -17,9 +17,35 @@
 #include <random>
 #include <vector>
 
-#define KVM_KERNEL(threads) extern "C" void
+#define KVM_KERNEL(threads, ctas, name, Params)                                                   \
+    extern "C" void name(const Params p);                                                         \
+    static const EmuKernel emu_##name(#name, threads, sizeof(Params),                             \
+                                      [](const void* p) { name(*(const Params*)p); });            \
+    extern "C" void name(const Params p)
 #define KVM_DEVICE inline
 #define KVM_DYN_SMEM(name) unsigned char* name = emu().smem.data()
+
+/// A kernel under its name.
+struct EmuKernel {
+    const char* name;
+    u32 threads;
+    size_t params_bytes;
+    void (*run)(const void* params);
+
+    EmuKernel(const char* name, u32 threads, size_t bytes, void (*run)(const void*))
+        : name(name), threads(threads), params_bytes(bytes), run(run) {
+        all().push_back(this);
+    }
+    static std::vector<const EmuKernel*>& all() {
+        static std::vector<const EmuKernel*> list;
+        return list;
+    }
+    static const EmuKernel* find(const char* name) {
+        for (const EmuKernel* kernel : all())
+            if (!strcmp(kernel->name, name)) return kernel;
+        return nullptr;
+    }
+};
 
 struct EmuCopy {
     void* to;
@@ -33,6 +59,13 @@ struct EmuFiber {
     std::vector<EmuCopy> open;
     std::deque<std::vector<EmuCopy>> groups;
     bool is_ready = true, is_done = false;
+
+    /// Stacks are used again by the next CTA.
+    void start() {
+        open.clear();
+        groups.clear();
+        is_ready = true, is_done = false;
+    }
 };
 
 struct EmuWarp {
@@ -81,8 +114,9 @@ inline void emu_entry() {
 }
 
 inline void Emu::run_block(u32 threads, size_t smem_bytes) {
-    fibers = std::vector<EmuFiber>(threads);
-    warps = std::vector<EmuWarp>(threads / 32);
+    fibers.resize(threads);
+    for (auto& fiber : fibers) fiber.start();
+    warps.assign(threads / 32, {});
     smem.assign(smem_bytes, 0xff);
     at_barrier = 0;
     for (auto& fiber : fibers) {
@@ -142,7 +176,11 @@ inline u32 kvm_atomic_add(u32* p, u32 x) {
     *p += x;
     return old;
 }
-inline float kvm_ld_cg(const float* p) { return *p; }
+inline void kvm_ld_cg4(float (&x)[4], const float* p) {
+    if ((size_t)p % 16) emu().fail("a load of 16 bytes is not aligned");
+    memcpy(x, p, 16);
+}
+inline u32 kvm_log2_of(u32 x) { return 31 - __builtin_clz(x); }
 
 inline void kvm_sync() {
     Emu& e = emu();
@@ -168,6 +206,10 @@ inline float emu_float(u64 bits) {
     return x;
 }
 
+inline u32 kvm_bits(float x) { return (u32)emu_bits(x); }
+inline float kvm_float(u32 bits) { return emu_float(bits); }
+inline float kvm_half_to_float(u32 bits) { return _cvtsh_ss((u16)bits); }
+
 inline float kvm_shfl_xor(float x, int mask) {
     static const char* name = "shfl_xor";
     u64 in[2] = {emu_bits(x), (u64)mask};
@@ -175,6 +217,24 @@ inline float kvm_shfl_xor(float x, int mask) {
         for (int i = 0; i < 32; i++) out[i][0] = in[i ^ in[i][1]][0];
     }));
 }
+
+inline u32 kvm_shfl(u32 x, u32 from) {
+    static const char* name = "shfl";
+    u64 in[2] = {x, from};
+    return (u32)*emu_warp(name, in, 2, [](auto& in, auto& out) {
+        for (int i = 0; i < 32; i++) out[i][0] = in[in[i][1] % 32][0];
+    });
+}
+inline u32 kvm_ballot(bool x) {
+    static const char* name = "ballot";
+    u64 in[1] = {x};
+    return (u32)*emu_warp(name, in, 1, [](auto& in, auto& out) {
+        u64 bits = 0;
+        for (int i = 0; i < 32; i++) bits |= in[i][0] << i;
+        for (int i = 0; i < 32; i++) out[i][0] = bits;
+    });
+}
+inline u32 kvm_popc(u32 x) { return __builtin_popcount(x); }
 
 inline void kvm_cp_async16(void* to, const void* from, bool is_valid) {
     if ((size_t)to % 16 || (is_valid && (size_t)from % 16)) emu().fail("cp.async is not aligned");

@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""Times decoding attention on a GPU beside torch, and prints one table (benches/GPU.md).
+
+    benches/gpu/run.sh            checks, then times the whole grid; under ten minutes
+
+A call is one layer: one query for each of B sequences of S tokens, head_dim 128, blocks of 16 tokens
+in random order. Calls are replayed from a CUDA graph and go round buffers of at least four times the
+L2 cache, so that nothing is read from it. `copy` is a device-to-device copy, bytes read and written.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from driver import Decode, Driver, cubin_or_ptx, smem_of
+from plan import plan
+
+D, BLOCK, L2 = 128, 16, 64 << 20
+HEADS = [(32, 8), (28, 4), (64, 8)]
+BATCHES, LENGTHS = [1, 4, 16, 64, 256], [1024, 4096, 16384, 65536]
+
+
+def time_graph(call, count, repeats=5):
+    """Microseconds of a call: the median of `repeats` replays of a graph of calls 0 to count - 1."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(min(count, 3)):
+            call(i)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(count):
+            call(i)
+    times = []
+    for _ in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / count)
+    return statistics.median(times[1:])
+
+
+def copy_bandwidth():
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    # By a kernel: a copy in a graph would be left to a copy engine.
+    us = time_graph(lambda _: torch.mul(source, 1.0, out=target), 5)
+    return 2 * source.nbytes / us / 1e6
+
+
+class Point:
+    """Buffers of one point of the grid: dense K and V, and the same in blocks of random order."""
+
+    def __init__(self, batch, length, q_heads, kv_heads):
+        self.batch, self.length, self.q_heads, self.kv_heads = batch, length, q_heads, kv_heads
+        self.bytes = batch * length * kv_heads * D * 4
+        self.buffers = 1 if self.bytes > 2 << 30 else max(3, -(-4 * L2 // self.bytes))
+        rows = self.buffers * batch
+        make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        self.q = make(rows, q_heads, 1, D)
+        self.k, self.v = (make(rows, kv_heads, length, D) for _ in range(2))
+        self.blocks = length // BLOCK
+        self.order = torch.randperm(rows * self.blocks, device="cuda")
+        self.pools = []
+        for dense in (self.k, self.v):
+            pool = torch.empty(rows * self.blocks, kv_heads, BLOCK, D, device="cuda",
+                               dtype=torch.bfloat16)
+            for row in range(rows):  # little by little: the copy needs memory too
+                blocks = dense[row].view(kv_heads, self.blocks, BLOCK, D).transpose(0, 1)
+                pool[self.order[row * self.blocks:(row + 1) * self.blocks]] = blocks
+            self.pools.append(pool)
+        self.pages = self.order.to(torch.int32)
+        self.out = torch.full_like(self.q, float("nan"))
+
+    def part(self, tensor, i):
+        i %= self.buffers
+        return tensor[i * self.batch:(i + 1) * self.batch]
+
+
+class Ours:
+    """A decode kernel with its plan for a point."""
+
+    def __init__(self, driver, function, smem, ctas, point):
+        self.driver, self.function, self.smem = driver, function, smem
+        self.grid = driver.num_sms() * ctas
+        group = point.q_heads // point.kv_heads
+        items, slots = plan([point.length] * point.batch, point.kv_heads, group, self.grid, BLOCK)
+        self.items = torch.from_numpy(items.view(np.int32)).cuda()
+        columns = 16 if group > 8 else 8
+        self.partials = torch.empty(slots * columns * (D + 4), device="cuda")
+        self.tickets = torch.zeros(point.batch * point.kv_heads, dtype=torch.int32, device="cuda")
+        self.params = []
+        for i in range(point.buffers):
+            q, o = point.part(point.q, i), point.part(point.out, i)
+            pages = point.pages[i * point.batch * point.blocks:]
+            self.params.append(Decode(
+                q=q.data_ptr(), o=o.data_ptr(), pages=pages.data_ptr(),
+                items=self.items.data_ptr(),
+                partials=self.partials.data_ptr(), tickets=self.tickets.data_ptr(),
+                k=point.pools[0].data_ptr(), v=point.pools[1].data_ptr(),
+                q_token=point.q_heads * D, q_head=D, o_token=point.q_heads * D, o_head=D,
+                kv_block=point.kv_heads * BLOCK * D, kv_head=BLOCK * D, kv_token=D,
+                scale=1 / math.sqrt(D), group=group, block_size=BLOCK))
+
+    def __call__(self, i):
+        stream = torch.cuda.current_stream().cuda_stream
+        params = self.params[i % len(self.params)]
+        self.driver.launch(self.function, self.grid, 128, self.smem, stream, params)
+
+
+def sdpa(point, backend):
+    def call(i):
+        q, k, v = (point.part(tensor, i) for tensor in (point.q, point.k, point.v))
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    return call
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def measure(driver, variants, batch, length, heads, baselines):
+    point = Point(batch, length, *heads)
+    count = max(20, point.buffers) if point.bytes < 1 << 30 else 10
+    row = {"B": batch, "S": length, "heads": "%d/%d" % heads, "KV MB": point.bytes / 1e6}
+    expected = None
+    for name, backend in baselines:
+        try:
+            call = sdpa(point, backend)
+            expected = call(0)
+            row[name] = time_graph(call, count)
+        except RuntimeError as error:
+            row[name + " failed"] = str(error)[:200]
+    for name, (function, smem, ctas) in variants.items():
+        ours = Ours(driver, function(heads[0] // heads[1]), smem, ctas, point)
+        point.out.fill_(float("nan"))
+        ours(0)
+        torch.cuda.synchronize()
+        if expected is not None:
+            row[name + " error"] = relative_error(point.part(point.out, 0), expected)
+        row[name] = time_graph(ours, count)
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cubins", action="append", default=[], metavar="NAME:FOLDER:STAGES:CTAS",
+                        help="variants to time; default: the committed PTX")
+    parser.add_argument("--json", default="")
+    parser.add_argument("--heads", type=int, default=3, help="how many of the head counts")
+    parser.add_argument("--limit", type=float, default=9e9, help="largest KV in bytes")
+    arguments = parser.parse_args()
+    torch.cuda.init()
+    torch.zeros(1, device="cuda")
+    driver = Driver()
+    variants = {}
+    for text in arguments.cubins or ["ours::2:3"]:
+        name, folder, stages, ctas = text.split(":")
+        module = driver.load(cubin_or_ptx(folder, "decode_f16"))
+        smem = smem_of(D, 8, int(stages))
+        get = lambda group, module=module, smem=smem: driver.function(
+            module, f"kvm_decode_bf16_d{D}_g{16 if group > 8 else 8}", smem)
+        print(name, "CTAs for each SM:", driver.occupancy(get(1), 128, smem))
+        variants[name] = (get, smem, int(ctas))
+    copy = copy_bandwidth()
+    print(torch.cuda.get_device_name(), "driver", torch.version.cuda, f"copy {copy:.2f} TB/s")
+    baselines = [("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)]
+    rows = []
+    for heads in HEADS[:arguments.heads]:
+        for batch in BATCHES:
+            for length in LENGTHS:
+                if batch * length * heads[1] * D * 4 > arguments.limit:
+                    continue
+                row = measure(driver, variants, batch, length, heads, baselines)
+                row["copy"] = copy
+                rows.append(row)
+                best = min((row[name] for name, _ in baselines if name in row), default=float("nan"))
+                text = f"B {batch:3} S {length:5} {row['heads']:>5} KV {row['KV MB']:7.0f} MB "
+                text += " ".join(f"{name} {row.get(name, float('nan')):8.1f}" for name, _ in baselines)
+                for name in variants:
+                    share = row["KV MB"] / row[name] / copy
+                    text += (f" | {name} {row[name]:8.1f} us {share:4.0%} of copy, {best / row[name]:.2f}x"
+                             f" err {row.get(name + ' error', float('nan')):.0e}")
+                print(text, flush=True)
+                torch.cuda.empty_cache()
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

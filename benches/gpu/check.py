@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Decoding on the GPU against attention in float64, on small ragged shapes. Needs numpy only, so
+that it runs quickly under compute-sanitizer:
+
+    compute-sanitizer --tool memcheck benches/gpu/check.py
+"""
+
+import argparse
+import sys
+
+import numpy as np
+
+from driver import Decode, Driver, cubin_or_ptx, smem_of
+from plan import plan
+
+NAN = 0x7fff
+LENS = [0, 1, 15, 16, 17, 65, 100, 193, 700]
+
+
+def to_bits(x, dtype):
+    if dtype == "f16":
+        return x.astype(np.float16).view(np.uint16)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def to_float(bits, dtype):
+    if dtype == "f16":
+        return bits.view(np.float16).astype(np.float64)
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def reference(q, k, v, window, softcap, sinks):
+    """q [group, D], k and v [n, D]: outputs and log-sum-exp."""
+    if window:
+        k, v = k[-window:], v[-window:]
+    x = q @ k.T / np.sqrt(q.shape[1])
+    if softcap:
+        x = softcap * np.tanh(x / softcap)
+    top = np.max(np.concatenate([x, sinks[:, None]], 1), 1, keepdims=True) if len(k) else sinks[:, None]
+    top = np.where(np.isfinite(top), top, 0)
+    weights = np.exp(x - top)
+    total = weights.sum(1, keepdims=True) + np.exp(sinks[:, None] - top)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(weights @ v / total), (top + np.log(total))[:, 0]
+
+
+def run_case(driver, function, random, dtype, dim, group, block, window, softcap, has_sinks, grid):
+    heads = 2
+    warps = 2 if dim == 256 else 4
+    columns = 16 if group > 8 else 8
+    items, slots = plan(LENS, heads, group, grid, block)
+    num_pages = [-(-n // block) for n in LENS]
+    order = random.permutation(sum(num_pages) + 3)
+    pool = np.full((2, len(order), heads, block, dim), NAN, np.uint16)
+    first, dense = 0, []
+    for n, pages in zip(LENS, num_pages):
+        data = to_bits(random.standard_normal((2, heads, n, dim)), dtype)
+        for t in range(n):
+            pool[:, order[first + t // block], :, t % block] = data[:, :, t]
+        dense.append(to_float(data, dtype))
+        first += pages
+    q = to_bits(random.standard_normal((len(LENS), heads * group, dim)), dtype)
+    sinks = random.standard_normal(heads * group).astype(np.float32)
+    o, lse = np.full_like(q, NAN), np.full(q.shape[:2], np.nan, np.float32)
+    device = {name: driver.upload(array) for name, array in {
+        "q": q, "o": o, "lse": lse, "pages": order.astype(np.uint32), "items": items,
+        "tickets": np.zeros(len(LENS) * heads, np.uint32),
+        "partials": np.full(slots * columns * (dim + 4), np.nan, np.float32),
+        "k": pool[0], "v": pool[1], "sinks": sinks}.items()}
+    params = Decode(**device, q_token=heads * group * dim, q_head=dim,
+                    o_token=heads * group * dim, o_head=dim, lse_token=heads * group,
+                    kv_block=heads * block * dim, kv_head=block * dim, kv_token=dim,
+                    scale=1 / np.sqrt(dim), softcap=softcap, window=window, group=group,
+                    block_size=block)
+    if not has_sinks:
+        params.sinks = None
+    for _ in range(2):  # the second finds the tickets as the first has left them
+        driver.launch(function, grid, warps * 32, smem_of(dim, columns), 0, params)
+    driver.download(device["o"], o)
+    driver.download(device["lse"], lse)
+    for pointer in device.values():
+        driver.free(pointer)
+    error, norm, worst = 0.0, 0.0, 0.0
+    for s, (k, v) in enumerate(dense):
+        for h in range(heads):
+            rows = slice(h * group, (h + 1) * group)
+            sink = sinks[rows].astype(np.float64) if has_sinks else np.full(group, -np.inf)
+            out, log = reference(to_float(q[s, rows], dtype), k[h], v[h], window, softcap, sink)
+            error += np.sum((to_float(o[s, rows], dtype) - out) ** 2)
+            norm += np.sum(out ** 2)
+            same = np.isneginf(log) & np.isneginf(lse[s, rows])
+            worst = max(worst, np.max(np.where(same, 0, np.abs(log - np.where(same, 0, lse[s, rows])))))
+    return np.sqrt(error / norm), worst
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cubins", default="", help="folder of cubins; default: committed PTX")
+    parser.add_argument("--quick", action="store_true", help="fewer cases")
+    arguments = parser.parse_args()
+    driver = Driver()
+    driver.make_context()
+    random = np.random.default_rng()
+    module = driver.load(cubin_or_ptx(arguments.cubins, "decode_f16"))
+    bad = 0
+    cases = [(("f16", "bf16")[g % 2], (64, 128, 256)[g % 3], g, (16, 32, 64)[g // 3 % 3], 0, 0.0, False)
+             for g in (1, 2, 4, 5, 7, 8, 16)]
+    cases += [("bf16", 128, 4, 16, 20, 0.0, False), ("f16", 128, 8, 16, 0, 2.0, False),
+              ("bf16", 128, 8, 32, 7, 0.0, True)]
+    for case in cases[:: 3 if arguments.quick else 1]:
+        dtype, dim, group = case[:3]
+        smem = smem_of(dim, 16 if group > 8 else 8)
+        name = f"kvm_decode_{dtype}_d{dim}_g{16 if group > 8 else 8}"
+        function = driver.function(module, name, smem)
+        for grid in (3, 64):
+            error, lse = run_case(driver, function, random, *case, grid)
+            ok = error < (4e-3 if dtype == "bf16" else 1e-3) and lse < 1e-3
+            bad += not ok
+            print(f"{'ok ' if ok else 'BAD'} {name} group {group} block {case[3]} window {case[4]} "
+                  f"softcap {case[5]} sinks {case[6]} grid {grid}: O {error:.1e} LSE {lse:.1e}")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
