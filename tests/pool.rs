@@ -10,7 +10,8 @@ use common::Random;
 use kvmgr::block::groups::Reason;
 use kvmgr::block::keys::{Key, Kind};
 use kvmgr::block::prefix::{self, Hash};
-use kvmgr::block::{BlockId, BlockPool, Request, Tables, TablesConfig};
+use kvmgr::block::{BlockId, BlockPool, Request, SequenceId, Tables, TablesConfig};
+use kvmgr::error;
 use kvmgr::evictor::{self, EVICTORS, Idle};
 
 const BLOCK: usize = 4;
@@ -193,6 +194,51 @@ fn vllm_digests_are_vllms() {
     ];
     let all = prefix::extend_with(Hash::VllmCbor, &first, &tokens, "lora-a", &keys);
     assert_eq!(hex(&all), "10dc2c1fa6bc8e4f04ca8dcde66915af42257c0c03f23e06b07fef64d5d7b165");
+}
+
+/// A batch is appended as a whole or not at all: whatever is wrong with its last sequence, those before
+/// it have neither a token nor a reserved row more.
+#[test]
+fn a_refused_append_changes_nothing() {
+    let (mut pool, mut tables) = (pool(8, "lru"), tables());
+    let lengths = [2, 3, 5, 4];
+    let ids = lengths.map(|length| {
+        let prompt: Vec<i32> = (0..length).map(|i| length * 100 + i).collect();
+        let id = tables.admit(&mut pool, &Request::new(&prompt, root(b""))).unwrap().id;
+        tables.commit(&mut pool, &[id], &[length as u32], &[]).unwrap();
+        id
+    });
+    let [one, two, drafts, bare] = ids;
+    tables.reserve(&mut pool, &[one, two, drafts], &[1, 1, 3]).unwrap();
+    let state = |tables: &Tables| {
+        ids.map(|id| {
+            let blocks = tables.blocks(id).unwrap().to_vec();
+            let counts = (tables.num_tokens(id).unwrap(), tables.num_reserved(id).unwrap());
+            (blocks, counts, tables.tokens(id).unwrap().to_vec())
+        })
+    };
+    let before = state(&tables);
+    let gone = tables.fork(&mut pool, two).unwrap();
+    tables.release(&mut pool, &[gone]).unwrap();
+    for (last, kind) in [
+        (one, error::Kind::InvalidArgument),
+        (bare, error::Kind::InvalidState),
+        (gone, error::Kind::InvalidHandle),
+        (SequenceId(1 << 40), error::Kind::InvalidHandle),
+        (SequenceId(u64::MAX), error::Kind::InvalidHandle),
+    ] {
+        let result = tables.append(&mut pool, &[one, two, drafts, last], &[7; 4]);
+        assert_eq!(result.unwrap_err().kind(), kind);
+        assert_eq!(state(&tables), before);
+    }
+    // The second fills its block and needs another one, but the pool has none.
+    while pool.take().is_some() {}
+    let result = tables.append(&mut pool, &[one, two, drafts], &[7; 3]);
+    assert_eq!(result.unwrap_err().kind(), error::Kind::OutOfBlocks);
+    assert_eq!(state(&tables), before);
+    tables.append(&mut pool, &[one, drafts], &[7; 2]).unwrap();
+    assert_eq!((tables.num_tokens(one), tables.num_reserved(one)), (Ok(3), Ok(4)));
+    assert_eq!((tables.num_tokens(drafts), tables.num_reserved(drafts)), (Ok(6), Ok(8)));
 }
 
 /// A step of a pool that is 99.9 % full does the work of one in an empty pool: a reclaim for each

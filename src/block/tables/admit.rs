@@ -57,6 +57,9 @@ impl Tables {
         let sequence = &mut self.sequences[slot];
         (sequence.root, sequence.digest) = (request.root, request.root);
         sequence.blocks.clear();
+        // Room for what is generated, so that the table does not grow step by step.
+        let chunks = request.tokens.len().div_ceil(size) + 1;
+        sequence.blocks.reserve((chunks * self.config.groups.len()).next_power_of_two());
         let (chunks, miss) = if self.config.prefix {
             self.hash(request);
             self.take_prefix(pool, slot, (request.tokens.len() - 1) / size)

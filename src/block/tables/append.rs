@@ -34,6 +34,9 @@ impl Tables {
                 return Err(error);
             }
         }
+        if self.filled.is_empty() {
+            return Ok(());
+        }
         let needed = self.filled.iter().map(|slot| self.needed_behind(pool, *slot as usize)).sum();
         if let Err(error) = ensure_available(pool, needed) {
             self.undo_append(ids);
