@@ -62,6 +62,7 @@ impl Setup {
             salt: 0,
             prefix: false,
             rope: None,
+            device: None,
         });
         let cache = cache.expect("a valid configuration");
         let mut sequence = Sequence::new(Arc::clone(&cache), SequenceConfig::default(), None);

@@ -85,6 +85,7 @@ impl Engine {
             prefix: false,
             rope: None,
             store: None,
+            device: None,
         });
         let manager = manager.expect("a valid configuration");
         let session = Session::new(&manager, None).expect("a policy of this cache");

@@ -28,6 +28,7 @@ fn cache(shape: ModelShape, formats: Option<(&str, &str)>, prefix: bool) -> Arc<
         salt: 0,
         prefix,
         rope: None,
+        device: None,
     };
     Cache::new(config).expect("a valid configuration")
 }

@@ -1049,6 +1049,24 @@ typedef struct {
    * Copied.
    */
   const float *rope_inv_freq;
+  /**
+   * Where the blocks are; 0 means KVMGR_DEVICE_CPU. On KVMGR_DEVICE_CUDA: head_dim 64, 128 or
+   * 256, block_size 16, 32 or 64, up to 16 query heads for each KV head, dtype f16 or bf16, the
+   * spec "full", no store.
+   */
+  kvmgr_device_type device_type;
+  /**
+   * Which CUDA device. The cache works in the calling thread's current context if that is one of
+   * this device, else in the device's primary context; either must outlive the cache. No call
+   * changes which context is current.
+   */
+  int32_t device_id;
+  /**
+   * The engine's own device memory for the blocks, memory_limit bytes, aligned to 256; or NULL:
+   * the cache takes memory_limit bytes from the driver. It must stay until the cache is gone and
+   * the device is done with it. CUDA only.
+   */
+  void *memory;
 } kvmgr_cache_config;
 
 /**
@@ -1235,11 +1253,12 @@ typedef struct {
    */
   uint32_t flags;
   /**
-   * num_q_heads learned logits, an extra term of the denominator and of the LSE; or NULL.
+   * num_q_heads learned logits, an extra term of the denominator and of the LSE; or NULL. In
+   * device memory for a cache on a CUDA device.
    */
   const float *sinks;
   /**
-   * num_q_heads slopes: logits lose slope * distance; or NULL.
+   * num_q_heads slopes: logits lose slope * distance; or NULL, which it must be on CUDA.
    */
   const float *alibi_slopes;
 } kvmgr_attention_options;
@@ -1622,8 +1641,9 @@ uint32_t kvmgr_version(void);
 const char *kvmgr_version_string(void);
 
 /**
- * Whether the loaded library can do something on this machine: "avx2" or "avx512" (kernels for this
- * CPU), "cuda" (a device path). Unknown names are false. The exported symbols never depend on features.
+ * Whether the loaded library can do something: "avx2" or "avx512" (kernels for this CPU), "cuda" (it
+ * has kernels for CUDA devices; kvmgr_device_count tells whether this machine has a device). Unknown
+ * names are false. The exported symbols never depend on features.
  *
  * @param name a NUL-terminated string
  */
@@ -2465,6 +2485,18 @@ kvmgr_status kvmgr_cache_get_stats(const kvmgr_cache *cache,
 KVMGR_NODISCARD kvmgr_status kvmgr_cache_reset_peak(kvmgr_cache *cache);
 
 /**
+ * Sets the CUDA stream that all work of a cache on a CUDA device is queued on: plans, appends, runs,
+ * copies of blocks. At first it is the legacy default stream. The order of the stream is what makes it
+ * safe to free blocks at once, so if work is still queued on the old one, the engine makes the new one
+ * wait for it. Not while another thread uses the cache.
+ *
+ * @param stream a CUstream (or cudaStream_t) of the cache's context; NULL is the legacy default stream
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_cache_set_stream(kvmgr_cache *cache,
+                                    void *stream);
+
+/**
  * Hands over what a policy needs to know of a layer once (kvmgr_policy_needs). The memory is not
  * copied: it must stay as it is until the cache is destroyed. A sequence whose policy needs it can
  * be made when every layer has it.
@@ -2690,7 +2722,8 @@ kvmgr_status kvmgr_sequence_get_stats(const kvmgr_sequence *sequence,
                                       kvmgr_sequence_stats *out_stats);
 
 /**
- * Makes an attention handle for the sequences of a cache.
+ * Makes an attention handle for the sequences of a cache. On a CUDA device this loads the kernels,
+ * which the driver compiles the first time.
  *
  * @param out_attention receives an exclusive handle; NULL on failure
  */
@@ -2746,6 +2779,10 @@ kvmgr_status kvmgr_attention_select(kvmgr_attention *attention,
 /**
  * Writes K and V of the planned tokens into the rows that were reserved for them.
  *
+ * On a CUDA device K and V are of one dtype, any, with rows aligned to 16 bytes; worker 0 launches one
+ * kernel on the cache's stream, the other workers have nothing to do. No allocation, no waiting, so the
+ * call can be captured into a graph.
+ *
  * @param layer below num_layers
  * @param key [planned tokens, num_kv_heads, head_dim], rotated as the model wants it
  * @param value [planned tokens, num_kv_heads, head_dim]
@@ -2764,6 +2801,10 @@ kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
 /**
  * Attends for the planned tokens: output = softmax(query . K) V. Token i of n of a sequence sees
  * all earlier tokens that were kept and itself. A query that sees nothing gets zeros and -inf.
+ *
+ * On a CUDA device Q and O are of the cache's dtype with rows aligned to 4 bytes, LSE is f32 with
+ * neighbouring heads; worker 0 launches one kernel on the cache's stream, as kvmgr_attention_append
+ * does.
  *
  * @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
  *        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.
@@ -2784,6 +2825,41 @@ kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
                                  const kvmgr_attention_options *options,
                                  uint32_t worker,
                                  uint32_t num_workers);
+
+/**
+ * Takes the device memory that plans need, so that no later plan within these limits takes more:
+ * kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan.
+ * The current plan is gone. CUDA only.
+ *
+ * @param max_sequences most sequences of a plan
+ * @param max_queries most tokens of a plan, over all sequences
+ * @param max_blocks most blocks of a plan in one layer, over all sequences and their lanes
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_attention_reserve(kvmgr_attention *attention,
+                                     size_t max_sequences,
+                                     size_t max_queries,
+                                     size_t max_blocks);
+
+/**
+ * A number that says what a CUDA graph is good for. Capture kvmgr_attention_append and
+ * kvmgr_attention_run of all layers under one plan; after another kvmgr_attention_plan with the same
+ * number, launching that graph does the work of that plan: what changes from plan to plan is read
+ * from device memory. The number depends on how many tokens are planned, not on how long sequences
+ * are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
+ * Plan outside of the capture. CUDA only.
+ *
+ * @param out_key receives the number
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_attention_graph_key(const kvmgr_attention *attention,
+                                       uint64_t *out_key);
+
+/**
+ * Says that a graph with the appends of all layers was launched for the current plan, instead of
+ * kvmgr_attention_append, so that the tokens can be committed. CUDA only.
+ */
+KVMGR_NODISCARD kvmgr_status kvmgr_attention_graph_launched(kvmgr_attention *attention);
 
 /**
  * Makes a place for the workers of an attention to meet.

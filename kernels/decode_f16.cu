@@ -5,46 +5,54 @@
 // its next one are on their way.
 #include "kvm_attn.cuh"
 
-template <bool BF16, int D, int NT, int STAGES>
+template <bool BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_decode(const KvmDecode& p, unsigned char* smem) {
-    constexpr bool HAS_ROOM = D * NT < 512; // registers to know the next item early
-    KvmRing<D, STAGES> ring(smem);
+    constexpr int STAGES = 2;
+    KvmRing<D, STAGES, WARPS> ring(smem);
+    float* meet = (float*)(smem + kvm_ring_bytes(D, STAGES, WARPS));
+    kvm_let_next_start();
     KvmItem it = p.items[kvm_bid()];
+    kvm_wait_for_previous();
     if (it.num_queries == 0) return;
     ring.begin(p, it);
     for (;;) {
-        KvmItem next;
-        if (HAS_ROOM) next = p.items[it.next];
-        u32 q[D / 16][NT][2];
-        kvm_load_q<D, NT>(p, it, q);
+        KvmItem next = p.items[it.next];
         KvmState<D, NT> st;
         kvm_clear(st);
-        ring.template attend<BF16, NT>(p, it, kvm_sight<NT>(p, it), q, st);
-        if (!HAS_ROOM) next = p.items[it.next];
+        if constexpr (kvm_q_bytes(D, NT) > 0) {
+            KvmSharedQ<NT> q = {(u32*)(meet + kvm_meet_bytes(NT, WARPS) / 4)};
+            if (kvm_tid() < 32) kvm_share_q<D>(p, it, q);
+            kvm_sync();
+            ring.template attend<BF16, NT>(p, it, kvm_sight<NT>(p, it), q, st);
+        } else {
+            u32 q[D / 16][NT][2];
+            kvm_load_q<D, NT>(p, it, q);
+            ring.template attend<BF16, NT>(p, it, kvm_sight<NT>(p, it), q, st);
+        }
         if (it.next) ring.begin(p, next);
-        kvm_meet<BF16, D, NT>(p, it, st, (float*)(smem + kvm_ring_bytes(D, STAGES)));
+        kvm_meet<BF16, D, NT, WARPS>(p, it, st, meet);
         if (!it.next) return;
         it = next;
     }
 }
 
-/// Launched with kvm_warps(D) * 32 threads and kvm_ring_bytes(D, 2) + kvm_meet_bytes(D, NT) of shared
-/// memory. The grid never changes: the work of a CTA is read here, so a plan can change under a graph.
-#define KVM_DECODE(name, BF16, D, NT, CTAS)                                                       \
-    KVM_KERNEL(kvm_warps(D) * 32, CTAS, name, KvmDecode) {                                        \
+/// Launched with WARPS * 32 threads and kvm_ring_bytes(D, 2, WARPS) + kvm_meet_bytes(NT, WARPS) +
+/// kvm_q_bytes(D, NT) of shared memory. The grid never changes: the work of a CTA is read here, so a plan can change
+/// under a CUDA graph.
+#define KVM_DECODE(name, BF16, D, NT, WARPS, CTAS)                                                \
+    KVM_KERNEL((WARPS) * 32, CTAS, name, KvmDecode) {                                             \
         KVM_DYN_SMEM(smem);                                                                       \
-        kvm_decode<BF16, D, NT, 2>(p, smem);                                                      \
+        kvm_decode<BF16, D, NT, WARPS>(p, smem);                                                  \
     }
+#define KVM_DECODES(type, BF16, D)                                                                \
+    KVM_DECODE(kvm_decode_##type##_d##D##_g8, BF16, D, 1, kvm_warps(D), 3)                        \
+    KVM_DECODE(kvm_decode_##type##_d##D##_g16, BF16, D, 2, kvm_warps(D), 2)                       \
+    KVM_DECODE(kvm_decode_##type##_d##D##_g8_wide, BF16, D, 1, 2 * kvm_warps(D), 1)               \
+    KVM_DECODE(kvm_decode_##type##_d##D##_g16_wide, BF16, D, 2, 2 * kvm_warps(D), 1)
 
-KVM_DECODE(kvm_decode_f16_d64_g8, false, 64, 1, 3)
-KVM_DECODE(kvm_decode_f16_d64_g16, false, 64, 2, 2)
-KVM_DECODE(kvm_decode_f16_d128_g8, false, 128, 1, 3)
-KVM_DECODE(kvm_decode_f16_d128_g16, false, 128, 2, 2)
-KVM_DECODE(kvm_decode_f16_d256_g8, false, 256, 1, 3)
-KVM_DECODE(kvm_decode_f16_d256_g16, false, 256, 2, 2)
-KVM_DECODE(kvm_decode_bf16_d64_g8, true, 64, 1, 3)
-KVM_DECODE(kvm_decode_bf16_d64_g16, true, 64, 2, 2)
-KVM_DECODE(kvm_decode_bf16_d128_g8, true, 128, 1, 3)
-KVM_DECODE(kvm_decode_bf16_d128_g16, true, 128, 2, 2)
-KVM_DECODE(kvm_decode_bf16_d256_g8, true, 256, 1, 3)
-KVM_DECODE(kvm_decode_bf16_d256_g16, true, 256, 2, 2)
+KVM_DECODES(f16, false, 64)
+KVM_DECODES(f16, false, 128)
+KVM_DECODES(f16, false, 256)
+KVM_DECODES(bf16, true, 64)
+KVM_DECODES(bf16, true, 128)
+KVM_DECODES(bf16, true, 256)

@@ -45,12 +45,17 @@ struct KvmDecode {
 #define KVM_INF kvm_infinity()
 static constexpr float KVM_LOG2E = 1.4426950408889634f, KVM_LN2 = 0.6931471805599453f;
 
-/// Warps of a CTA. Shared memory stays below the 99 KiB that every device since sm_80 has.
+/// Warps of a narrow CTA, whose shared memory stays below the 99 KiB that every device since sm_80
+/// has. A wide one has twice as many: fewer parts to merge, where heads are few.
 KVM_DEVICE constexpr int kvm_warps(int D) { return D == 256 ? 2 : 4; }
 
 /// Bytes of shared memory of the tiles that are loaded ahead, and of the place where warps meet.
-KVM_DEVICE constexpr int kvm_ring_bytes(int D, int stages) { return kvm_warps(D) * stages * 64 * D; }
-KVM_DEVICE constexpr int kvm_meet_bytes(int D, int NT) { return kvm_warps(D) * 8 * NT * 68 * 4; }
+KVM_DEVICE constexpr int kvm_ring_bytes(int D, int stages, int warps) {
+    return warps * stages * 64 * D;
+}
+KVM_DEVICE constexpr int kvm_meet_bytes(int NT, int warps) { return warps * 8 * NT * 68 * 4; }
+/// Bytes for Q, where registers are too few for it.
+KVM_DEVICE constexpr int kvm_q_bytes(int D, int NT) { return D * NT >= 512 ? D * NT * 16 : 0; }
 
 /// The rows that each column of this lane sees: begin to end - 1.
 template <int NT> struct KvmSight {
@@ -96,6 +101,33 @@ KVM_DEVICE void kvm_load_q(const KvmDecode& p, const KvmItem& it, u32 (&q)[D / 1
     }
 }
 
+/// A right operand of Q, from registers or, where there are too few of them, from shared memory.
+template <int KS, int NT>
+KVM_DEVICE void kvm_get_q(const u32 (&q)[KS][NT][2], int ks, int n, u32 (&b)[2]) {
+    b[0] = q[ks][n][0], b[1] = q[ks][n][1];
+}
+template <int NT> struct KvmSharedQ {
+    u32* words; // [ks][n][2][lane]
+};
+template <int NT> KVM_DEVICE void kvm_get_q(const KvmSharedQ<NT>& q, int ks, int n, u32 (&b)[2]) {
+    const u32* word = q.words + (ks * NT + n) * 64 + kvm_tid() % 32;
+    b[0] = word[0], b[1] = word[32];
+}
+
+/// Q of an item in shared memory, by one warp; all see it after a barrier.
+template <int D, int NT>
+KVM_DEVICE void kvm_share_q(const KvmDecode& p, const KvmItem& it, KvmSharedQ<NT> shared) {
+    u32 q[D / 16][NT][2];
+    kvm_load_q<D, NT>(p, it, q);
+#pragma unroll
+    for (int ks = 0; ks < D / 16; ks++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                shared.words[((ks * NT + n) * 2 + r) * 32 + kvm_tid() % 32] = q[ks][n][r];
+}
+
 /// A logit in units of log2; -inf if the row is hidden.
 KVM_DEVICE float kvm_logit(const KvmDecode& p, float dot, bool is_seen) {
     float x = dot * p.scale;
@@ -132,6 +164,7 @@ KVM_DEVICE void kvm_load_tile(const KvmDecode& p, const KvmItem& it, u32 first, 
                               u16* tile) {
     u32 lane = kvm_tid() % 32, row = lane / (D / 8), chunk = lane % (D / 8);
     constexpr u32 STEP = 256 / D; // rows that the lanes of a warp reach at once
+    u64 policy = kvm_read_once();
     i64 at = page * p.kv_block + it.kv_head * p.kv_head +
              ((first & (p.block_size - 1)) + row) * p.kv_token + chunk * 8;
 #pragma unroll
@@ -139,15 +172,15 @@ KVM_DEVICE void kvm_load_tile(const KvmDecode& p, const KvmItem& it, u32 first, 
         bool is_valid = first + row + j * STEP < it.end;
         i64 from = is_valid ? at + j * STEP * p.kv_token : 0;
         int to = kvm_swizzle<D>(row + j * STEP, chunk);
-        kvm_cp_async16(tile + to, p.k + from, is_valid);
-        kvm_cp_async16(tile + 16 * D + to, p.v + from, is_valid);
+        kvm_cp_async16(tile + to, p.k + from, is_valid, policy);
+        kvm_cp_async16(tile + 16 * D + to, p.v + from, is_valid, policy);
     }
 }
 
 /// Attends to 16 rows of an open block.
-template <bool BF16, int D, int NT>
+template <bool BF16, int D, int NT, class Q>
 KVM_DEVICE void kvm_tile(const KvmDecode& p, const KvmSight<NT>& sight, u32 first, const u16* tile,
-                         const u32 (&q)[D / 16][NT][2], KvmState<D, NT>& st) {
+                         const Q& q, KvmState<D, NT>& st) {
     int lane = kvm_tid() % 32;
     float s[NT][4] = {};
 #pragma unroll
@@ -155,7 +188,11 @@ KVM_DEVICE void kvm_tile(const KvmDecode& p, const KvmSight<NT>& sight, u32 firs
         u32 a[4];
         kvm_ldsm4(a, tile + kvm_swizzle<D>(lane % 16, ks * 2 + lane / 16));
 #pragma unroll
-        for (int n = 0; n < NT; n++) kvm_mma<BF16>(s[n], a, q[ks][n]);
+        for (int n = 0; n < NT; n++) {
+            u32 b[2];
+            kvm_get_q(q, ks, n, b);
+            kvm_mma<BF16>(s[n], a, b);
+        }
     }
     u32 pb[NT][2];
 #pragma unroll
@@ -191,10 +228,10 @@ KVM_DEVICE void kvm_tile(const KvmDecode& p, const KvmSight<NT>& sight, u32 firs
     }
 }
 
-/// The rows of a part that lie in open blocks. A warp owns every kvm_warps(D)-th tile of 16 rows, and
-/// a ring of STAGES tiles in shared memory that it alone fills: there is no barrier of the CTA.
-template <int D, int STAGES> struct KvmRing {
-    static constexpr u32 STEP = kvm_warps(D) * 16, TILE = 2 * 16 * D;
+/// The rows of a part that lie in open blocks. A warp owns every WARPS-th tile of 16 rows, and a ring
+/// of STAGES tiles in shared memory that it alone fills: there is no barrier of the CTA.
+template <int D, int STAGES, int WARPS = kvm_warps(D)> struct KvmRing {
+    static constexpr u32 STEP = WARPS * 16, TILE = 2 * 16 * D;
     u16* tiles;
 
     KVM_DEVICE KvmRing(unsigned char* smem)
@@ -217,9 +254,9 @@ template <int D, int STAGES> struct KvmRing {
     }
 
     /// Attends to all rows of a part that has begun.
-    template <bool BF16, int NT>
+    template <bool BF16, int NT, class Q>
     KVM_DEVICE void attend(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
-                           const u32 (&q)[D / 16][NT][2], KvmState<D, NT>& st) const {
+                           const Q& q, KvmState<D, NT>& st) const {
         u32 row = first(it), page = kvm_page(p, it, row + (STAGES - 1) * STEP);
         for (int i = 0; row < it.end; i = i + 1 == STAGES ? 0 : i + 1, row += STEP) {
             kvm_cp_wait<STAGES - 2>();
@@ -268,10 +305,10 @@ KVM_DEVICE void kvm_finish(const KvmDecode& p, const KvmItem& it, u32 column, u3
 }
 
 /// By the CTA that finishes a head last: makes one result of its parts.
-template <bool BF16, int D, int NT>
+template <bool BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_merge_parts(const KvmDecode& p, const KvmItem& it, u32 columns) {
     constexpr int ROW = D + 4;
-    for (u32 i = kvm_tid(); i < columns * D / 4; i += kvm_warps(D) * 32) {
+    for (u32 i = kvm_tid(); i < columns * D / 4; i += WARPS * 32) {
         u32 column = i / (D / 4), d = i % (D / 4) * 4;
         const float* row = p.partials + ((i64)it.slot * 8 * NT + column) * ROW;
         KvmPart r = {-KVM_INF, 0, {}};
@@ -288,10 +325,10 @@ KVM_DEVICE void kvm_merge_parts(const KvmDecode& p, const KvmItem& it, u32 colum
 
 /// Makes one result of what the warps have and writes it, 64 channels at a time; the last CTA of a
 /// head that was split merges the parts. `meet` is shared memory, kvm_meet_bytes.
-template <bool BF16, int D, int NT>
+template <bool BF16, int D, int NT, int WARPS = kvm_warps(D)>
 KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D, NT>& st,
                          float* meet) {
-    constexpr int WARPS = kvm_warps(D), ROW = 68;
+    constexpr int ROW = 68;
     u32 lane = kvm_tid() % 32, warp = kvm_tid() / 32, columns = it.num_queries * p.group;
     float* partial = p.partials + ((i64)it.slot + it.part) * 8 * NT * (D + 4);
     float sum[NT][2];
@@ -342,7 +379,7 @@ KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D
         }
         kvm_sync();
         if (*done + 1 == it.num_parts) {
-            kvm_merge_parts<BF16, D, NT>(p, it, columns);
+            kvm_merge_parts<BF16, D, NT, WARPS>(p, it, columns);
             if (kvm_tid() == 0) p.tickets[it.ticket] = 0;
         }
     }

@@ -29,13 +29,24 @@ KVM_DEVICE u32 kvm_bid() { return blockIdx.x; }
 KVM_DEVICE u32 kvm_grid() { return gridDim.x; }
 KVM_DEVICE void kvm_sync() { __syncthreads(); }
 KVM_DEVICE void kvm_syncwarp() { __syncwarp(); }
-KVM_DEVICE void kvm_fence() { __threadfence(); }
+/// Orders memory for all CTAs; __threadfence would order it for all of time, and takes longer.
+KVM_DEVICE void kvm_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 KVM_DEVICE u32 kvm_atomic_add(u32* p, u32 x) { return atomicAdd(p, x); }
 
 /// What lane `from` has.
 KVM_DEVICE u32 kvm_shfl(u32 x, u32 from) { return __shfl_sync(0xffffffffu, x, from); }
 KVM_DEVICE u32 kvm_ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 KVM_DEVICE u32 kvm_popc(u32 x) { return __popc(x); }
+/// Programmatic dependent launch: lets the next kernel start, and waits for the results of the one
+/// before. PTX for older devices cannot have these instructions; whoever loads it for sm_90 or newer
+/// takes away the mark of a comment (src/device/cuda/images.rs).
+KVM_DEVICE void kvm_let_next_start() {
+    asm volatile("//sm_90 griddepcontrol.launch_dependents;" ::: "memory");
+}
+KVM_DEVICE void kvm_wait_for_previous() {
+    asm volatile("//sm_90 griddepcontrol.wait;" ::: "memory");
+}
+
 KVM_DEVICE float kvm_shfl_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 /// Reads past L1: what other CTAs wrote before a fence is seen.
@@ -55,6 +66,18 @@ KVM_DEVICE u32 kvm_smem_addr(const void* p) { return (u32)__cvta_generic_to_shar
 KVM_DEVICE void kvm_cp_async16(void* to, const void* from, bool is_valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(kvm_smem_addr(to)),
                  "l"(from), "r"(is_valid ? 16 : 0)
+                 : "memory");
+}
+/// Marks memory that is read once: it leaves the second-level cache first.
+KVM_DEVICE u64 kvm_read_once() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+KVM_DEVICE void kvm_cp_async16(void* to, const void* from, bool is_valid, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                     kvm_smem_addr(to)),
+                 "l"(from), "r"(is_valid ? 16 : 0), "l"(policy)
                  : "memory");
 }
 KVM_DEVICE void kvm_cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::cache::{Cache, CacheConfig, CacheStats, MemoryFormats};
+use crate::cache::{Cache, CacheConfig, CacheStats, DeviceConfig, MemoryFormats};
 use crate::device::tensor::Tensor;
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, bail, ensure};
@@ -49,6 +49,8 @@ pub struct ManagerConfig {
     pub rope: Option<Rope>,
     /// Where reclaimed prefixes go.
     pub store: Option<Arc<dyn Store>>,
+    /// The device whose memory the blocks are in; `None` for the host.
+    pub device: Option<DeviceConfig>,
 }
 
 /// A cache with a default policy, an optional tier and workers. Shared, any thread.
@@ -82,6 +84,12 @@ impl Manager {
         let policy = Pipeline::parse(&config.spec).map_err(|error| error.within("spec"))?;
         let (key, value) = policy.quantizers();
         let open = config.dtype.name();
+        let on_host = config.device.is_none();
+        ensure!(
+            on_host || config.store.is_none(),
+            Unsupported,
+            "a store takes blocks in host memory only, the cache is on a CUDA device"
+        );
         let cache = Cache::new(CacheConfig {
             shape: config.shape,
             block_size: config.block_size,
@@ -97,6 +105,7 @@ impl Manager {
             salt: config.salt,
             prefix: config.prefix,
             rope: config.rope,
+            device: config.device,
         })?;
         // The engine hands over weights once the cache exists.
         check_policy(&cache, &policy, Needs::OUTPUT_PROJECTION)?;

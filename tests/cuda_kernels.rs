@@ -68,6 +68,7 @@ struct Case {
     window: usize,
     softcap: f64,
     has_sinks: bool,
+    is_wide: bool,
 }
 
 const KV_HEADS: usize = 2;
@@ -82,11 +83,10 @@ const GRID: usize = 5;
 /// Items, dealt out to CTAs like cards: the first of each CTA, then the others.
 fn deal(items: &[Item]) -> Vec<Item> {
     let mut dealt = vec![Item::default(); GRID];
-    let mut last = [usize::MAX; GRID];
+    let mut last: Vec<usize> = (0..GRID).collect();
     for (i, item) in items.iter().enumerate() {
         let cta = i % GRID;
-        if last[cta] == usize::MAX {
-            last[cta] = cta;
+        if i < GRID {
             dealt[cta] = *item;
         } else {
             dealt[last[cta]].next = dealt.len() as u32;
@@ -173,9 +173,11 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
         group: group as u32,
         block_size: block as u32,
     };
-    let warps = if dim == 256 { 2 } else { 4 };
-    let smem = warps * (2 * 64 * dim + columns * 68 * 4);
-    let name = format!("kvm_decode_{}_d{dim}_g{columns}", case.dtype.name());
+    let warps = if dim == 256 { 2 } else { 4 } * if case.is_wide { 2 } else { 1 };
+    let shared_q = if dim * columns >= 4096 { 2 * dim * columns } else { 0 };
+    let smem = warps * (2 * 64 * dim + columns * 68 * 4) + shared_q;
+    let wide = if case.is_wide { "_wide" } else { "" };
+    let name = format!("kvm_decode_{}_d{dim}_g{columns}{wide}", case.dtype.name());
     for seed in 0..2 {
         let grid = Grid { ctas: GRID, threads: warps * 32, smem, seed };
         if let Err(error) = kernels.launch(&name, &params, grid) {
@@ -247,6 +249,7 @@ const PLAIN: Case = Case {
     window: 0,
     softcap: 0.0,
     has_sinks: false,
+    is_wide: false,
 };
 
 #[test]
@@ -260,6 +263,7 @@ fn decoding_matches_attention_in_f64() {
             dim,
             group,
             block,
+            is_wide: i % 4 == 1,
             ..PLAIN
         });
     }

@@ -3,6 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+#[path = "common/mock_driver.rs"]
+mod mock_driver;
+
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -26,8 +29,14 @@ fn run(command: &mut Command) -> String {
     text
 }
 
-const SMALL: [&str; 5] =
-    ["01-hello", "02-decode-loop", "03-prefix-sharing", "04-custom-store", "05-custom-policy"];
+const SMALL: [&str; 6] = [
+    "01-hello",
+    "02-decode-loop",
+    "03-prefix-sharing",
+    "04-custom-store",
+    "05-cuda-decode",
+    "06-custom-policy",
+];
 
 #[test]
 fn small_examples_succeed() {
@@ -35,6 +44,16 @@ fn small_examples_succeed() {
     for name in SMALL {
         run(&mut Command::new(folder.join(name)));
     }
+}
+
+/// On the mock driver, so that it is more than a SKIP on a machine without a GPU.
+#[test]
+fn the_cuda_example_agrees_with_the_host() {
+    let Some(folder) = programs() else { return };
+    let Some(driver) = mock_driver::mock_driver() else { return };
+    let mut command = Command::new(folder.join("05-cuda-decode"));
+    let text = run(command.args(["2", "20", "2"]).env("LD_LIBRARY_PATH", driver));
+    assert!(text.contains("tokens/s") && text.contains("O differs by"), "{text}");
 }
 
 #[test]

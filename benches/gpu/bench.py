@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from driver import Decode, Driver, cubin_or_ptx, smem_of
+from driver import Decode, Driver, image_of, smem_of, warps_of
 from plan import plan
 
 D, BLOCK, L2 = 128, 16, 64 << 20
@@ -64,7 +64,7 @@ class Point:
     def __init__(self, batch, length, q_heads, kv_heads):
         self.batch, self.length, self.q_heads, self.kv_heads = batch, length, q_heads, kv_heads
         self.bytes = batch * length * kv_heads * D * 4
-        self.buffers = 1 if self.bytes > 2 << 30 else max(3, -(-4 * L2 // self.bytes))
+        self.buffers = 1 if self.bytes > 2 << 30 else min(32, max(3, -(-4 * L2 // self.bytes)))
         rows = self.buffers * batch
         make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
         self.q = make(rows, q_heads, 1, D)
@@ -90,13 +90,19 @@ class Point:
 class Ours:
     """A decode kernel with its plan for a point."""
 
-    def __init__(self, driver, function, smem, ctas, point):
-        self.driver, self.function, self.smem = driver, function, smem
-        self.grid = driver.num_sms() * ctas
+    def __init__(self, driver, module, point, is_wide=None, is_dependent=True):
         group = point.q_heads // point.kv_heads
-        items, slots = plan([point.length] * point.batch, point.kv_heads, group, self.grid, BLOCK)
+        if is_wide is None:  # as the library chooses
+            is_wide = point.batch * point.kv_heads < 2 * driver.num_sms()
+        columns, warps = 16 if group > 8 else 8, warps_of(D, is_wide)
+        self.driver, self.is_dependent = driver, is_dependent
+        self.threads, self.smem = 32 * warps, smem_of(D, columns, warps)
+        name = f"kvm_decode_bf16_d{D}_g{columns}{'_wide' if is_wide else ''}"
+        self.function = driver.function(module, name, self.smem)
+        self.grid = driver.num_sms() * driver.occupancy(self.function, self.threads, self.smem)
+        items, slots = plan([point.length] * point.batch, point.kv_heads, group, self.grid, BLOCK,
+                                   16 * warps)
         self.items = torch.from_numpy(items.view(np.int32)).cuda()
-        columns = 16 if group > 8 else 8
         self.partials = torch.empty(slots * columns * (D + 4), device="cuda")
         self.tickets = torch.zeros(point.batch * point.kv_heads, dtype=torch.int32, device="cuda")
         self.params = []
@@ -104,8 +110,7 @@ class Ours:
             q, o = point.part(point.q, i), point.part(point.out, i)
             pages = point.pages[i * point.batch * point.blocks:]
             self.params.append(Decode(
-                q=q.data_ptr(), o=o.data_ptr(), pages=pages.data_ptr(),
-                items=self.items.data_ptr(),
+                q=q.data_ptr(), o=o.data_ptr(), pages=pages.data_ptr(), items=self.items.data_ptr(),
                 partials=self.partials.data_ptr(), tickets=self.tickets.data_ptr(),
                 k=point.pools[0].data_ptr(), v=point.pools[1].data_ptr(),
                 q_token=point.q_heads * D, q_head=D, o_token=point.q_heads * D, o_head=D,
@@ -115,7 +120,8 @@ class Ours:
     def __call__(self, i):
         stream = torch.cuda.current_stream().cuda_stream
         params = self.params[i % len(self.params)]
-        self.driver.launch(self.function, self.grid, 128, self.smem, stream, params)
+        self.driver.launch(self.function, self.grid, self.threads, self.smem, stream, params,
+                           self.is_dependent)
 
 
 def sdpa(point, backend):
@@ -142,8 +148,8 @@ def measure(driver, variants, batch, length, heads, baselines):
             row[name] = time_graph(call, count)
         except RuntimeError as error:
             row[name + " failed"] = str(error)[:200]
-    for name, (function, smem, ctas) in variants.items():
-        ours = Ours(driver, function(heads[0] // heads[1]), smem, ctas, point)
+    for name, (module, options) in variants.items():
+        ours = Ours(driver, module, point, **options)
         point.out.fill_(float("nan"))
         ours(0)
         torch.cuda.synchronize()
@@ -156,8 +162,9 @@ def measure(driver, variants, batch, length, heads, baselines):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cubins", action="append", default=[], metavar="NAME:FOLDER:STAGES:CTAS",
-                        help="variants to time; default: the committed PTX")
+    parser.add_argument("--cubins", default="", help="folder of cubins; default: the committed PTX")
+    parser.add_argument("--variants", action="store_true", help="time what the library would not choose")
+    parser.add_argument("--points", default="", help="BxS,..; default: the whole grid")
     parser.add_argument("--json", default="")
     parser.add_argument("--heads", type=int, default=3, help="how many of the head counts")
     parser.add_argument("--limit", type=float, default=9e9, help="largest KV in bytes")
@@ -165,15 +172,11 @@ def main():
     torch.cuda.init()
     torch.zeros(1, device="cuda")
     driver = Driver()
-    variants = {}
-    for text in arguments.cubins or ["ours::2:3"]:
-        name, folder, stages, ctas = text.split(":")
-        module = driver.load(cubin_or_ptx(folder, "decode_f16"))
-        smem = smem_of(D, 8, int(stages))
-        get = lambda group, module=module, smem=smem: driver.function(
-            module, f"kvm_decode_bf16_d{D}_g{16 if group > 8 else 8}", smem)
-        print(name, "CTAs for each SM:", driver.occupancy(get(1), 128, smem))
-        variants[name] = (get, smem, int(ctas))
+    module = driver.load(image_of(arguments.cubins, "decode_f16"))
+    variants = {"ours": (module, {})}
+    if arguments.variants:
+        variants |= {"narrow": (module, {"is_wide": False}), "wide": (module, {"is_wide": True}),
+                     "alone": (module, {"is_dependent": False})}
     copy = copy_bandwidth()
     print(torch.cuda.get_device_name(), "driver", torch.version.cuda, f"copy {copy:.2f} TB/s")
     baselines = [("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)]
@@ -181,6 +184,8 @@ def main():
     for heads in HEADS[:arguments.heads]:
         for batch in BATCHES:
             for length in LENGTHS:
+                if arguments.points and f"{batch}x{length}" not in arguments.points.split(","):
+                    continue
                 if batch * length * heads[1] * D * 4 > arguments.limit:
                     continue
                 row = measure(driver, variants, batch, length, heads, baselines)

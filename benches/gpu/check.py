@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from driver import Decode, Driver, cubin_or_ptx, smem_of
+from driver import Decode, Driver, image_of, smem_of, warps_of
 from plan import plan
 
 NAN = 0x7fff
@@ -45,11 +45,12 @@ def reference(q, k, v, window, softcap, sinks):
         return np.nan_to_num(weights @ v / total), (top + np.log(total))[:, 0]
 
 
-def run_case(driver, function, random, dtype, dim, group, block, window, softcap, has_sinks, grid):
+def run_case(driver, function, random, dtype, dim, group, block, window, softcap, has_sinks, is_wide,
+             grid):
     heads = 2
-    warps = 2 if dim == 256 else 4
+    warps = warps_of(dim, is_wide)
     columns = 16 if group > 8 else 8
-    items, slots = plan(LENS, heads, group, grid, block)
+    items, slots = plan(LENS, heads, group, grid, block, 16 * warps)
     num_pages = [-(-n // block) for n in LENS]
     order = random.permutation(sum(num_pages) + 3)
     pool = np.full((2, len(order), heads, block, dim), NAN, np.uint16)
@@ -76,7 +77,7 @@ def run_case(driver, function, random, dtype, dim, group, block, window, softcap
     if not has_sinks:
         params.sinks = None
     for _ in range(2):  # the second finds the tickets as the first has left them
-        driver.launch(function, grid, warps * 32, smem_of(dim, columns), 0, params)
+        driver.launch(function, grid, warps * 32, smem_of(dim, columns, warps), 0, params, True)
     driver.download(device["o"], o)
     driver.download(device["lse"], lse)
     for pointer in device.values():
@@ -102,16 +103,17 @@ def main():
     driver = Driver()
     driver.make_context()
     random = np.random.default_rng()
-    module = driver.load(cubin_or_ptx(arguments.cubins, "decode_f16"))
+    module = driver.load(image_of(arguments.cubins, "decode_f16"))
     bad = 0
-    cases = [(("f16", "bf16")[g % 2], (64, 128, 256)[g % 3], g, (16, 32, 64)[g // 3 % 3], 0, 0.0, False)
+    cases = [(("f16", "bf16")[g % 2], (64, 128, 256)[g % 3], g, (16, 32, 64)[g // 3 % 3], 0, 0.0, False, g % 4 == 1)
              for g in (1, 2, 4, 5, 7, 8, 16)]
-    cases += [("bf16", 128, 4, 16, 20, 0.0, False), ("f16", 128, 8, 16, 0, 2.0, False),
-              ("bf16", 128, 8, 32, 7, 0.0, True)]
+    cases += [("bf16", 128, 4, 16, 20, 0.0, False, True), ("f16", 128, 8, 16, 0, 2.0, False, False),
+              ("bf16", 256, 16, 32, 7, 0.0, True, True)]
     for case in cases[:: 3 if arguments.quick else 1]:
         dtype, dim, group = case[:3]
-        smem = smem_of(dim, 16 if group > 8 else 8)
-        name = f"kvm_decode_{dtype}_d{dim}_g{16 if group > 8 else 8}"
+        columns, is_wide = 16 if group > 8 else 8, case[-1]
+        smem = smem_of(dim, columns, warps_of(dim, is_wide))
+        name = f"kvm_decode_{dtype}_d{dim}_g{columns}{'_wide' if is_wide else ''}"
         function = driver.function(module, name, smem)
         for grid in (3, 64):
             error, lse = run_case(driver, function, random, *case, grid)

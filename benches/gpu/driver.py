@@ -23,10 +23,23 @@ class Decode(ctypes.Structure):
     )
 
 
-def smem_of(dim, columns, stages=2):
-    """kvm_ring_bytes + kvm_meet_bytes of kernels/kvm_attn.cuh."""
-    warps = 2 if dim == 256 else 4
-    return warps * (stages * 64 * dim + columns * 68 * 4)
+def warps_of(dim, is_wide):
+    """Warps of a CTA, as kvm_warps of kernels/kvm_attn.cuh."""
+    return (2 if dim == 256 else 4) * (2 if is_wide else 1)
+
+
+def smem_of(dim, columns, warps):
+    """kvm_ring_bytes + kvm_meet_bytes + kvm_q_bytes of kernels/kvm_attn.cuh."""
+    return warps * (2 * 64 * dim + columns * 68 * 4) + (2 * dim * columns if dim * columns >= 4096 else 0)
+
+
+class LaunchAttribute(ctypes.Structure):
+    _fields_ = [("id", U32), ("pad", U32), ("value", U32 * 16)]
+
+
+class LaunchConfig(ctypes.Structure):
+    _fields_ = [(name, U32) for name in ["gx", "gy", "gz", "bx", "by", "bz", "smem"]] + [
+        ("stream", P), ("attributes", ctypes.POINTER(LaunchAttribute)), ("num_attributes", U32)]
 
 
 class Driver:
@@ -54,10 +67,12 @@ class Driver:
         return self.attribute(16)
 
     def load(self, path):
-        """A module from a cubin or PTX file, which may be compressed."""
+        """A module from a cubin or compressed PTX, as src/device/cuda/images.rs prepares it."""
         data = open(path, "rb").read()
         if path.endswith(".gz"):
             data = gzip.decompress(data)
+            if self.attribute(75) >= 9:  # compute capability
+                data = data.replace(b"//sm_90 ", b"").replace(b".target sm_80", b".target sm_90")
         module = P()
         self.call("cuModuleLoadData", ctypes.byref(module), data + b"\0")
         return module
@@ -74,10 +89,14 @@ class Driver:
                   threads, ctypes.c_size_t(smem))
         return blocks.value
 
-    def launch(self, function, grid, threads, smem, stream, params):
+    def launch(self, function, grid, threads, smem, stream, params, is_dependent=False):
+        """Queues a kernel that takes one struct; `is_dependent`: it waits for the one before itself."""
+        attribute = LaunchAttribute(id=6)  # PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value[0] = 1
+        config = LaunchConfig(gx=grid, gy=1, gz=1, bx=threads, by=1, bz=1, smem=smem, stream=stream,
+                              attributes=ctypes.pointer(attribute), num_attributes=int(is_dependent))
         arguments = (P * 1)(ctypes.addressof(params))
-        self.call("cuLaunchKernel", function, grid, 1, 1, threads, 1, 1, smem, P(stream),
-                  arguments, None)
+        self.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments, None)
 
     def allocate(self, num_bytes):
         pointer = ctypes.c_uint64()
@@ -102,8 +121,10 @@ class Driver:
         self.call("cuMemFree_v2", ctypes.c_uint64(pointer))
 
 
-def cubin_or_ptx(folder, family):
+def image_of(folder, family):
     """What to load for a family of kernels: a cubin of `folder`, else the committed PTX."""
     cubin = os.path.join(folder, family + ".cubin")
+    if folder and os.path.exists(cubin):
+        return cubin
     gen = os.path.join(os.path.dirname(__file__), "..", "..", "kernels", "gen")
-    return cubin if os.path.exists(cubin) else os.path.join(gen, family + ".ptx.gz")
+    return os.path.join(gen, family + ".ptx.gz")

@@ -1,4 +1,4 @@
-//! Attention over block tables and quantized blocks, on the CPU.
+//! Attention over block tables and quantized blocks, on the CPU and on CUDA devices.
 //!
 //! ```text
 //! plan, once a step:   sequences -> snapshot of spans, tasks and their costs
@@ -21,6 +21,7 @@
 mod choose;
 mod counts;
 mod cpu;
+mod cuda;
 pub(crate) mod decoded;
 mod job;
 mod plan;
@@ -37,8 +38,10 @@ use std::sync::Arc;
 pub(crate) use state::States;
 pub use write::write_sequence;
 
+use self::cuda::Cuda;
 use self::plan::Plan;
 use crate::cache::Cache;
+use crate::device::cuda::DeviceTensor;
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::error::{Result, bail, ensure};
 use crate::sequence::Sequence;
@@ -58,18 +61,30 @@ pub struct Options<'a> {
     pub alibi_slopes: Option<&'a [f32]>,
 }
 
+/// [`Options`] of a layer on a device.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DeviceOptions {
+    /// Everything that is not a list.
+    pub common: Options<'static>,
+    /// The device address of the sinks; 0 for none.
+    pub sinks: u64,
+}
+
 /// Plans and runs attention for the sequences of one cache.
 #[derive(Debug)]
 pub struct Attention {
     cache: Arc<Cache>,
     plan: Plan,
+    /// Where the cache is on a device.
+    cuda: Option<Box<Cuda>>,
 }
 
 impl Attention {
     /// An empty plan over `cache`, which must have memory.
     pub fn new(cache: Arc<Cache>) -> Result<Self> {
         ensure!(!cache.formats().is_empty(), Unsupported, "the cache has no memory to attend to");
-        Ok(Self { cache, plan: Plan::default() })
+        let cuda = cache.gpu().map(|gpu| Cuda::new(&cache, gpu)).transpose()?.map(Box::new);
+        Ok(Self { cache, plan: Plan::default(), cuda })
     }
 
     /// Plans one step: sequence `i` contributes its last `num_queries` tokens, reserved ones
@@ -77,7 +92,13 @@ impl Attention {
     /// run after a block was sealed. On failure the previous plan is gone.
     pub fn plan(&mut self, batch: &[(&Sequence, usize)]) -> Result<()> {
         self.plan.clear();
-        let result = self.plan.fill(&self.cache, batch);
+        let result = match &mut self.cuda {
+            None => self.plan.fill(&self.cache, batch),
+            Some(cuda) => self
+                .plan
+                .fill_for_device(&self.cache, batch)
+                .and_then(|()| cuda.plan(&self.cache, batch)),
+        };
         if result.is_err() {
             self.plan.clear();
         }
@@ -92,6 +113,7 @@ impl Attention {
     /// all blocks. Buffers are reused.
     pub fn select(&mut self, layer: usize, starts: &[u32], blocks: &[u32]) -> Result<()> {
         self.check(layer, 0, 1)?;
+        ensure!(self.cuda.is_none(), Unsupported, "a CUDA cache attends to all blocks");
         let heads = self.plan.sequences.len() * self.cache.config().shape.num_kv_heads;
         ensure!(
             starts.len() == heads + 1,
@@ -131,6 +153,7 @@ impl Attention {
         num_workers: usize,
     ) -> Result<()> {
         self.check(layer, worker, num_workers)?;
+        self.ensure_on_host("key")?;
         let shape = &self.cache.config().shape;
         let expected = [self.plan.num_tokens, shape.num_kv_heads, shape.head_dim];
         check_shape("key", key.shape(), expected)?;
@@ -155,6 +178,7 @@ impl Attention {
         num_workers: usize,
     ) -> Result<()> {
         self.check(layer, worker, num_workers)?;
+        self.ensure_on_host("query")?;
         let shape = &self.cache.config().shape;
         let (tokens, heads) = (self.plan.num_tokens, shape.num_q_heads);
         check_shape("query", query.shape(), [tokens, heads, shape.head_dim])?;
@@ -167,6 +191,93 @@ impl Attention {
         let call = cpu::Call { cache: &self.cache, plan: &self.plan, layer, options };
         call.run(query, output, lse, worker, num_workers);
         Ok(())
+    }
+
+    /// [`Self::append`] for a cache on a device: worker 0 queues all of it, the others nothing.
+    pub fn append_on_device(
+        &self,
+        layer: usize,
+        key: &DeviceTensor,
+        value: &DeviceTensor,
+        (worker, num_workers): (usize, usize),
+    ) -> Result<()> {
+        self.check(layer, worker, num_workers)?;
+        let cuda = self.cuda()?;
+        if worker == 0 {
+            self.plan.check_reserved()?;
+            cuda.append(&self.cache, layer, key, value)?;
+            self.plan.note_layer(layer, self.cache.config().shape.num_kv_heads);
+        }
+        Ok(())
+    }
+
+    /// [`Self::run`] for a cache on a device: worker 0 queues all of it, the others nothing.
+    pub fn run_on_device(
+        &self,
+        layer: usize,
+        query: &DeviceTensor,
+        output: &DeviceTensor,
+        lse: Option<&DeviceTensor>,
+        options: &DeviceOptions,
+        (worker, num_workers): (usize, usize),
+    ) -> Result<()> {
+        self.check(layer, worker, num_workers)?;
+        let cuda = self.cuda()?;
+        if worker == 0 {
+            let shape = &self.cache.config().shape;
+            options.common.check(shape.num_q_heads)?;
+            self.plan.check_written(layer, shape.num_kv_heads)?;
+            cuda.run(&self.cache, layer, query, output, lse, options)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the device memory for every plan of so many sequences, queries, and blocks of a layer.
+    pub fn reserve(
+        &mut self,
+        num_sequences: usize,
+        num_queries: usize,
+        num_blocks: usize,
+    ) -> Result<()> {
+        self.cuda()?;
+        self.plan.clear();
+        match &mut self.cuda {
+            Some(cuda) => cuda.reserve(&self.cache, num_sequences, num_queries, num_blocks),
+            None => Ok(()),
+        }
+    }
+
+    /// Equal for two plans of this object if a CUDA graph that was captured under one does the work of
+    /// the other.
+    pub fn graph_key(&self) -> Result<u64> {
+        self.plan.check_current()?;
+        Ok(self.cuda()?.graph_key())
+    }
+
+    /// Notes that a captured graph has queued the appends of all layers of the plan.
+    pub fn graph_launched(&self) -> Result<()> {
+        self.plan.check_current()?;
+        self.cuda()?;
+        self.plan.check_reserved()?;
+        let shape = &self.cache.config().shape;
+        (0..shape.num_layers).for_each(|layer| self.plan.note_layer(layer, shape.num_kv_heads));
+        Ok(())
+    }
+
+    fn ensure_on_host(&self, tensor: &str) -> Result<()> {
+        ensure!(
+            self.cuda.is_none(),
+            InvalidArgument,
+            "{tensor} is in host memory, the cache is on a CUDA device"
+        );
+        Ok(())
+    }
+
+    fn cuda(&self) -> Result<&Cuda> {
+        match &self.cuda {
+            Some(cuda) => Ok(cuda),
+            None => bail!(Unsupported, "the cache is in host memory, not on a CUDA device"),
+        }
     }
 
     fn check(&self, layer: usize, worker: usize, num_workers: usize) -> Result<()> {

@@ -101,6 +101,20 @@ impl Plan {
         Ok(())
     }
 
+    /// Checks and notes the sequences alone: what rows there are, a device is told by other means.
+    pub(super) fn fill_for_device(
+        &mut self,
+        cache: &Arc<Cache>,
+        batch: &[(&Sequence, usize)],
+    ) -> Result<()> {
+        for (i, (sequence, num_queries)) in batch.iter().enumerate() {
+            let check = self.check_sequence(cache, sequence, *num_queries);
+            check.map_err(|error| error.within(format!("sequence {i} of the batch")))?;
+            self.note_sequence(sequence, *num_queries, 0);
+        }
+        Ok(())
+    }
+
     fn check_sequence(&self, cache: &Arc<Cache>, sequence: &Sequence, n: usize) -> Result<()> {
         sequence.ensure_present()?;
         ensure!(Arc::ptr_eq(sequence.cache(), cache), InvalidArgument, "it is of another cache");
@@ -149,6 +163,10 @@ impl Plan {
             }
             self.lanes.push(PlannedLane { spans, len, evicted: lane.evicted });
         }
+        self.note_sequence(sequence, num_queries, first_lane);
+    }
+
+    fn note_sequence(&mut self, sequence: &Sequence, num_queries: usize, first_lane: usize) {
         self.sequences.push(Planned {
             shared: sequence.shared().clone(),
             epoch: sequence.shared().epoch(),
@@ -323,6 +341,20 @@ impl Plan {
         Ok(())
     }
 
+    /// Fails if the plan has queries for which no row is reserved.
+    pub(super) fn check_reserved(&self) -> Result<()> {
+        for (i, sequence) in self.sequences.iter().enumerate() {
+            let n = sequence.num_queries;
+            ensure!(
+                n <= sequence.reserved,
+                InvalidState,
+                "sequence {i} of the batch has {n} queries but {} reserved tokens to append",
+                sequence.reserved
+            );
+        }
+        Ok(())
+    }
+
     /// Fails if reserved rows of `layer` have not been written: they hold somebody else's bytes.
     pub(super) fn check_written(&self, layer: usize, num_kv_heads: usize) -> Result<()> {
         for (i, sequence) in self.sequences.iter().enumerate() {
@@ -336,6 +368,13 @@ impl Plan {
             );
         }
         Ok(())
+    }
+
+    /// Notes that the rows of all heads of a layer were written.
+    pub(super) fn note_layer(&self, layer: usize, num_kv_heads: usize) {
+        for sequence in &self.sequences {
+            sequence.shared.note_written(layer, sequence.num_queries * num_kv_heads);
+        }
     }
 
     /// Notes written rows for `check_written`.

@@ -29,6 +29,11 @@ pub fn write_sequence(
         Unsupported,
         "a sequence of a pool has no memory; write to your own tensors"
     );
+    ensure!(
+        sequence.cache().gpu().is_none(),
+        Unsupported,
+        "the cache is on a CUDA device; plan, then use kvmgr_attention_append"
+    );
     let shape = &sequence.cache().config().shape;
     let layers = shape.num_layers;
     ensure!(layer < layers, InvalidArgument, "layer is {layer}, the model has {layers}");
@@ -65,15 +70,7 @@ impl Plan {
         num_workers: usize,
     ) -> Result<()> {
         let shape = &cache.config().shape;
-        for (i, sequence) in self.sequences.iter().enumerate() {
-            let n = sequence.num_queries;
-            ensure!(
-                n <= sequence.reserved,
-                InvalidState,
-                "sequence {i} of the batch has {n} queries but {} reserved tokens to append",
-                sequence.reserved
-            );
-        }
+        self.check_reserved()?;
         // Heads of all sequences in one row of work, dealt out like cards.
         let units = self.sequences.len() * shape.num_kv_heads;
         for unit in (worker..units).step_by(num_workers) {

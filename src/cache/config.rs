@@ -1,5 +1,8 @@
 //! What a cache is made from.
 
+use std::sync::Arc;
+
+use crate::device::cuda::Gpu;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::shape::{LaneWidth, MAX_BLOCK_SIZE, ModelShape, Rope};
@@ -29,6 +32,17 @@ pub struct CacheConfig {
     pub prefix: bool,
     /// How the model rotates queries and keys, if the caller told.
     pub rope: Option<Rope>,
+    /// The device whose memory the blocks are in; `None` for the host.
+    pub device: Option<DeviceConfig>,
+}
+
+/// Where the blocks of a cache on a device are.
+#[derive(Debug, Clone)]
+pub struct DeviceConfig {
+    /// The device.
+    pub gpu: Arc<Gpu>,
+    /// The engine's memory, `memory_limit` bytes; 0 takes memory from the driver.
+    pub memory: u64,
 }
 
 /// The formats of a cache with memory.

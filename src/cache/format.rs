@@ -27,13 +27,14 @@ pub struct Format {
 }
 
 impl Format {
-    /// Sizes for blocks of `cells` cells of `block_size` rows of `head_dim` elements.
+    /// Sizes for blocks of `cells` cells of `block_size` rows of `head_dim` elements; blocks are
+    /// multiples of `alignment`.
     pub(super) fn new(
         key: Arc<dyn Quantizer>,
         value: Arc<dyn Quantizer>,
         cells: usize,
-        block_size: usize,
-        head_dim: usize,
+        (block_size, head_dim): (usize, usize),
+        alignment: usize,
     ) -> Result<Self> {
         key.check(block_size, head_dim).map_err(|error| error.within("keys"))?;
         value.check(block_size, head_dim).map_err(|error| error.within("values"))?;
@@ -42,7 +43,7 @@ impl Format {
         // Rows of f16 and f32 need their alignment at every cell and block.
         let key_bytes = key_bytes.next_multiple_of(4);
         let value_bytes = value_bytes.next_multiple_of(4);
-        let block_bytes = (cells * (key_bytes + value_bytes)).next_multiple_of(64);
+        let block_bytes = (cells * (key_bytes + value_bytes)).next_multiple_of(alignment);
         Ok(Self { key, value, key_bytes, value_bytes, block_bytes })
     }
 

@@ -5,6 +5,7 @@
 //! writes through them without it. Prefix lookups and retains share it.
 
 mod config;
+mod device;
 mod format;
 pub mod rows;
 mod slab;
@@ -15,13 +16,15 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
-pub use config::{CacheConfig, MemoryFormats};
+pub use config::{CacheConfig, DeviceConfig, MemoryFormats};
+pub use device::PAGE_BYTES;
 pub use format::Format;
 pub use view::BlockView;
 
 use self::slab::Slab;
 use crate::block::prefix::{self, Digest};
 use crate::block::{BlockId, BlockPool, EntryId, Released};
+use crate::device::cuda::DeviceMemory;
 use crate::error::{Result, bail, ensure};
 use crate::evictor;
 use crate::quantizer::{self, Side};
@@ -52,6 +55,8 @@ pub struct Cache {
     sealed: usize,
     root: Digest,
     offload: Mutex<Option<Arc<dyn Offload>>>,
+    /// The memory of the blocks, if it is on a device.
+    device: Option<Arc<DeviceMemory>>,
     state: RwLock<State>,
     /// Counters that sequences add to.
     pub counters: Counters,
@@ -110,19 +115,22 @@ impl Cache {
     /// Reserves everything the configuration asks for.
     pub fn new(config: CacheConfig) -> Result<Arc<Self>> {
         config.validate()?;
+        if config.device.is_some() {
+            device::check(&config)?;
+        }
         let (formats, sealed) = Self::make_formats(&config)?;
         let num_blocks = config.num_blocks;
         let evictor = evictor::create(&config.evictor, num_blocks)?;
-        let slab = match formats.first() {
-            None => None,
-            Some(open) => {
-                let limit = match config.memory_limit {
-                    0 => num_blocks.saturating_mul(open.block_bytes),
-                    limit => limit,
-                };
-                let sizes: Vec<usize> = formats.iter().map(|format| format.block_bytes).collect();
-                Some(Slab::new(&sizes, limit)?)
-            }
+        let limit = match (config.memory_limit, formats.first()) {
+            (0, Some(open)) => num_blocks.saturating_mul(open.block_bytes),
+            (limit, _) => limit,
+        };
+        let device = device::memory(&config, limit)?;
+        let sizes: Vec<usize> = formats.iter().map(|format| format.block_bytes).collect();
+        let slab = match &device {
+            _ if sizes.is_empty() => None,
+            Some(memory) => Some(Slab::on_device(&sizes, memory.clone())?),
+            None => Some(Slab::new(&sizes, limit)?),
         };
         let state = State {
             pool: BlockPool::new(num_blocks, evictor),
@@ -138,6 +146,7 @@ impl Cache {
             sealed,
             root,
             offload: Mutex::new(None),
+            device,
             state: RwLock::new(state),
             counters: Counters::default(),
         }))
@@ -152,7 +161,9 @@ impl Cache {
         let make = |key: &str, value: &str| {
             let key = quantizer::create(key, Side::Key)?;
             let value = quantizer::create(value, Side::Value)?;
-            Format::new(key, value, cells, config.block_size, config.shape.head_dim)
+            let sizes = (config.block_size, config.shape.head_dim);
+            let alignment = if config.device.is_some() { PAGE_BYTES } else { 64 };
+            Format::new(key, value, cells, sizes, alignment)
         };
         let open = make(memory.open.name(), memory.open.name())?;
         let sealed = make(&memory.key, &memory.value)?;

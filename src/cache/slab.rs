@@ -5,19 +5,29 @@
 //! accounting says is what the process holds.
 
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use super::view::BlockView;
+use crate::device::cuda::DeviceMemory;
 use crate::device::host::{Arena, HUGE_PAGE, page_size};
 use crate::error::{Result, ensure};
 
 /// Limit from which on chunks are made of huge pages; below, they would be mostly empty.
 const HUGE_FROM: usize = 32 * HUGE_PAGE;
 
+/// The memory that is handed out.
+#[derive(Debug)]
+enum Region {
+    Host(Arena),
+    /// Taken all at once, never touched here.
+    Device(Arc<DeviceMemory>),
+}
+
 /// A slab allocator over one reserved address range. Exclusive access; no allocation of its own
 /// after the first use of each chunk.
 #[derive(Debug)]
 pub(super) struct Slab {
-    arena: Arena,
+    region: Region,
     chunk_bytes: usize,
     classes: Vec<Class>,
     chunks: Vec<Chunk>,
@@ -31,6 +41,8 @@ struct Class {
     slot_bytes: usize,
     /// Chunks of this class with at least one free slot.
     partial: Vec<u32>,
+    /// Their free slots.
+    free: usize,
 }
 
 #[derive(Debug, Default)]
@@ -57,19 +69,57 @@ impl Slab {
             InvalidArgument,
             "a memory limit of {limit} bytes in blocks of {largest} bytes is too large"
         );
-        let class = |&slot_bytes: &usize| Class { slot_bytes, partial: Vec::new() };
-        Ok(Self {
-            arena: match chunks.saturating_mul(chunk_bytes) {
-                bytes if is_large => Arena::reserve_huge(bytes)?,
-                bytes => Arena::reserve(bytes)?,
-            },
+        let arena = match chunks.saturating_mul(chunk_bytes) {
+            bytes if is_large => Arena::reserve_huge(bytes)?,
+            bytes => Arena::reserve(bytes)?,
+        };
+        Ok(Self::over(Region::Host(arena), slot_bytes, chunk_bytes, chunks, limit))
+    }
+
+    /// Slots of the sizes `slot_bytes` in all of `memory`.
+    pub(super) fn on_device(slot_bytes: &[usize], memory: Arc<DeviceMemory>) -> Result<Self> {
+        let largest = slot_bytes.iter().copied().max().unwrap_or(1);
+        ensure!(slot_bytes.iter().all(|bytes| *bytes > 0), Internal, "a block format of 0 bytes");
+        // One class leaves nothing unused; several share chunks, of which they waste little.
+        let chunk_bytes = if slot_bytes.len() == 1 { largest } else { largest * 8 };
+        let (limit, chunks) = (memory.len(), memory.len() / chunk_bytes);
+        ensure!(
+            chunks >= slot_bytes.len() && u32::try_from(chunks).is_ok(),
+            InvalidArgument,
+            "memory_limit is {limit}, must be at least {}: a few blocks of {largest} bytes",
+            chunk_bytes * slot_bytes.len()
+        );
+        Ok(Self::over(Region::Device(memory), slot_bytes, chunk_bytes, chunks, limit))
+    }
+
+    fn over(
+        region: Region,
+        slot_bytes: &[usize],
+        chunk_bytes: usize,
+        chunks: usize,
+        limit: usize,
+    ) -> Self {
+        let class = |&slot_bytes: &usize| Class { slot_bytes, partial: Vec::new(), free: 0 };
+        Self {
+            region,
             chunk_bytes,
             classes: slot_bytes.iter().map(class).collect(),
             chunks: (0..chunks).map(|_| Chunk::default()).collect(),
             free_chunks: (0..chunks as u32).rev().collect(),
             used_bytes: 0,
             limit,
-        })
+        }
+    }
+
+    fn address(&self, offset: usize) -> NonNull<u8> {
+        match &self.region {
+            Region::Host(arena) => arena.address(offset),
+            Region::Device(memory) => {
+                let address = memory.address() as usize + offset;
+                NonNull::new(std::ptr::without_provenance_mut(address))
+                    .unwrap_or(NonNull::dangling())
+            }
+        }
     }
 
     /// Bytes in slots handed out.
@@ -77,14 +127,24 @@ impl Slab {
         self.used_bytes
     }
 
-    /// Bytes in chunks taken from the system.
+    /// Bytes in chunks taken from the system; a device gives all at once.
     pub(super) fn committed_bytes(&self) -> usize {
+        if let Region::Device(memory) = &self.region {
+            return memory.len();
+        }
         (self.chunks.len() - self.free_chunks.len()) * self.chunk_bytes
     }
 
     /// Whether `n` slots of `class` fit under the limit.
     pub(super) fn fits(&self, class: usize, n: usize) -> bool {
-        self.used_bytes + n * self.classes[class].slot_bytes <= self.limit
+        let Class { slot_bytes, free, .. } = self.classes[class];
+        let has_slots = match &self.region {
+            Region::Host(_) => true, // Addresses are never short.
+            Region::Device(_) => {
+                free + self.free_chunks.len() * (self.chunk_bytes / slot_bytes) >= n
+            }
+        };
+        has_slots && self.used_bytes + n * slot_bytes <= self.limit
     }
 
     /// A slot of `class`. The limit is the caller's to check with [`Self::fits`]: sealing needs
@@ -101,23 +161,29 @@ impl Slab {
                 entry.free.clear();
                 entry.free.extend((0..slots).rev());
                 self.classes[class].partial.push(chunk);
+                self.classes[class].free += slots as usize;
                 chunk
             }
         };
         let entry = &mut self.chunks[chunk as usize];
         let slot = entry.free.pop()?;
         entry.used += 1;
+        self.classes[class].free -= 1;
         if entry.free.is_empty() {
             self.classes[class].partial.pop();
         }
         self.used_bytes += slot_bytes;
         let offset = chunk as usize * self.chunk_bytes + slot as usize * slot_bytes;
-        Some(BlockView::new(self.arena.address(offset), slot_bytes, class as u8))
+        let address = self.address(offset);
+        Some(match self.region {
+            Region::Host(_) => BlockView::new(address, slot_bytes, class as u8),
+            Region::Device(_) => BlockView::on_device(address, slot_bytes, class as u8),
+        })
     }
 
     /// Gives a slot back.
     pub(super) fn free(&mut self, view: BlockView) {
-        if cfg!(debug_assertions) {
+        if cfg!(debug_assertions) && !view.is_on_device() {
             // Nobody may see a recycled block's content: make it obvious if somebody does.
             view.write(0..view.len()).fill(0xFF);
         }
@@ -127,19 +193,23 @@ impl Slab {
         entry.free.push(slot);
         entry.used -= 1;
         self.used_bytes -= self.classes[class].slot_bytes;
+        self.classes[class].free += 1;
         let partial = &mut self.classes[class].partial;
         if entry.free.len() == 1 {
             partial.push(chunk as u32);
         }
         if entry.used == 0 {
             partial.retain(|other| *other as usize != chunk);
+            self.classes[class].free -= self.chunks[chunk].free.len();
             self.free_chunks.push(chunk as u32);
-            self.arena.discard(chunk * self.chunk_bytes, self.chunk_bytes);
+            if let Region::Host(arena) = &self.region {
+                arena.discard(chunk * self.chunk_bytes, self.chunk_bytes);
+            }
         }
     }
 
     fn locate(&self, address: NonNull<u8>, class: usize) -> (usize, u32) {
-        let offset = address.addr().get() - self.arena.address(0).addr().get();
+        let offset = address.addr().get() - self.address(0).addr().get();
         let slot = offset % self.chunk_bytes / self.classes[class].slot_bytes;
         (offset / self.chunk_bytes, slot as u32)
     }
@@ -168,5 +238,6 @@ mod tests {
             slab.free(view);
         }
         assert_eq!((slab.used_bytes(), slab.committed_bytes()), (0, 0));
+        assert!(slab.classes.iter().all(|class| class.free == 0 && class.partial.is_empty()));
     }
 }

@@ -6,6 +6,9 @@
 //!   (cell, row) pairs, and read only after the engine's barrier between append and run.
 //!
 //! The memory outlives every view because each holder of views also holds the cache.
+//!
+//! Blocks in device memory have views as well, but these are addresses for the device alone: to
+//! read or write one here is a bug.
 
 #![expect(unsafe_code, reason = "the single helper that views block memory")]
 
@@ -18,6 +21,7 @@ pub struct BlockView {
     address: NonNull<u8>,
     bytes: u32,
     format: u8,
+    is_on_device: bool,
 }
 
 // SAFETY: a view is an address; the module comment states who may use it when.
@@ -28,12 +32,17 @@ unsafe impl Sync for BlockView {}
 impl BlockView {
     /// A view of `bytes` bytes at `address`, which live as long as the cache that made them.
     pub(super) fn new(address: NonNull<u8>, bytes: usize, format: u8) -> Self {
-        Self { address, bytes: bytes as u32, format }
+        Self { address, bytes: bytes as u32, format, is_on_device: false }
+    }
+
+    /// A view of `bytes` bytes of device memory.
+    pub(super) fn on_device(address: NonNull<u8>, bytes: usize, format: u8) -> Self {
+        Self { is_on_device: true, ..Self::new(address, bytes, format) }
     }
 
     /// The view of a block without memory.
     pub fn none() -> Self {
-        Self { address: NonNull::dangling(), bytes: 0, format: 0 }
+        Self { address: NonNull::dangling(), bytes: 0, format: 0, is_on_device: false }
     }
 
     /// The index of the format in the cache's list.
@@ -54,6 +63,11 @@ impl BlockView {
     /// The address, which identifies the storage.
     pub(super) fn address(&self) -> NonNull<u8> {
         self.address
+    }
+
+    /// Whether the bytes are in device memory.
+    pub(super) fn is_on_device(&self) -> bool {
+        self.is_on_device
     }
 
     /// Bytes of the block to read.
@@ -81,6 +95,7 @@ impl BlockView {
     }
 
     fn check(&self, range: &Range<usize>) {
+        assert!(!self.is_on_device, "the host does not read or write device memory");
         assert!(
             range.start <= range.end && range.end <= self.len(),
             "bytes {range:?} outside a block of {}",

@@ -8,7 +8,7 @@ use super::guard::guard;
 use super::handle::{self, Exclusive, Opaque};
 use super::sequence::kvmgr_sequence;
 use super::types::{kvmgr_status, kvmgr_tensor};
-use crate::attention::{Attention, Options};
+use crate::attention::{Attention, DeviceOptions, Options};
 use crate::error::{Result, ensure};
 use crate::manager::Manager;
 
@@ -48,13 +48,15 @@ pub struct kvmgr_attention_options {
     pub sliding_window: u32,
     /// Reserved, 0.
     pub flags: u32,
-    /// num_q_heads learned logits, an extra term of the denominator and of the LSE; or NULL.
+    /// num_q_heads learned logits, an extra term of the denominator and of the LSE; or NULL. In
+    /// device memory for a cache on a CUDA device.
     pub sinks: *const f32,
-    /// num_q_heads slopes: logits lose slope * distance; or NULL.
+    /// num_q_heads slopes: logits lose slope * distance; or NULL, which it must be on CUDA.
     pub alibi_slopes: *const f32,
 }
 
-/// Makes an attention handle for the sequences of a cache.
+/// Makes an attention handle for the sequences of a cache. On a CUDA device this loads the kernels,
+/// which the driver compiles the first time.
 ///
 /// @param out_attention receives an exclusive handle; NULL on failure
 #[must_use]
@@ -157,6 +159,10 @@ pub unsafe extern "C" fn kvmgr_attention_select(
 
 /// Writes K and V of the planned tokens into the rows that were reserved for them.
 ///
+/// On a CUDA device K and V are of one dtype, any, with rows aligned to 16 bytes; worker 0 launches one
+/// kernel on the cache's stream, the other workers have nothing to do. No allocation, no waiting, so the
+/// call can be captured into a graph.
+///
 /// @param layer below num_layers
 /// @param key [planned tokens, num_kv_heads, head_dim], rotated as the model wants it
 /// @param value [planned tokens, num_kv_heads, head_dim]
@@ -176,6 +182,13 @@ pub unsafe extern "C" fn kvmgr_attention_append(
     // SAFETY: the caller passes a handle and tensors it may read.
     guard(|| unsafe {
         handle::with(attention, |attention| {
+            if let Some(id) = attention.device() {
+                let key = convert::device_tensor(key, "key", 3, id)?;
+                let value = convert::device_tensor(value, "value", 3, id)?;
+                let part = device_part(worker, num_workers)?;
+                let plan = attention.attention.read(NAME)?;
+                return plan.append_on_device(layer as usize, &key, &value, part);
+            }
             let key = convert::tensor(key, "key")?;
             let value = convert::tensor(value, "value")?;
             let plan = attention.attention.read(NAME)?;
@@ -188,6 +201,10 @@ pub unsafe extern "C" fn kvmgr_attention_append(
 
 /// Attends for the planned tokens: output = softmax(query . K) V. Token i of n of a sequence sees
 /// all earlier tokens that were kept and itself. A query that sees nothing gets zeros and -inf.
+///
+/// On a CUDA device Q and O are of the cache's dtype with rows aligned to 4 bytes, LSE is f32 with
+/// neighbouring heads; worker 0 launches one kernel on the cache's stream, as kvmgr_attention_append
+/// does.
 ///
 /// @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
 ///        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.
@@ -213,6 +230,19 @@ pub unsafe extern "C" fn kvmgr_attention_run(
     // SAFETY: the caller passes a handle, tensors it may read or write, and NULL or options.
     guard(|| unsafe {
         handle::with(attention, |attention| {
+            if let Some(id) = attention.device() {
+                let query = convert::device_tensor(query, "query", 3, id)?;
+                let output = convert::device_tensor(output, "output", 3, id)?;
+                let lse = match lse.is_null() {
+                    true => None,
+                    false => Some(convert::device_tensor(lse, "lse", 2, id)?),
+                };
+                let options = parse_device_options(options)?;
+                let part = device_part(worker, num_workers)?;
+                let plan = attention.attention.read(NAME)?;
+                let lse = lse.as_ref();
+                return plan.run_on_device(layer as usize, &query, &output, lse, &options, part);
+            }
             let query = convert::tensor(query, "query")?;
             let output = convert::tensor_mut(output, "output", 3)?;
             let lse = match lse.is_null() {
@@ -230,6 +260,85 @@ pub unsafe extern "C" fn kvmgr_attention_run(
     })
 }
 
+/// Takes the device memory that plans need, so that no later plan within these limits takes more:
+/// kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan.
+/// The current plan is gone. CUDA only.
+///
+/// @param max_sequences most sequences of a plan
+/// @param max_queries most tokens of a plan, over all sequences
+/// @param max_blocks most blocks of a plan in one layer, over all sequences and their lanes
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_attention_reserve(
+    attention: *mut kvmgr_attention,
+    max_sequences: usize,
+    max_queries: usize,
+    max_blocks: usize,
+) -> kvmgr_status {
+    guard(|| {
+        handle::with(attention.cast_const(), |attention| {
+            let limits = [max_sequences, max_queries, max_blocks];
+            for (name, n) in ["max_sequences", "max_queries", "max_blocks"].iter().zip(limits) {
+                let most = u32::MAX as usize;
+                ensure!(n <= most, InvalidArgument, "{name} is {n}, must be at most {most}");
+            }
+            attention.attention.write(NAME)?.reserve(max_sequences, max_queries, max_blocks)
+        })
+    })
+}
+
+/// A number that says what a CUDA graph is good for. Capture kvmgr_attention_append and
+/// kvmgr_attention_run of all layers under one plan; after another kvmgr_attention_plan with the same
+/// number, launching that graph does the work of that plan: what changes from plan to plan is read
+/// from device memory. The number depends on how many tokens are planned, not on how long sequences
+/// are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
+/// Plan outside of the capture. CUDA only.
+///
+/// @param out_key receives the number
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_attention_graph_key(
+    attention: *const kvmgr_attention,
+    out_key: *mut u64,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle and a place for a number.
+    guard(|| unsafe {
+        handle::with(attention, |attention| {
+            let out = convert::output(out_key, "out_key")?;
+            *out = attention.attention.read(NAME)?.graph_key()?;
+            Ok(())
+        })
+    })
+}
+
+/// Says that a graph with the appends of all layers was launched for the current plan, instead of
+/// kvmgr_attention_append, so that the tokens can be committed. CUDA only.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_attention_graph_launched(attention: *mut kvmgr_attention) -> kvmgr_status {
+    guard(|| {
+        handle::with(attention.cast_const(), |attention| {
+            attention.attention.read(NAME)?.graph_launched()
+        })
+    })
+}
+
+impl AttentionHandle {
+    /// The CUDA device of the cache, if it is on one.
+    fn device(&self) -> Option<i32> {
+        self.manager.cache().gpu().map(|gpu| gpu.id())
+    }
+}
+
+/// Which part a call is: a device does all in one.
+fn device_part(worker: u32, num_workers: u32) -> Result<(usize, usize)> {
+    if num_workers > 0 {
+        return Ok((worker as usize, num_workers as usize));
+    }
+    ensure!(worker == 0, InvalidArgument, "worker is {worker}, must be 0 when num_workers is 0");
+    Ok((0, 1))
+}
+
 fn in_parts(
     manager: &Manager,
     worker: u32,
@@ -241,6 +350,26 @@ fn in_parts(
     }
     ensure!(worker == 0, InvalidArgument, "worker is {worker}, must be 0 when num_workers is 0");
     manager.run_workers(part)
+}
+
+/// # Safety
+/// `options` is NULL or a struct that starts with its size.
+unsafe fn parse_device_options(options: *const kvmgr_attention_options) -> Result<DeviceOptions> {
+    if options.is_null() {
+        return Ok(DeviceOptions::default());
+    }
+    // SAFETY: the caller promises it.
+    let options = unsafe { convert::config(options, "kvmgr_attention_options") }?;
+    ensure!(options.flags == 0, InvalidArgument, "flags has unknown bits {:#x}", options.flags);
+    ensure!(
+        options.alibi_slopes.is_null(),
+        Unsupported,
+        "alibi_slopes is not NULL, which attention on a CUDA device cannot do"
+    );
+    let kvmgr_attention_options { scale, softcap, sliding_window, sinks, .. } = options;
+    ensure!(sinks.is_aligned(), InvalidArgument, "sinks is not aligned to 4 bytes");
+    let common = Options { scale, softcap, sliding_window, ..Options::default() };
+    Ok(DeviceOptions { common, sinks: sinks.addr() as u64 })
 }
 
 /// # Safety

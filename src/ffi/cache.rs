@@ -1,6 +1,6 @@
 //! Caches: memory, policies, sharing and tiers as one.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -12,9 +12,12 @@ use super::pool::to_usize;
 use super::sequence::{SequenceHandle, kvmgr_sequence};
 use super::store::kvmgr_store;
 use super::types::{
-    KVMGR_LANE_AUTO, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER, KVMGR_LANE_SEQUENCE, kvmgr_dtype,
-    kvmgr_lane_width, kvmgr_rope_style, kvmgr_status, kvmgr_tensor,
+    KVMGR_DEVICE_CPU, KVMGR_DEVICE_CUDA, KVMGR_LANE_AUTO, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER,
+    KVMGR_LANE_SEQUENCE, kvmgr_device_type, kvmgr_dtype, kvmgr_lane_width, kvmgr_rope_style,
+    kvmgr_status, kvmgr_tensor,
 };
+use crate::cache::DeviceConfig;
+use crate::device::cuda::Gpu;
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
 use crate::log::{Level, log};
@@ -87,6 +90,18 @@ pub struct kvmgr_cache_config {
     /// rope_dims / 2 frequencies in radians for each position, or NULL for powers of rope_base.
     /// Copied.
     pub rope_inv_freq: *const f32,
+    /// Where the blocks are; 0 means KVMGR_DEVICE_CPU. On KVMGR_DEVICE_CUDA: head_dim 64, 128 or
+    /// 256, block_size 16, 32 or 64, up to 16 query heads for each KV head, dtype f16 or bf16, the
+    /// spec "full", no store.
+    pub device_type: kvmgr_device_type,
+    /// Which CUDA device. The cache works in the calling thread's current context if that is one of
+    /// this device, else in the device's primary context; either must outlive the cache. No call
+    /// changes which context is current.
+    pub device_id: i32,
+    /// The engine's own device memory for the blocks, memory_limit bytes, aligned to 256; or NULL:
+    /// the cache takes memory_limit bytes from the driver. It must stay until the cache is gone and
+    /// the device is done with it. CUDA only.
+    pub memory: *mut c_void,
 }
 
 /// What a cache holds and has done. Set struct_size before the call. Bytes are bytes of blocks as
@@ -201,6 +216,29 @@ pub extern "C" fn kvmgr_cache_reset_peak(cache: *mut kvmgr_cache) -> kvmgr_statu
     })
 }
 
+/// Sets the CUDA stream that all work of a cache on a CUDA device is queued on: plans, appends, runs,
+/// copies of blocks. At first it is the legacy default stream. The order of the stream is what makes it
+/// safe to free blocks at once, so if work is still queued on the old one, the engine makes the new one
+/// wait for it. Not while another thread uses the cache.
+///
+/// @param stream a CUstream (or cudaStream_t) of the cache's context; NULL is the legacy default stream
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn kvmgr_cache_set_stream(
+    cache: *mut kvmgr_cache,
+    stream: *mut c_void,
+) -> kvmgr_status {
+    guard(|| {
+        handle::with(cache.cast_const(), |cache| match cache.0.cache().gpu() {
+            Some(gpu) => {
+                gpu.set_stream(stream);
+                Ok(())
+            }
+            None => bail!(Unsupported, "the cache is in host memory, not on a CUDA device"),
+        })
+    })
+}
+
 /// Hands over what a policy needs to know of a layer once (kvmgr_policy_needs). The memory is not
 /// copied: it must stay as it is until the cache is destroyed. A sequence whose policy needs it can
 /// be made when every layer has it.
@@ -310,7 +348,32 @@ unsafe fn parse_config(config: &kvmgr_cache_config) -> Result<ManagerConfig> {
             })
         }?,
         store,
+        device: parse_device(config)?,
     })
+}
+
+fn parse_device(config: &kvmgr_cache_config) -> Result<Option<DeviceConfig>> {
+    let (id, memory) = (config.device_id, config.memory.addr() as u64);
+    match config.device_type {
+        kvmgr_device_type(0) | KVMGR_DEVICE_CPU => {
+            ensure!(memory == 0, Unsupported, "memory is given, but device_type is not CUDA");
+            Ok(None)
+        }
+        KVMGR_DEVICE_CUDA => {
+            let Ok(id) = u32::try_from(id) else {
+                bail!(InvalidArgument, "device_id is {id}, must be at least 0")
+            };
+            ensure!(
+                memory == 0 || config.memory_limit > 0,
+                InvalidArgument,
+                "memory is given, but memory_limit is 0: how long is it?"
+            );
+            Ok(Some(DeviceConfig { gpu: Gpu::open(id)?, memory }))
+        }
+        kvmgr_device_type(value) => {
+            bail!(InvalidArgument, "device_type is {value}, not a kvmgr_device_type")
+        }
+    }
 }
 
 fn stats_of(manager: &Manager) -> kvmgr_cache_stats {

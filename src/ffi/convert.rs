@@ -8,6 +8,7 @@ use super::types::{
     KVMGR_ROPE_HALF, KVMGR_ROPE_INTERLEAVED, KVMGR_ROPE_NONE, KVMGR_SIDE_KEY, KVMGR_SIDE_VALUE,
     kvmgr_device_type, kvmgr_dtype, kvmgr_rope_style, kvmgr_side, kvmgr_tensor,
 };
+use crate::device::cuda::DeviceTensor;
 use crate::device::tensor::{Tensor, TensorMut};
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
@@ -317,6 +318,36 @@ pub(super) unsafe fn tensor_mut<'a>(
     Ok(unsafe { TensorMut::from_raw(data, dtype, shape, strides) })
 }
 
+/// A tensor in the memory of CUDA device `id`; `ndim` is 3, or 2 for one number in each row.
+///
+/// # Safety
+/// `tensor` is NULL or readable.
+pub(super) unsafe fn device_tensor(
+    tensor: *const kvmgr_tensor,
+    name: &str,
+    ndim: u32,
+    id: i32,
+) -> Result<DeviceTensor> {
+    // SAFETY: the caller promises a readable tensor.
+    let tensor = &unsafe { slice(tensor, 1, name) }?[0];
+    match tensor.device_type {
+        KVMGR_DEVICE_CUDA => ensure!(
+            tensor.device_id == id,
+            InvalidArgument,
+            "{name}.device_id is {}, the cache is on CUDA device {id}",
+            tensor.device_id
+        ),
+        kvmgr_device_type(0) | KVMGR_DEVICE_CPU => {
+            bail!(InvalidArgument, "{name}.device_type is CPU, the cache is on CUDA device {id}")
+        }
+        kvmgr_device_type(value) => {
+            bail!(InvalidArgument, "{name}.device_type is {value}, not a kvmgr_device_type")
+        }
+    }
+    let (data, dtype, shape, strides) = described_parts(tensor, name, ndim)?;
+    Ok(DeviceTensor { address: data.addr() as u64, dtype, shape, strides })
+}
+
 /// Rows in the engine's memory, for attention without a copy.
 ///
 /// # Safety
@@ -346,6 +377,10 @@ unsafe fn tensor_parts(tensor: *const kvmgr_tensor, name: &str, ndim: u32) -> Re
     // SAFETY: the caller promises a readable tensor.
     let tensor = &unsafe { slice(tensor, 1, name) }?[0];
     check_device(tensor, name)?;
+    described_parts(tensor, name, ndim)
+}
+
+fn described_parts(tensor: &kvmgr_tensor, name: &str, ndim: u32) -> Result<Parts> {
     let dtype = tensor.dtype.parse(&format!("{name}.dtype"))?;
     ensure!(tensor.ndim == ndim, InvalidArgument, "{name}.ndim is {}, must be {ndim}", tensor.ndim);
     let mut shape = [1usize; 3];
@@ -376,7 +411,7 @@ fn check_device(tensor: &kvmgr_tensor, name: &str) -> Result<()> {
         kvmgr_device_type(0) | KVMGR_DEVICE_CPU => Ok(()),
         KVMGR_DEVICE_CUDA => {
             device::cuda_devices().map_err(|error| error.within(format!("{name}.device_type")))?;
-            bail!(Unsupported, "{name}.device_type is CUDA, this build reads CPU memory only")
+            bail!(Unsupported, "{name}.device_type is CUDA, this call reads CPU memory only")
         }
         kvmgr_device_type(value) => {
             bail!(InvalidArgument, "{name}.device_type is {value}, not a kvmgr_device_type")

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use super::convert;
 use super::guard::{guard, guard_or, last_message};
 use super::types::{STATUSES, kvmgr_log_level, kvmgr_status};
+use crate::device::cuda;
 use crate::error::{Result, ensure};
 use crate::log::{self, Level};
 use crate::simd;
@@ -30,8 +31,9 @@ pub extern "C" fn kvmgr_version_string() -> *const c_char {
     TEXT.as_ptr().cast()
 }
 
-/// Whether the loaded library can do something on this machine: "avx2" or "avx512" (kernels for this
-/// CPU), "cuda" (a device path). Unknown names are false. The exported symbols never depend on features.
+/// Whether the loaded library can do something: "avx2" or "avx512" (kernels for this CPU), "cuda" (it
+/// has kernels for CUDA devices; kvmgr_device_count tells whether this machine has a device). Unknown
+/// names are false. The exported symbols never depend on features.
 ///
 /// @param name a NUL-terminated string
 #[unsafe(no_mangle)]
@@ -39,7 +41,8 @@ pub unsafe extern "C" fn kvmgr_has_feature(name: *const c_char) -> bool {
     guard_or(false, || {
         // SAFETY: the caller passes NULL or a NUL-terminated string.
         let name = unsafe { convert::required_text(name, "name") }?;
-        Ok(simd::available().any(|kernels| kernels.name == name))
+        Ok(name == "cuda" && cuda::has_kernels()
+            || simd::available().any(|kernels| kernels.name == name))
     })
 }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::cache::Cache;
-use crate::error::{Result, bail};
-use crate::policy::Pipeline;
+use crate::error::{Result, bail, ensure};
+use crate::policy::{Event, Pipeline, PositionMode};
 use crate::sequence::Observation;
 use crate::shape::{LaneWidth, Needs};
 
@@ -38,6 +38,17 @@ pub(super) fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Res
             needs.missing_from(caps).join(", ")
         );
     }
+    let keeps_all = !policy.acts_on(Event::PrefillEnd)
+        && !policy.acts_on(Event::Step)
+        && policy.selector().is_none()
+        && policy.position_mode() == PositionMode::Keep;
+    ensure!(
+        keeps_all || cache.gpu().is_none(),
+        Unsupported,
+        "the policy {} evicts, selects or moves tokens, which a cache on a CUDA device cannot do yet; \
+         it can do full and quant(...)",
+        policy.spec()
+    );
     let rank = |width: LaneWidth| width.num_lanes(&cache.config().shape);
     let (needed, stage) = policy.lane_width();
     let found = cache.config().lane_width;

@@ -50,6 +50,8 @@ impl Sequence {
             self.reserved
         );
         ensure!(self.has_memory(), Unsupported, "a sequence of a pool holds no rows to compact");
+        let is_on_host = self.cache.gpu().is_none();
+        ensure!(is_on_host, Unsupported, "rows on a CUDA device cannot be evicted yet");
         let len = self.lanes[index].len();
         ensure!(
             keep.end() <= len,

@@ -167,6 +167,10 @@ impl Sequence {
         let needed = shared_tails.len() + self.lanes.iter().map(fresh).sum::<usize>();
         let mut blocks = Vec::with_capacity(needed);
         self.cache.allocate(needed, OPEN, &mut blocks)?;
+        if let Err(error) = self.copy_tails(&shared_tails, &blocks) {
+            self.cache.release(blocks.iter().map(|block| block.id), std::iter::empty());
+            return Err(error);
+        }
         self.unshare_tails(&shared_tails, blocks.drain(..shared_tails.len()));
 
         let mut blocks = blocks.into_iter();
@@ -366,7 +370,17 @@ impl Sequence {
         (0..self.lanes.len()).filter(|i| is_shared(&self.lanes[*i])).collect()
     }
 
-    /// Gives each of `lanes` its own copy of its open tail.
+    /// Copies the open tails of `lanes` over the first of `blocks`.
+    fn copy_tails(&self, lanes: &[usize], blocks: &[Block]) -> Result<()> {
+        for (lane, target) in lanes.iter().zip(blocks) {
+            if let Some(tail) = self.lanes[*lane].spans.last().filter(|_| self.has_memory()) {
+                self.cache.copy_block(&tail.block.view, &target.view)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives each of `lanes` the copy of its open tail.
     fn unshare_tails(&mut self, lanes: &[usize], blocks: impl Iterator<Item = Block>) {
         let mut released = Vec::with_capacity(lanes.len());
         for (lane, target) in lanes.iter().zip(blocks) {
@@ -374,8 +388,6 @@ impl Sequence {
             let source = std::mem::replace(&mut tail.block, target);
             if target.view.is_empty() {
                 self.copies.push((source.id, target.id));
-            } else {
-                target.view.write(0..target.view.len()).copy_from_slice(source.view.bytes());
             }
             released.push(source.id);
         }

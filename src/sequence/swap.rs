@@ -10,6 +10,8 @@ impl Sequence {
     pub fn swap_out(&mut self, put: &mut dyn FnMut(usize, &[u8]) -> Result<()>) -> Result<()> {
         self.ensure_present()?;
         ensure!(self.has_memory(), Unsupported, "a sequence of a pool has no bytes to preempt");
+        let is_on_host = self.cache.gpu().is_none();
+        ensure!(is_on_host, Unsupported, "a sequence on a CUDA device cannot be preempted yet");
         ensure!(
             self.reserved == 0,
             InvalidState,

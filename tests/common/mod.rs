@@ -72,6 +72,7 @@ pub fn config(shape: ModelShape, spec: &str) -> ManagerConfig {
         prefix: false,
         rope: Some(Rope::new(RopeStyle::Half, shape.head_dim, 10_000.0)),
         store: None,
+        device: None,
     }
 }
 

@@ -171,6 +171,8 @@ inline u32 kvm_tid() { return emu().current; }
 inline u32 kvm_bid() { return emu().block; }
 inline u32 kvm_grid() { return emu().grid; }
 inline void kvm_fence() {}
+inline void kvm_let_next_start() {}
+inline void kvm_wait_for_previous() {}
 inline u32 kvm_atomic_add(u32* p, u32 x) {
     u32 old = *p;
     *p += x;
@@ -236,7 +238,8 @@ inline u32 kvm_ballot(bool x) {
 }
 inline u32 kvm_popc(u32 x) { return __builtin_popcount(x); }
 
-inline void kvm_cp_async16(void* to, const void* from, bool is_valid) {
+inline u64 kvm_read_once() { return 1; }
+inline void kvm_cp_async16(void* to, const void* from, bool is_valid, u64 = 0) {
     if ((size_t)to % 16 || (is_valid && (size_t)from % 16)) emu().fail("cp.async is not aligned");
     emu().fibers[emu().current].open.push_back({to, from, is_valid});
 }

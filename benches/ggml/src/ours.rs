@@ -37,6 +37,7 @@ impl Ours {
             salt: 0,
             prefix: false,
             rope: None,
+            device: None,
         });
         let cache = cache.expect("a valid configuration");
         let mut sequence = Sequence::new(Arc::clone(&cache), SequenceConfig::default(), None);

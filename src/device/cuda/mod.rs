@@ -6,10 +6,21 @@
 
 #![expect(unsafe_code, reason = "calls of the CUDA driver")]
 
+mod gpu;
+mod images;
+mod memory;
+pub mod params;
+mod tensor;
+
 use std::fmt;
 use std::panic::catch_unwind;
 
 use cudarc::driver::sys::{self, CUresult};
+
+pub use gpu::{Entered, Gpu, Kernel};
+pub use images::has_kernels;
+pub use memory::{DeviceMemory, Staging};
+pub use tensor::DeviceTensor;
 
 /// Why CUDA cannot be used on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-// 05-custom-policy.cpp: a token policy of the engine's own. It keeps the tokens whose keys stand out
+// 06-custom-policy.cpp: a token policy of the engine's own. It keeps the tokens whose keys stand out
 // from their neighbours, under a name that specs can use like any other.
 #include <cmath>
 #include <cstdio>

@@ -1,0 +1,369 @@
+//! Attention on a CUDA device: the same plan, append and run as on the CPU.
+//!
+//! ```text
+//! plan     block tables -> page tables, shares of all CTAs, places of new rows -> one async copy
+//! append   one launch: K, V -> rows of open blocks
+//! run      one launch: Q -> attend over pages -> merge parts -> O, LSE
+//! ```
+//!
+//! `append` and `run` only launch; everything they need from the host was copied by `plan`. The
+//! number of CTAs is that of the device whatever the batch is: what each of them does is read from
+//! the plan's tables, so a captured graph serves every plan with the same [`Cuda::graph_key`].
+//!
+//! There is one table for all layers, or one for each layer if their lanes differ.
+
+mod schedule;
+mod workspace;
+
+use std::sync::Arc;
+
+use self::schedule::{Schedule, Segment, segments};
+use self::workspace::{Capacity, Workspace};
+use super::{DeviceOptions, check_shape};
+use crate::cache::{Cache, OPEN, PAGE_BYTES};
+use crate::device::cuda::params::{Append, Decode, Item};
+use crate::device::cuda::{DeviceTensor, Gpu, Kernel};
+use crate::dtype::DType;
+use crate::error::{Error, Kind, Result, ensure};
+use crate::quantizer::Side;
+use crate::sequence::{Lane, Sequence};
+use crate::shape::LaneWidth;
+
+/// Threads of the kernel that appends.
+const APPEND_THREADS: usize = 256;
+
+/// Plans and runs attention over blocks in device memory.
+#[derive(Debug)]
+pub(super) struct Cuda {
+    gpu: Arc<Gpu>,
+    dtype: DType,
+    /// For keys and values of each type.
+    append: [(DType, Kernel); 3],
+    /// For one column tile of 8 query heads, if a group fits, and for one of 16.
+    narrow: Option<Kernel>,
+    wide: Kernel,
+    workspace: Workspace,
+    schedule: Schedule,
+    segments: Vec<Segment>,
+    /// The segments of each lane of the table that is being made.
+    lanes: Vec<std::ops::Range<usize>>,
+    pages: Vec<Vec<u32>>,
+    places: Vec<Vec<u32>>,
+    items: Vec<Vec<u32>>,
+    /// Whether the plan runs the wide kernel.
+    is_wide: bool,
+    num_tokens: usize,
+}
+
+impl Cuda {
+    /// Loads the kernels that this cache needs; the first time the driver compiles them.
+    pub(super) fn new(cache: &Cache, gpu: &Arc<Gpu>) -> Result<Self> {
+        let config = cache.config();
+        let (dim, group) = (config.shape.head_dim, config.shape.group());
+        let Some(memory) = &config.memory else {
+            return Err(Error::new(Kind::Unsupported, "the cache has no memory to attend to"));
+        };
+        let dtype = memory.open;
+        let warps = if dim == 256 { 2 } else { 4 };
+        let load = |columns: u32| {
+            let name = format!("kvm_decode_{}_d{dim}_g{columns}", dtype.name());
+            // Two tiles of 16 rows of K and V for each warp, the place where warps meet, and Q where
+            // registers are too few for it.
+            let (dim, tile) = (dim as u32, columns * dim as u32);
+            let (ring, meet) = (warps * 2 * 64 * dim, warps * columns * 68 * 4);
+            let query = if tile >= 4096 { 2 * tile } else { 0 };
+            gpu.kernel(&name, warps * 32, ring + meet + query)
+        };
+        let append = |from: DType| -> Result<(DType, Kernel)> {
+            let name = format!("kvm_append_{}_{}", from.name(), dtype.name());
+            Ok((from, gpu.kernel(&name, APPEND_THREADS as u32, 0)?))
+        };
+        let num_tables = match config.lane_width {
+            LaneWidth::Sequence => 1,
+            LaneWidth::Layer | LaneWidth::Head => config.shape.num_layers,
+        };
+        Ok(Self {
+            gpu: gpu.clone(),
+            dtype,
+            append: [append(DType::F16)?, append(DType::Bf16)?, append(DType::F32)?],
+            narrow: (group <= 8).then(|| load(8)).transpose()?,
+            wide: load(16)?,
+            workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
+            schedule: Schedule::default(),
+            segments: Vec::new(),
+            lanes: Vec::new(),
+            pages: vec![Vec::new(); num_tables],
+            places: vec![Vec::new(); num_tables],
+            items: vec![Vec::new(); num_tables],
+            is_wide: false,
+            num_tokens: 0,
+        })
+    }
+
+    /// Makes room for every plan of so many sequences, queries, and blocks of a layer.
+    pub(super) fn reserve(
+        &mut self,
+        cache: &Cache,
+        num_sequences: usize,
+        num_queries: usize,
+        num_blocks: usize,
+    ) -> Result<()> {
+        let _entered = self.gpu.enter()?;
+        self.gpu.ensure_not_capturing("reserve")?;
+        let config = cache.config();
+        let heads = config.shape.num_kv_heads;
+        let grid = self.grid_of(false).max(self.grid_of(true)) as usize;
+        let tiles = num_sequences + num_queries.div_ceil((16 / config.shape.group()).max(1));
+        let lists = if config.lane_width == LaneWidth::Head { heads } else { 1 };
+        // A cut adds an item, and a head that was cut has two parts more than it has whole shares.
+        self.workspace.reserve(&Capacity {
+            items: tiles * heads + 2 * grid,
+            places: num_queries * lists,
+            pages: num_blocks,
+            slots: 2 * grid,
+            tickets: grid,
+        })
+    }
+
+    /// Makes the tables of a batch and queues their copy.
+    pub(super) fn plan(&mut self, cache: &Cache, batch: &[(&Sequence, usize)]) -> Result<()> {
+        let _entered = self.gpu.enter()?;
+        self.gpu.ensure_not_capturing("plan")?;
+        let group = cache.config().shape.group();
+        let queries = batch.iter().map(|(_, n)| *n);
+        // Tiles of 16 columns read the rows half as often where 8 are too few.
+        self.is_wide = self.narrow.is_none() || queries.clone().any(|n| n > 1 && n * group > 8);
+        self.num_tokens = queries.sum();
+        let mut needed = Capacity::default();
+        for table in 0..self.items.len() {
+            self.make_table(cache, batch, table);
+            let schedule = &self.schedule;
+            needed.items = needed.items.max(schedule.num_words() / Item::WORDS);
+            needed.places = needed.places.max(self.places[table].len() / 2);
+            needed.pages = needed.pages.max(self.pages[table].len());
+            needed.slots = needed.slots.max(schedule.num_slots as usize);
+            needed.tickets = needed.tickets.max(schedule.num_tickets as usize);
+        }
+        self.workspace.reserve(&needed)?;
+        let Self { items, places, pages, workspace, .. } = self;
+        let layout = workspace.layout;
+        workspace.write(|words| {
+            for (i, table) in words.chunks_exact_mut(layout.words).take(items.len()).enumerate() {
+                let mut put = |at: usize, list: &[u32]| {
+                    table[at..][..list.len()].copy_from_slice(list);
+                };
+                put(0, &items[i]);
+                put(layout.places, &places[i]);
+                put(layout.pages, &pages[i]);
+            }
+            pages.iter().map(Vec::len).max().unwrap_or(0)
+        })
+    }
+
+    /// Fills the lists of one table.
+    fn make_table(&mut self, cache: &Cache, batch: &[(&Sequence, usize)], table: usize) {
+        let config = cache.config();
+        let shape = &config.shape;
+        let heads_per_lane =
+            if config.lane_width == LaneWidth::Head { 1 } else { shape.num_kv_heads };
+        let num_lanes = shape.num_kv_heads / heads_per_lane;
+        let first_lane = table * num_lanes;
+        let tile = (if self.is_wide { 16 } else { 8 } / shape.group()).max(1);
+        let grid = self.grid_of(self.is_wide);
+        let (pages, places) = (&mut self.pages[table], &mut self.places[table]);
+        pages.clear();
+        places.clear();
+        self.schedule.clear();
+        let page_of =
+            |block: &crate::cache::Block| (cache.page(&block.view), block.view.format() != OPEN);
+        let mut token = 0;
+        for (sequence, n) in batch {
+            self.segments.clear();
+            self.lanes.clear();
+            for lane in &sequence.lanes()[first_lane..first_lane + num_lanes] {
+                let start = self.segments.len();
+                segments(lane, config.block_size, page_of, pages, &mut self.segments);
+                self.lanes.push(start..self.segments.len());
+            }
+            for head in 0..shape.num_kv_heads {
+                let lane = head / heads_per_lane;
+                let len = sequence.lanes()[first_lane + lane].len() as i64;
+                let segments = &self.segments[self.lanes[lane].clone()];
+                for first in (0..*n).step_by(tile) {
+                    let count = tile.min(n - first);
+                    let seen = len - (n - first - count) as i64;
+                    let queries = ((token + first) as u32, count as u32, head as u32);
+                    self.schedule.push(queries, segments, seen, config.block_size as u32);
+                }
+            }
+            token += n;
+        }
+        self.schedule.cut(grid);
+        // [lane, token]
+        for lane in first_lane..first_lane + num_lanes {
+            for (sequence, n) in batch {
+                for (span, first, count) in Lane::tail(&sequence.lanes()[lane].spans, *n) {
+                    let page = cache.page(&span.block.view);
+                    places.extend((first..first + count).flat_map(|row| [page, row as u32]));
+                }
+            }
+        }
+        let items = &mut self.items[table];
+        items.resize(self.schedule.num_words(), 0);
+        self.schedule.write(items);
+    }
+
+    fn decode_kernel(&self, is_wide: bool) -> &Kernel {
+        self.narrow.as_ref().filter(|_| !is_wide).unwrap_or(&self.wide)
+    }
+
+    /// CTAs of a decode kernel: as many as the device holds at a time.
+    fn grid_of(&self, is_wide: bool) -> u32 {
+        self.gpu.num_sms() * self.decode_kernel(is_wide).ctas_per_sm
+    }
+
+    /// Queues the append of a layer. The rows of the plan are reserved.
+    pub(super) fn append(
+        &self,
+        cache: &Cache,
+        layer: usize,
+        key: &DeviceTensor,
+        value: &DeviceTensor,
+    ) -> Result<()> {
+        let shape = &cache.config().shape;
+        let expected = [self.num_tokens, shape.num_kv_heads, shape.head_dim];
+        for (name, tensor) in [("key", key), ("value", value)] {
+            check_shape(name, tensor.shape, expected)?;
+            tensor.check(name, key.dtype, 16)?;
+        }
+        if self.num_tokens == 0 {
+            return Ok(());
+        }
+        let blocks = self.blocks(cache, layer);
+        let params = Append {
+            k: key.address,
+            v: value.address,
+            to_k: blocks.k,
+            to_v: blocks.v,
+            places: self.workspace.address(blocks.table, self.workspace.layout.places),
+            k_token: key.strides[0] as i64,
+            k_head: key.strides[1] as i64,
+            v_token: value.strides[0] as i64,
+            v_head: value.strides[1] as i64,
+            kv_block: blocks.block_stride,
+            kv_head: blocks.head_stride,
+            kv_token: shape.head_dim as i64,
+            place_token: 1,
+            place_head: if blocks.head_stride == 0 { self.num_tokens as i64 } else { 0 },
+            num_tokens: self.num_tokens as u32,
+            num_kv_heads: shape.num_kv_heads as u32,
+            dim: shape.head_dim as u32,
+        };
+        let chunks = expected.iter().product::<usize>() / 8;
+        let most = self.gpu.num_sms() as usize * 8;
+        let grid = chunks.div_ceil(APPEND_THREADS).clamp(1, most);
+        let kernel = self.append.iter().find(|(dtype, _)| *dtype == key.dtype);
+        let kernel = kernel.map_or(&self.append[0].1, |(_, kernel)| kernel);
+        let _entered = self.gpu.enter()?;
+        self.gpu.launch(kernel, grid as u32, &params)
+    }
+
+    /// Queues the attention of a layer.
+    pub(super) fn run(
+        &self,
+        cache: &Cache,
+        layer: usize,
+        query: &DeviceTensor,
+        output: &DeviceTensor,
+        lse: Option<&DeviceTensor>,
+        options: &DeviceOptions,
+    ) -> Result<()> {
+        let shape = &cache.config().shape;
+        let expected = [self.num_tokens, shape.num_q_heads, shape.head_dim];
+        for (name, tensor) in [("query", query), ("output", output)] {
+            check_shape(name, tensor.shape, expected)?;
+            tensor.check(name, self.dtype, 4)?;
+        }
+        if let Some(lse) = lse {
+            check_shape("lse", lse.shape, [self.num_tokens, shape.num_q_heads, 1])?;
+            lse.check("lse", DType::F32, 4)?;
+            ensure!(
+                lse.strides[1] == 1 || shape.num_q_heads == 1,
+                Unsupported,
+                "lse.strides[1] is {}, must be 1 on a CUDA device",
+                lse.strides[1]
+            );
+        }
+        let blocks = self.blocks(cache, layer);
+        let (workspace, layout) = (&self.workspace, &self.workspace.layout);
+        let params = Decode {
+            q: query.address,
+            o: output.address,
+            lse: lse.map_or(0, |lse| lse.address),
+            sinks: options.sinks,
+            pages: workspace.address(blocks.table, layout.pages),
+            items: workspace.address(blocks.table, 0),
+            partials: workspace.partials(),
+            tickets: workspace.tickets(),
+            k: blocks.k,
+            v: blocks.v,
+            sealed_k: 0,
+            sealed_v: 0,
+            q_token: query.strides[0] as i64,
+            q_head: query.strides[1] as i64,
+            o_token: output.strides[0] as i64,
+            o_head: output.strides[1] as i64,
+            lse_token: lse.map_or(0, |lse| lse.strides[0] as i64),
+            kv_block: blocks.block_stride,
+            kv_head: blocks.head_stride,
+            kv_token: shape.head_dim as i64,
+            sealed_block: 0,
+            sealed_head: 0,
+            scale: options.common.scale_for(shape.head_dim),
+            softcap: options.common.softcap,
+            window: options.common.sliding_window,
+            group: shape.group() as u32,
+            block_size: cache.config().block_size as u32,
+        };
+        let _entered = self.gpu.enter()?;
+        self.gpu.launch(self.decode_kernel(self.is_wide), self.grid_of(self.is_wide), &params)
+    }
+
+    /// Equal for two plans if a graph captured under one is right for the other.
+    pub(super) fn graph_key(&self) -> u64 {
+        let generation = u64::from(self.workspace.generation);
+        generation << 33 | u64::from(self.is_wide) << 32 | self.num_tokens as u64
+    }
+
+    /// Where the rows of a layer are.
+    fn blocks(&self, cache: &Cache, layer: usize) -> Blocks {
+        let config = cache.config();
+        let (shape, format) = (&config.shape, &cache.formats()[OPEN]);
+        let (_, cell) = config.lane_width.locate(shape, layer, 0);
+        let (tokens, dim, size) = (config.block_size, shape.head_dim, self.dtype.size());
+        let start =
+            |side: Side| cache.device_base() + format.range(cell, side, tokens, dim).start as u64;
+        let cell_stride = (format.key_bytes + format.value_bytes) / size;
+        Blocks {
+            k: start(Side::Key),
+            v: start(Side::Value),
+            block_stride: (PAGE_BYTES / size) as i64,
+            // Heads with a lane of their own are told apart by their pages.
+            head_stride: match config.lane_width {
+                LaneWidth::Head => 0,
+                LaneWidth::Sequence | LaneWidth::Layer => cell_stride as i64,
+            },
+            table: if self.items.len() == 1 { 0 } else { layer },
+        }
+    }
+}
+
+/// Addresses and strides, in elements, of the rows of a layer.
+#[derive(Debug, Clone, Copy)]
+struct Blocks {
+    k: u64,
+    v: u64,
+    block_stride: i64,
+    head_stride: i64,
+    table: usize,
+}

@@ -1,0 +1,297 @@
+//! Who does what: the rows of all heads, laid end to end and cut into equal shares.
+//!
+//! ```text
+//! heads     |------ 0 ------|-- 1 --|- 2 -|---------- 3 ----------|
+//! CTAs      |  0   |  1   |  2   |  3   |  4   |  5   |  6   |  7  |
+//! items      0.0    0.1,1.0 1.1,2.0  2.1..                             head.part
+//! ```
+//!
+//! Every CTA reads as many rows as every other, whatever the lengths are. A head that was cut has
+//! parts; the CTA that finishes its last part merges them.
+
+use std::ops::Range;
+
+use crate::device::cuda::params::Item;
+use crate::sequence::Lane;
+
+/// Rows of a CTA's turn: its warps take 16 each. Heads are cut at multiples of it.
+const UNIT: u32 = 64;
+
+/// Rows of a lane whose blocks follow each other without a gap. Row numbers count from the start of
+/// the first block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Segment {
+    /// Index of the first block in the page table.
+    pub(super) first_page: u32,
+    /// The rows, of which only the first block's may be missing at the start.
+    pub(super) rows: Range<u32>,
+    /// Rows below lie in sealed blocks.
+    pub(super) sealed_end: u32,
+    /// What a row number lacks to the index in the lane; may be negative.
+    pub(super) shift: i64,
+}
+
+/// Appends the segments of `lane` to `out` and its blocks to `pages`.
+pub(super) fn segments(
+    lane: &Lane,
+    block_size: usize,
+    page_of: impl Fn(&crate::cache::Block) -> (u32, bool),
+    pages: &mut Vec<u32>,
+    out: &mut Vec<Segment>,
+) {
+    let start = out.len();
+    let mut index = 0i64;
+    let mut evicted = 0;
+    for span in &lane.spans {
+        let (page, is_sealed) = page_of(&span.block);
+        let continues = out[start..].last().is_some_and(|last| {
+            last.rows.end.is_multiple_of(block_size as u32)
+                && span.first == 0
+                && span.evicted_before == evicted
+                && (!is_sealed || last.sealed_end == last.rows.end)
+        });
+        if !continues {
+            let rows = span.first..span.first;
+            let shift = index - i64::from(span.first);
+            let first_page = pages.len() as u32;
+            out.push(Segment { first_page, rows, sealed_end: 0, shift });
+        }
+        pages.push(page);
+        if let Some(segment) = out.last_mut() {
+            segment.rows.end += span.count;
+            if is_sealed {
+                segment.sealed_end = segment.rows.end;
+            }
+        }
+        index += i64::from(span.count);
+        evicted = span.evicted_before;
+    }
+}
+
+/// The work of a table. Buffers are reused.
+#[derive(Debug, Default)]
+pub(super) struct Schedule {
+    /// What is to be done, in the order of the CTAs.
+    items: Vec<Item>,
+    /// CTA `i` does the items `starts[i]..starts[i + 1]`.
+    starts: Vec<u32>,
+    /// Partial results.
+    pub(super) num_slots: u32,
+    /// Heads that were cut.
+    pub(super) num_tickets: u32,
+    /// Whole heads, one item for each segment, before they are cut.
+    whole: Vec<Item>,
+}
+
+impl Schedule {
+    pub(super) fn clear(&mut self) {
+        self.items.clear();
+        self.starts.clear();
+        self.whole.clear();
+        (self.num_slots, self.num_tickets) = (0, 0);
+    }
+
+    /// Adds `num_queries` queries, the first of which is row `token` of Q, of one KV head of a lane
+    /// made of `segments`; the last of them sees `len` rows.
+    pub(super) fn push(
+        &mut self,
+        (token, num_queries, kv_head): (u32, u32, u32),
+        segments: &[Segment],
+        len: i64,
+        block_size: u32,
+    ) {
+        let before = self.whole.len();
+        for segment in segments {
+            let seen = len - segment.shift;
+            if seen <= i64::from(segment.rows.start) {
+                continue;
+            }
+            let end = seen.min(i64::from(segment.rows.end)) as u32;
+            // The last block of a sealed prefix may have lost rows; it is sealed all the same.
+            let sealed_end = segment.sealed_end.next_multiple_of(block_size);
+            self.whole.push(Item {
+                token,
+                num_queries,
+                kv_head,
+                first_page: segment.first_page,
+                len: seen as u32,
+                begin: segment.rows.start,
+                end,
+                sealed_end,
+                // Until it is cut: whether it goes on with the head before.
+                part: u32::from(self.whole.len() > before),
+                ..Item::default()
+            });
+        }
+    }
+
+    /// Cuts what was pushed into shares for `grid` CTAs.
+    pub(super) fn cut(&mut self, grid: u32) {
+        let units = |item: &Item| u64::from(item.end.div_ceil(UNIT) - item.begin / UNIT);
+        let total: u64 = self.whole.iter().map(units).sum();
+        let limit = |cta: u32| total * u64::from(cta + 1) / u64::from(grid);
+        let (mut cta, mut done, mut first) = (0, 0, 0);
+        self.starts.push(0);
+        for i in 0..self.whole.len() {
+            let mut rest = self.whole[i];
+            if rest.part == 0 {
+                self.finish_head(first);
+                first = self.items.len();
+            }
+            while rest.begin < rest.end {
+                while limit(cta) <= done {
+                    cta += 1;
+                    self.starts.push(self.items.len() as u32);
+                }
+                let take = units(&rest).min(limit(cta) - done);
+                // Cuts are at multiples of a unit, wherever the segment starts.
+                let end = (rest.begin / UNIT + take as u32) * UNIT;
+                let end = if take == units(&rest) { rest.end } else { end };
+                self.items.push(Item { end, ..rest });
+                rest.begin = end;
+                done += take;
+            }
+        }
+        self.finish_head(first);
+        self.starts.resize(grid as usize + 1, self.items.len() as u32);
+    }
+
+    /// Words of [`Self::write`].
+    pub(super) fn num_words(&self) -> usize {
+        // The first item of a CTA has a place of its own, whether there is one or not.
+        let first = self.starts.windows(2).filter(|pair| pair[0] < pair[1]).count();
+        (self.starts.len() - 1 + self.items.len() - first) * Item::WORDS
+    }
+
+    /// Writes the items as kernels read them: the first of each CTA, then the others, linked.
+    pub(super) fn write(&self, out: &mut [u32]) {
+        let grid = self.starts.len() - 1;
+        let mut next = grid;
+        for cta in 0..grid {
+            let items = &self.items[self.starts[cta] as usize..self.starts[cta + 1] as usize];
+            let mut place = cta;
+            let mut put = |place: usize, item: &Item| {
+                out[place * Item::WORDS..][..Item::WORDS].copy_from_slice(&item.words());
+            };
+            if items.is_empty() {
+                put(place, &Item::default());
+            }
+            for (i, item) in items.iter().enumerate() {
+                let is_last = i + 1 == items.len();
+                put(place, &Item { next: if is_last { 0 } else { next as u32 }, ..*item });
+                if !is_last {
+                    place = next;
+                    next += 1;
+                }
+            }
+        }
+    }
+
+    /// Numbers the parts of the head whose items start at `first`.
+    fn finish_head(&mut self, first: usize) {
+        let items = &mut self.items[first..];
+        let num_parts = items.len() as u32;
+        let is_cut = num_parts > 1;
+        for (part, item) in items.iter_mut().enumerate() {
+            (item.part, item.num_parts) = (part as u32, num_parts);
+            (item.slot, item.ticket) =
+                if is_cut { (self.num_slots, self.num_tickets) } else { (0, 0) };
+        }
+        if is_cut {
+            self.num_slots += num_parts;
+            self.num_tickets += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn whole(rows: Range<u32>, shift: i64) -> Segment {
+        Segment { first_page: 0, rows, sealed_end: 0, shift }
+    }
+
+    /// Every row of every head is in one item, shares are even, and cuts are where kernels can.
+    fn check(schedule: &Schedule, heads: &[u32], grid: u32) {
+        let mut seen: Vec<Vec<bool>> = heads.iter().map(|len| vec![false; *len as usize]).collect();
+        for item in &schedule.items {
+            assert!(item.begin < item.end && (item.begin == 0 || item.begin % UNIT == 0));
+            assert!(item.part < item.num_parts);
+            for row in item.begin..item.end {
+                let row = &mut seen[item.token as usize][row as usize];
+                assert!(!std::mem::replace(row, true), "a row is done twice");
+            }
+        }
+        assert!(seen.iter().flatten().all(|seen| *seen));
+        assert_eq!(schedule.starts.len(), grid as usize + 1);
+        assert!(schedule.starts.windows(2).all(|pair| pair[0] <= pair[1]));
+        assert_eq!(*schedule.starts.last().unwrap() as usize, schedule.items.len());
+        let share = |cta: usize| -> u32 {
+            let items = schedule.starts[cta] as usize..schedule.starts[cta + 1] as usize;
+            schedule.items[items].iter().map(|item| (item.end - item.begin).div_ceil(UNIT)).sum()
+        };
+        let shares: Vec<u32> = (0..grid as usize).map(share).collect();
+        let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
+        assert!(most - least <= 1, "{shares:?}");
+    }
+
+    /// Following the links of every CTA gives its items.
+    fn check_links(schedule: &Schedule, grid: usize) {
+        let mut words = vec![u32::MAX; schedule.num_words()];
+        schedule.write(&mut words);
+        let (queries, next) = (1, 12);
+        for cta in 0..grid {
+            let mut at = cta * Item::WORDS;
+            let items = schedule.starts[cta] as usize..schedule.starts[cta + 1] as usize;
+            assert_eq!(words[at + queries] == 0, items.is_empty());
+            for i in items.clone() {
+                assert_eq!(words[at..at + next], schedule.items[i].words()[..next]);
+                let link = words[at + next] as usize;
+                assert_eq!(link == 0, i + 1 == items.end);
+                at = link * Item::WORDS;
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_shared_evenly_whatever_the_lengths_are() {
+        let long: Vec<u32> = (0..50).map(|i| i * i * 3 % 1777 + 1).collect();
+        for heads in [vec![1], vec![70_000], vec![5, 64, 65, 128, 1, 1000], long, vec![]] {
+            for grid in [1, 3, 8, 264] {
+                let mut schedule = Schedule::default();
+                for (i, len) in heads.iter().enumerate() {
+                    let segment = whole(0..*len, 0);
+                    schedule.push((i as u32, 1, 0), &[segment], i64::from(*len), 16);
+                }
+                schedule.cut(grid);
+                check(&schedule, &heads, grid);
+                check_links(&schedule, grid as usize);
+                let cut: Vec<_> = schedule.items.iter().filter(|item| item.num_parts > 1).collect();
+                assert_eq!(cut.len() as u32, schedule.num_slots);
+                for item in cut {
+                    assert!(item.ticket < schedule.num_tickets);
+                    assert!(item.slot + item.num_parts <= schedule.num_slots);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_lane_with_a_gap_has_one_part_for_each_side_of_it() {
+        let mut schedule = Schedule::default();
+        // 20 rows in blocks of 16 of which the second lost 12; then 10 rows in a new block.
+        let second = Segment { first_page: 2, rows: 0..10, sealed_end: 0, shift: 20 };
+        // Two queries see 29 and 30 rows, two before them 27 and 28: none or a part of the second.
+        schedule.push((0, 2, 0), &[whole(0..20, 0), second.clone()], 30, 16);
+        schedule.push((2, 1, 0), &[whole(0..20, 0), second], 20, 16);
+        schedule.cut(1);
+        let rows: Vec<_> = schedule
+            .items
+            .iter()
+            .map(|item| (item.token, item.first_page, item.begin..item.end, item.len))
+            .collect();
+        assert_eq!(rows, [(0, 0, 0..20, 30), (0, 2, 0..10, 10), (2, 0, 0..20, 20)]);
+        assert_eq!(schedule.items.iter().map(|item| item.num_parts).collect::<Vec<_>>(), [2, 2, 1]);
+    }
+}

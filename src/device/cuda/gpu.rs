@@ -1,0 +1,315 @@
+//! One device: the context that work is done in, the stream it is queued on, its kernels.
+
+use std::ffi::{CString, c_void};
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+use cudarc::driver::sys::{self, CUresult};
+use parking_lot::Mutex;
+
+use super::params::Params;
+use super::{images, probe};
+use crate::error::{Error, Kind, Result, bail, ensure};
+
+/// A device, used in one context. All work is queued on one stream, so what the host does first
+/// happens first: memory that the host has given to somebody else is written after its last reader
+/// has read it.
+pub struct Gpu {
+    id: i32,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    /// Whether the context is the primary one and was retained.
+    is_primary: bool,
+    num_sms: u32,
+    stream: AtomicPtr<c_void>,
+    kernels: Mutex<Vec<(String, Kernel)>>,
+    modules: Mutex<Vec<sys::CUmodule>>,
+    launches: AtomicU64,
+}
+
+// SAFETY: contexts, streams and modules are handles that any thread may use.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; what changes is behind locks or atomic.
+unsafe impl Sync for Gpu {}
+
+/// A kernel that can be launched.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernel {
+    function: sys::CUfunction,
+    threads: u32,
+    shared_bytes: u32,
+    /// How many of its CTAs a multiprocessor holds at a time.
+    pub ctas_per_sm: u32,
+}
+
+// SAFETY: a function is a handle that any thread may launch.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
+
+/// Every function of the driver that is called after a device was opened.
+const FUNCTIONS: &[&str] = &[
+    "cuCtxGetCurrent",
+    "cuCtxGetDevice",
+    "cuCtxPopCurrent_v2",
+    "cuCtxPushCurrent_v2",
+    "cuDeviceGet",
+    "cuDeviceGetAttribute",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuFuncSetAttribute",
+    "cuLaunchKernel",
+    "cuMemAlloc_v2",
+    "cuMemFreeHost",
+    "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemsetD8Async",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+    "cuPointerGetAttribute",
+    "cuStreamIsCapturing",
+];
+
+impl Gpu {
+    /// Opens device `id`: in the calling thread's current context if that is one of this device,
+    /// else in the primary context. The current context stays as it is.
+    pub fn open(id: u32) -> Result<Arc<Self>> {
+        let driver = probe().map_err(|absent| Error::new(Kind::NoDevice, absent.to_string()))?;
+        ensure!(
+            id < driver.num_devices,
+            NoDevice,
+            "device_id is {id}, the CUDA driver sees {} devices",
+            driver.num_devices
+        );
+        let open = || {
+            for function in FUNCTIONS {
+                // SAFETY: the library was found by the probe; the symbol is only looked up.
+                let found =
+                    unsafe { sys::culib().get::<unsafe extern "C" fn()>(function.as_bytes()) };
+                ensure!(found.is_ok(), NoDevice, "the libcuda.so that was found lacks {function}");
+            }
+            Self::open_known(id as i32)
+        };
+        // The driver's bindings panic where they could answer.
+        catch_unwind(AssertUnwindSafe(open))
+            .unwrap_or_else(|_| bail!(NoDevice, "the libcuda.so that was found does not work"))
+    }
+
+    fn open_known(id: i32) -> Result<Arc<Self>> {
+        let (mut device, mut num_sms) = (0, 0);
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        // SAFETY: the driver is initialised; it writes one number each.
+        unsafe {
+            check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, id))?;
+            let result = sys::cuDeviceGetAttribute(&raw mut num_sms, attribute, device);
+            check("cuDeviceGetAttribute", result)?;
+        }
+        let mut gpu = Self {
+            id,
+            device,
+            context: current_context()?,
+            is_primary: false,
+            num_sms: num_sms.max(1) as u32,
+            stream: AtomicPtr::default(),
+            kernels: Mutex::default(),
+            modules: Mutex::default(),
+            launches: AtomicU64::new(0),
+        };
+        let mut current = -1;
+        // SAFETY: writes one number; needs a current context, which is asked for first.
+        let is_ours = !gpu.context.is_null()
+            && unsafe { sys::cuCtxGetDevice(&raw mut current) } == CUresult::CUDA_SUCCESS
+            && current == device;
+        if !is_ours {
+            // SAFETY: writes one handle, which is given back when `gpu` is dropped.
+            let result = unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut gpu.context, device) };
+            check("cuDevicePrimaryCtxRetain", result)?;
+            gpu.is_primary = true;
+        }
+        Ok(Arc::new(gpu))
+    }
+
+    /// The number of the device.
+    pub fn id(&self) -> i32 {
+        self.id
+    }
+
+    /// Multiprocessors of the device.
+    pub fn num_sms(&self) -> u32 {
+        self.num_sms
+    }
+
+    /// Kernels launched so far; for tests.
+    pub fn num_launches(&self) -> u64 {
+        self.launches.load(Ordering::Relaxed)
+    }
+
+    /// From now on work is queued on `stream`, a `CUstream` of this context; null is the legacy
+    /// default stream. Nobody waits for what is on the stream before.
+    pub fn set_stream(&self, stream: *mut c_void) {
+        self.stream.store(stream, Ordering::Release);
+    }
+
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream.load(Ordering::Acquire).cast()
+    }
+
+    /// Makes the context current for the calling thread until the answer is dropped.
+    pub fn enter(&self) -> Result<Entered> {
+        let is_pushed = current_context()? != self.context;
+        if is_pushed {
+            // SAFETY: a context that lives as long as `self`, or whose end its owner answers for.
+            check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(self.context) })?;
+        }
+        Ok(Entered { is_pushed, thread: std::marker::PhantomData })
+    }
+
+    /// Fails while the stream is being captured into a graph.
+    pub fn ensure_not_capturing(&self, what: &str) -> Result<()> {
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: the stream is the engine's word; writes one number.
+        let result = unsafe { sys::cuStreamIsCapturing(self.stream(), &raw mut status) };
+        check("cuStreamIsCapturing", result)?;
+        ensure!(
+            status == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE,
+            InvalidState,
+            "the stream is being captured into a CUDA graph; {what} before or after that"
+        );
+        Ok(())
+    }
+
+    /// Loads a kernel by its name, with `shared_bytes` of dynamic shared memory. Slow the first time.
+    pub fn kernel(&self, name: &str, threads: u32, shared_bytes: u32) -> Result<Kernel> {
+        let mut kernels = self.kernels.lock();
+        if let Some((_, kernel)) = kernels.iter().find(|(known, _)| known == name) {
+            return Ok(*kernel);
+        }
+        let _entered = self.enter()?;
+        let kernel = self.load(name, threads, shared_bytes)?;
+        kernels.push((name.to_string(), kernel));
+        Ok(kernel)
+    }
+
+    fn load(&self, name: &str, threads: u32, shared_bytes: u32) -> Result<Kernel> {
+        let image = images::find(name)?;
+        let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: PTX text that ends in NUL; the driver copies it.
+        let result = unsafe { sys::cuModuleLoadData(&raw mut module, image.as_ptr().cast()) };
+        check("cuModuleLoadData", result).map_err(|error| error.within(name))?;
+        self.modules.lock().push(module);
+        let c_name = CString::new(name).unwrap_or_default();
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let mut ctas = 0;
+        // SAFETY: handles that the driver has just made; it writes one handle and one number.
+        unsafe {
+            let result = sys::cuModuleGetFunction(&raw mut function, module, c_name.as_ptr());
+            check("cuModuleGetFunction", result).map_err(|error| error.within(name))?;
+            let result = sys::cuFuncSetAttribute(function, attribute, shared_bytes as i32);
+            check("cuFuncSetAttribute", result).map_err(|error| error.within(name))?;
+            let result = sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                &raw mut ctas,
+                function,
+                threads as i32,
+                shared_bytes as usize,
+            );
+            check("cuOccupancyMaxActiveBlocksPerMultiprocessor", result)?;
+        }
+        ensure!(ctas > 0, Unsupported, "the device has no room for a CTA of {name}");
+        Ok(Kernel { function, threads, shared_bytes, ctas_per_sm: ctas as u32 })
+    }
+
+    /// Queues `grid` CTAs of a kernel. The context is current: see [`Self::enter`]. A wrong
+    /// address in `params` is an error of the device, not of this process.
+    pub fn launch<P: Params>(&self, kernel: &Kernel, grid: u32, params: &P) -> Result<()> {
+        let mut arguments = [ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        self.launches.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: every kernel takes one struct by value, which the driver copies before it returns.
+        check("cuLaunchKernel", unsafe {
+            sys::cuLaunchKernel(
+                kernel.function,
+                grid,
+                1,
+                1,
+                kernel.threads,
+                1,
+                1,
+                kernel.shared_bytes,
+                self.stream(),
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        })
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        let entered = self.enter();
+        if entered.is_ok() {
+            for module in self.modules.get_mut().drain(..) {
+                // SAFETY: our own modules, which nobody launches from any more.
+                unsafe { sys::cuModuleUnload(module) };
+            }
+        }
+        drop(entered);
+        if self.is_primary {
+            // SAFETY: gives back what `open` retained.
+            unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+        }
+    }
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gpu").field("id", &self.id).field("num_sms", &self.num_sms).finish()
+    }
+}
+
+/// While it lives, the context of a [`Gpu`] is current; then the one before is again.
+#[derive(Debug)]
+pub struct Entered {
+    is_pushed: bool,
+    /// What is current belongs to a thread.
+    thread: std::marker::PhantomData<*const ()>,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if self.is_pushed {
+            let mut context = ptr::null_mut();
+            // SAFETY: takes back what `enter` pushed on this thread.
+            unsafe { sys::cuCtxPopCurrent_v2(&raw mut context) };
+        }
+    }
+}
+
+fn current_context() -> Result<sys::CUcontext> {
+    let mut context = ptr::null_mut();
+    // SAFETY: the driver is initialised and writes one handle.
+    check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&raw mut context) })?;
+    Ok(context)
+}
+
+/// The error of a call of the driver.
+pub(super) fn check(function: &str, result: CUresult) -> Result<()> {
+    match result {
+        CUresult::CUDA_SUCCESS => Ok(()),
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            bail!(OutOfMemory, "{function} of the CUDA driver has no memory left")
+        }
+        other => {
+            bail!(Device, "{function} of the CUDA driver answered {}: {other:?}", other as u32)
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! The kernels that are part of this library: PTX made from `kernels/*.cu`, which the driver
+//! compiles for its device when it is loaded.
+//!
+//! A file holds many kernels, and compiling all of them would take seconds. Only the one that is
+//! wanted is handed to the driver.
+
+use std::borrow::Cow;
+use std::ffi::CString;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use crate::error::{Result, bail};
+
+mod embedded {
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+
+/// A folder with `*.ptx` for those who work on kernels; its files come before the embedded ones.
+const FOLDER: &str = "KVMGR_PTX_DIR";
+
+/// Whether this build has kernels.
+pub fn has_kernels() -> bool {
+    !embedded::FILES.is_empty()
+}
+
+/// PTX text with the kernel `name` and no other.
+pub(super) fn find(name: &str) -> Result<CString> {
+    let from_folder = std::env::var_os(FOLDER).map(PathBuf::from);
+    let from_folder = from_folder.as_deref().map(read_folder).transpose()?.unwrap_or_default();
+    let sources = from_folder.iter().map(|text| Cow::Borrowed(text.as_str()));
+    let embedded = embedded().iter().map(|text| Cow::Borrowed(text.as_str()));
+    for text in sources.chain(embedded) {
+        if let Some(image) = only(&text, name) {
+            return Ok(CString::new(image).unwrap_or_default());
+        }
+    }
+    bail!(Unsupported, "this build has no CUDA kernel {name}")
+}
+
+/// The embedded files, unpacked.
+fn embedded() -> &'static [String] {
+    static TEXTS: OnceLock<Vec<String>> = OnceLock::new();
+    TEXTS.get_or_init(|| {
+        let unpack = |packed: &&[u8]| {
+            let mut text = String::new();
+            // A file that does not unpack has no kernel in it, which is reported by name.
+            _ = flate2::read::GzDecoder::new(*packed).read_to_string(&mut text);
+            text
+        };
+        embedded::FILES.iter().map(unpack).collect()
+    })
+}
+
+fn read_folder(folder: &Path) -> Result<Vec<String>> {
+    let read = || -> std::io::Result<Vec<String>> {
+        let mut texts = Vec::new();
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "ptx") {
+                texts.push(std::fs::read_to_string(path)?);
+            }
+        }
+        Ok(texts)
+    };
+    match read() {
+        Ok(texts) => Ok(texts),
+        Err(error) => bail!(Unsupported, "{FOLDER} is {}: {error}", folder.display()),
+    }
+}
+
+/// `ptx` without the kernels that have another name; `None` if it has none of this name.
+fn only(ptx: &str, name: &str) -> Option<String> {
+    let mut out = String::new();
+    let mut is_found = false;
+    let mut rest = ptx;
+    while let Some(start) = rest.find(".visible .entry ") {
+        out.push_str(&rest[..start]);
+        let entry = &rest[start..];
+        // A body ends at the first brace in the first column.
+        let end = entry.find("\n}").map_or(entry.len(), |end| end + 2);
+        let found = entry[".visible .entry ".len()..].split('(').next().unwrap_or("").trim();
+        if found == name {
+            is_found = true;
+            out.push_str(&entry[..end]);
+        }
+        rest = &entry[end..];
+    }
+    out.push_str(rest);
+    is_found.then_some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PTX: &str = ".version 8.1\n.extern .shared .align 16 .b8 smem[];\n\
+        .visible .entry kvm_a(\n\t.param .b8 p[8]\n)\n.maxntid 128\n{\n{ add; }\n\n}\n\
+        // between\n.visible .entry kvm_ab(\n)\n{\n\tret;\n\n}\n\n";
+
+    #[test]
+    fn one_kernel_is_taken_out_with_what_all_share() {
+        let a = only(PTX, "kvm_a").unwrap();
+        assert!(a.contains(".version") && a.contains("smem") && a.contains("add;"), "{a}");
+        assert!(a.contains("// between") && !a.contains("kvm_ab"), "{a}");
+        let ab = only(PTX, "kvm_ab").unwrap();
+        assert!(ab.contains("ret;") && !ab.contains("kvm_a("), "{ab}");
+        assert_eq!(only(PTX, "kvm_b"), None);
+    }
+
+    #[test]
+    fn embedded_files_unpack_to_ptx() {
+        for text in embedded() {
+            assert!(text.contains(".version") && text.contains(".visible .entry kvm_"));
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! The structs that kernels take, field by field as `kernels/*.cuh` declare them. Pointers are
+//! addresses of device memory, strides are in elements unless said otherwise.
+
+/// What a kernel takes: one struct, by value.
+///
+/// # Safety
+/// The type is `repr(C)` and the one that its kernels declare.
+pub unsafe trait Params: Copy + 'static {}
+
+/// `KvmItem`: one part of the rows of one KV head of one sequence, for some of its queries.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Item {
+    /// First row of Q, O and LSE.
+    pub token: u32,
+    /// Queries.
+    pub num_queries: u32,
+    /// The head.
+    pub kv_head: u32,
+    /// Index of its first block in the page table.
+    pub first_page: u32,
+    /// Rows that the last query sees; each one before sees one less.
+    pub len: u32,
+    /// First row of the part.
+    pub begin: u32,
+    /// The row after the last of the part.
+    pub end: u32,
+    /// Rows below lie in sealed blocks.
+    pub sealed_end: u32,
+    /// First of its `num_parts` partial results.
+    pub slot: u32,
+    /// Which part.
+    pub part: u32,
+    /// Parts of the head.
+    pub num_parts: u32,
+    /// The counter of its parts.
+    pub ticket: u32,
+    /// Index of the CTA's next item, 0 after its last.
+    pub next: u32,
+    /// Reserved, 0.
+    pub unused: [u32; 3],
+}
+
+impl Item {
+    /// Words of 32 bits.
+    pub const WORDS: usize = size_of::<Self>() / 4;
+
+    /// As the kernels read it.
+    pub fn words(&self) -> [u32; Self::WORDS] {
+        let Self { token, num_queries, kv_head, first_page, len, begin, end, .. } = *self;
+        let Self { sealed_end, slot, part, num_parts, ticket, next, unused: [x, y, z], .. } = *self;
+        let words = [token, num_queries, kv_head, first_page, len, begin, end, sealed_end];
+        let [a, b, c, d, e, f, g, h] = words;
+        [a, b, c, d, e, f, g, h, slot, part, num_parts, ticket, next, x, y, z]
+    }
+}
+
+/// `KvmDecode`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/kvm_attn.cuh describes them")]
+pub struct Decode {
+    pub q: u64,
+    pub o: u64,
+    pub lse: u64,
+    pub sinks: u64,
+    pub pages: u64,
+    pub items: u64,
+    pub partials: u64,
+    pub tickets: u64,
+    pub k: u64,
+    pub v: u64,
+    pub sealed_k: u64,
+    pub sealed_v: u64,
+    pub q_token: i64,
+    pub q_head: i64,
+    pub o_token: i64,
+    pub o_head: i64,
+    pub lse_token: i64,
+    pub kv_block: i64,
+    pub kv_head: i64,
+    pub kv_token: i64,
+    pub sealed_block: i64,
+    pub sealed_head: i64,
+    pub scale: f32,
+    pub softcap: f32,
+    pub window: u32,
+    pub group: u32,
+    pub block_size: u32,
+}
+
+// SAFETY: the fields of KvmDecode in kernels/kvm_attn.cuh.
+unsafe impl Params for Decode {}
+
+/// `KvmAppend`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/append.cu describes them")]
+pub struct Append {
+    pub k: u64,
+    pub v: u64,
+    pub to_k: u64,
+    pub to_v: u64,
+    pub places: u64,
+    pub k_token: i64,
+    pub k_head: i64,
+    pub v_token: i64,
+    pub v_head: i64,
+    pub kv_block: i64,
+    pub kv_head: i64,
+    pub kv_token: i64,
+    pub place_token: i64,
+    pub place_head: i64,
+    pub num_tokens: u32,
+    pub num_kv_heads: u32,
+    pub dim: u32,
+}
+
+// SAFETY: the fields of KvmAppend in kernels/append.cu.
+unsafe impl Params for Append {}
+
+// The compiler of the kernels pads structs to their alignment as repr(C) does.
+const _: () = assert!(size_of::<Decode>() == 22 * 8 + 5 * 4 + 4);
+const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);

@@ -1,0 +1,338 @@
+//! A cache on a CUDA device does what a cache in host memory does: the same calls on both, and the
+//! same answers. Runs on a real device where there is one, else on a mock driver whose kernels are
+//! emulated (`tests/cuda`); without g++ that is a SKIP.
+
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#![expect(unsafe_code, reason = "calls the C ABI and the driver as C does")]
+#![expect(unreachable_pub, reason = "modules of a test")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod driver;
+#[path = "../common/mock_driver.rs"]
+mod mock_driver;
+mod twin;
+
+use std::ffi::c_void;
+use std::ptr;
+
+use kvmgr::ffi::attention::*;
+use kvmgr::ffi::cache::*;
+use kvmgr::ffi::sequence::*;
+use kvmgr::ffi::store::*;
+use kvmgr::ffi::types::*;
+use kvmgr::ffi::version::kvmgr_has_feature;
+
+use common::Random;
+use driver::{Buffer, Context, Stream, current_context, on_device};
+use twin::{Engine, PLAIN, Pair, Setup, Twin, message, ok, run};
+
+/// A random life of a few sequences: shared prompts, pieces, drafts, forks, truncation, ends.
+fn live(setup: Setup, seed: u64, steps: usize) {
+    let mut twin = Twin::new(setup, seed, |_| {});
+    let mut plays = Random(seed);
+    let mut pairs: Vec<Pair> = Vec::new();
+    // Few ids, so that prompts share their starts.
+    let prompts: Vec<Vec<i32>> = (0..2)
+        .map(|_| (0..plays.within(setup.block, 5 * setup.block)).map(|i| i as i32 % 3).collect())
+        .collect();
+    for _ in 0..steps {
+        match plays.below(8) {
+            0 | 1 if pairs.len() < 4 => {
+                let prompt = &prompts[plays.below(2)];
+                let (mut pair, matched) = twin.start(prompt);
+                let rest = prompt[matched..].to_vec();
+                let n = rest.len();
+                twin.step(&mut [&mut pair], &[(rest, n)]);
+                pairs.push(pair);
+            }
+            2 if !pairs.is_empty() && pairs.len() < 5 => {
+                let parent = plays.below(pairs.len());
+                pairs.push(twin.fork(&pairs[parent]));
+            }
+            3 if !pairs.is_empty() => {
+                let i = plays.below(pairs.len());
+                let n = plays.within(1, pairs[i].tokens.len());
+                twin.truncate(&mut pairs[i], n);
+            }
+            4 if pairs.len() > 2 => drop(pairs.swap_remove(plays.below(pairs.len()))),
+            _ if !pairs.is_empty() => {
+                let feed = |_: &Pair| {
+                    let n = if plays.chance(70) { 1 } else { plays.within(2, 5) };
+                    let ids = (0..n).map(|_| plays.below(3) as i32).collect();
+                    (ids, plays.within(1, n))
+                };
+                let feeds: Vec<_> = pairs.iter().map(feed).collect();
+                let mut batch: Vec<&mut Pair> = pairs.iter_mut().collect();
+                twin.step(&mut batch, &feeds);
+            }
+            _ => {}
+        }
+    }
+    eprintln!("{setup:?}: errors {:?}", twin.worst);
+}
+
+#[test]
+fn sequences_live_alike() {
+    on_device("sequences_live_alike", || {
+        let _context = Context::new();
+        let bf16 = KVMGR_DTYPE_BF16;
+        let setups = [
+            PLAIN,
+            Setup { dtype: bf16, dim: 128, block: 32, group: 7, lanes: KVMGR_LANE_LAYER, ..PLAIN },
+            Setup { dim: 256, block: 64, group: 1, lanes: KVMGR_LANE_HEAD, ..PLAIN },
+            Setup { group: 12, kv_heads: 1, window: 20, softcap: 3.0, has_sinks: true, ..PLAIN },
+        ];
+        for (i, setup) in setups.into_iter().enumerate() {
+            live(setup, i as u64 + 1, if driver::is_mock() { 16 } else { 200 });
+        }
+    });
+}
+
+/// A decode step of `batch` sequences, captured once and launched for every later step.
+#[test]
+fn a_graph_serves_later_plans() {
+    on_device("a_graph_serves_later_plans", || {
+        let _context = Context::new();
+        let stream = Stream::new();
+        let setup = Setup { layers: 1, lanes: KVMGR_LANE_LAYER, ..PLAIN };
+        let twin = Twin::new(setup, 5, |_| {});
+        ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
+        ok(kvmgr_attention_reserve(twin.device.attention, 3, 3, 40));
+        let mut twin = twin;
+        let mut pairs: Vec<Pair> = Vec::new();
+        for n in [3, 17, 40] {
+            let (mut pair, _) = twin.start(&[]);
+            let ids = vec![1; n];
+            twin.step(&mut [&mut pair], &[(ids, n)]);
+            pairs.push(pair);
+        }
+        let steps = if driver::is_mock() { 3 } else { 100 };
+        let heads = setup.kv_heads * setup.group;
+        let buffers = [setup.kv_heads, setup.kv_heads, heads, heads]
+            .map(|heads| Buffer::new(3 * heads * setup.dim * 2));
+        let lse = Buffer::new(3 * heads * 4);
+        let [key, value] =
+            [0, 1].map(|i| setup.tensor(buffers[i].pointer(), 3, setup.kv_heads, true));
+        let [query, output] = [2, 3].map(|i| setup.tensor(buffers[i].pointer(), 3, heads, true));
+        let lse_tensor = setup.lse(lse.pointer(), 3, true);
+        let options = twin.options(0, ptr::null_mut());
+        let (mut graph, mut key_of_graph) = (None, 0);
+        for _ in 0..steps {
+            for pair in &pairs {
+                ok(kvmgr_sequence_reserve(pair.host, 1));
+                ok(kvmgr_sequence_reserve(pair.device, 1));
+            }
+            twin.host.plan(&pairs.iter().map(|pair| pair.host).collect::<Vec<_>>(), &[1; 3]);
+            twin.device.plan(&pairs.iter().map(|pair| pair.device).collect::<Vec<_>>(), &[1; 3]);
+            let mut graph_key = 0;
+            // SAFETY: a live handle and a place for a number.
+            ok(unsafe { kvmgr_attention_graph_key(twin.device.attention, &raw mut graph_key) });
+            let rows = |random: &mut Random, heads| setup.random(random, 3 * heads * setup.dim);
+            let mut data =
+                [setup.kv_heads, setup.kv_heads, heads].map(|h| rows(&mut twin.random, h));
+            buffers.iter().zip(&data).for_each(|(buffer, data)| buffer.write(data));
+            match &graph {
+                None => {
+                    graph = Some(stream.capture(|| {
+                        run(
+                            &twin.device,
+                            0,
+                            [&key, &value, &query, &output, &lse_tensor],
+                            &options,
+                        );
+                        let plan = twin.try_plan(&pairs);
+                        assert_eq!(plan, KVMGR_INVALID_STATE, "no plan in a capture");
+                        assert!(message().contains("captured"), "{}", message());
+                    }));
+                    key_of_graph = graph_key;
+                    // The failed plan is gone; the same again, outside.
+                    let list: Vec<_> = pairs.iter().map(|pair| pair.device).collect();
+                    twin.device.plan(&list, &[1; 3]);
+                }
+                Some(_) => {
+                    assert_eq!(graph_key, key_of_graph);
+                    ok(kvmgr_attention_graph_launched(twin.device.attention));
+                }
+            }
+            if let Some(graph) = &graph {
+                stream.launch(graph);
+            }
+            stream.wait();
+            let host = twin.run_host(&mut data, 3);
+            let found: Vec<f32> =
+                buffers[3].read::<u16>().into_iter().map(|x| setup.value(x)).collect();
+            twin.compare(&found, &host.0, &lse.read::<f32>(), &host.1);
+            pairs.iter_mut().for_each(|pair| twin.commit(pair, &[1]));
+        }
+    });
+}
+
+#[test]
+fn the_engine_brings_memory_and_context_and_keeps_them() {
+    on_device("the_engine_brings_memory_and_context_and_keeps_them", || {
+        // SAFETY: a NUL-terminated string.
+        assert!(unsafe { kvmgr_has_feature(c"cuda".as_ptr()) });
+        // Without a context of the engine: the primary one, and none is current afterwards.
+        assert!(driver::start().is_null());
+        let engine = Engine::new(PLAIN.create(|config| config.device_type = KVMGR_DEVICE_CUDA));
+        assert!(current_context().is_null());
+        drop(engine);
+        assert!(current_context().is_null());
+
+        let context = Context::new();
+        let mut memory = Buffer::new(4 << 20);
+        let mut twin = Twin::new(PLAIN, 3, |config| {
+            (config.memory, config.memory_limit) = (memory.pointer(), 1 << 20);
+        });
+        memory.expect_unused(1 << 20..4 << 20);
+        let (mut pair, _) = twin.start(&[]);
+        twin.step(&mut [&mut pair], &[(vec![1; 30], 30)]);
+        assert!(context.is_current());
+        // 30 tokens are 2 of the 64 blocks of 16 KiB that fit.
+        let full = kvmgr_sequence_reserve(pair.device, 64 * 16);
+        assert_eq!(full, KVMGR_OUT_OF_BLOCKS, "{}", message());
+        ok(kvmgr_sequence_reserve(pair.device, 62 * 16 + 2));
+        drop((pair, twin));
+        memory.check_unused();
+        assert!(context.is_current());
+    });
+}
+
+/// Every request that a device cannot serve is refused with what it is and the limit.
+#[test]
+fn what_a_device_cannot_do_is_said() {
+    on_device("what_a_device_cannot_do_is_said", || {
+        let context = Context::new();
+        refuse_configurations();
+        let twin = Twin::new(PLAIN, 3, |_| {});
+        let (pair, _) = twin.start(&[]);
+        ok(kvmgr_sequence_reserve(pair.device, 2));
+        twin.device.plan(&[pair.device], &[2]);
+        let buffer = Buffer::new(1 << 16);
+        let good = PLAIN.tensor(buffer.pointer(), 2, 2, true);
+        let host = PLAIN.tensor(buffer.pointer(), 2, 2, false);
+        let moved = |bytes: usize| buffer.pointer().wrapping_byte_add(bytes);
+        let bad = [
+            (host, "key.device_type is CPU, the cache is on CUDA device 0"),
+            (kvmgr_tensor { device_id: 3, ..good }, "key.device_id is 3"),
+            (kvmgr_tensor { data: moved(8), ..good }, "key.data is not aligned to 16 bytes"),
+            (kvmgr_tensor { strides: [130, 65, 1, 0], ..good }, "key.strides[0] is 130"),
+            (kvmgr_tensor { data: ptr::null_mut(), ..good }, "key.data is NULL"),
+        ];
+        for (tensor, text) in bad {
+            // SAFETY: live handles; bad tensors are refused unread.
+            let status = unsafe {
+                kvmgr_attention_append(
+                    twin.device.attention,
+                    0,
+                    &raw const tensor,
+                    &raw const good,
+                    0,
+                    1,
+                )
+            };
+            assert!(status != KVMGR_OK && message().contains(text), "{text}: {}", message());
+        }
+        // SAFETY: live handles; the tensor is refused unread.
+        let status = unsafe {
+            kvmgr_attention_append(twin.host.attention, 0, &raw const good, &raw const good, 0, 1)
+        };
+        assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
+        // SAFETY: live handles and tensors of the right size.
+        unsafe {
+            ok(kvmgr_attention_append(
+                twin.device.attention,
+                0,
+                &raw const good,
+                &raw const good,
+                1,
+                2,
+            ));
+            let run = |options: &kvmgr_attention_options| {
+                let (q, o) =
+                    (PLAIN.tensor(moved(8192), 2, 8, true), PLAIN.tensor(moved(0), 2, 8, true));
+                kvmgr_attention_run(
+                    twin.device.attention,
+                    0,
+                    &raw const q,
+                    &raw const o,
+                    ptr::null(),
+                    options,
+                    0,
+                    1,
+                )
+            };
+            let mut options = twin.options(0, ptr::null_mut());
+            assert_eq!(run(&options), KVMGR_INVALID_STATE, "only worker 0 appends");
+            ok(kvmgr_attention_append(
+                twin.device.attention,
+                0,
+                &raw const good,
+                &raw const good,
+                0,
+                2,
+            ));
+            ok(run(&options));
+            options.alibi_slopes = moved(0).cast();
+            assert_eq!(run(&options), KVMGR_UNSUPPORTED, "{}", message());
+            let status = kvmgr_sequence_append(pair.device, 1, &raw const good, &raw const good);
+            assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
+            let starts = [0u32; 3];
+            let status = kvmgr_attention_select(
+                twin.device.attention,
+                0,
+                starts.as_ptr(),
+                3,
+                ptr::null(),
+                0,
+            );
+            assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
+            assert_eq!(kvmgr_cache_set_stream(twin.host.cache, ptr::null_mut()), KVMGR_UNSUPPORTED);
+            let mut key = 0;
+            let status = kvmgr_attention_graph_key(twin.host.attention, &raw mut key);
+            assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
+        }
+        assert!(context.is_current());
+    });
+}
+
+fn refuse_configurations() {
+    let policy = c"snapkv(w=16) | keep(0.5)";
+    let quant = c"quant(q5_1)";
+    let mut store = ptr::null_mut();
+    // SAFETY: a string and a place for a pointer.
+    ok(unsafe { kvmgr_store_create(c"host".as_ptr(), &raw mut store) });
+    type Edit = Box<dyn FnOnce(&mut kvmgr_cache_config)>;
+    let bad: [(Edit, &str); 11] = [
+        (Box::new(|config| config.head_dim = 80), "head_dim is 80"),
+        (Box::new(|config| config.block_size = 128), "block_size is 128"),
+        (Box::new(|config| config.num_q_heads = 34), "17 query heads"),
+        (Box::new(|config| config.dtype = KVMGR_DTYPE_F32), "dtype is f32"),
+        (Box::new(|config| config.device_id = 7777), "device_id is 7777"),
+        (Box::new(|config| config.device_id = -1), "device_id is -1"),
+        (Box::new(|config| config.spec = policy.as_ptr()), "snapkv"),
+        (Box::new(|config| config.spec = quant.as_ptr()), "q5_1"),
+        (Box::new(move |config| config.store = store), "store"),
+        (Box::new(|config| config.memory = ptr::without_provenance_mut(256)), "memory_limit is 0"),
+        (
+            Box::new(|config| {
+                config.memory = ptr::from_mut(config).cast::<c_void>();
+                config.memory_limit = 1 << 20;
+            }),
+            "memory is not memory of CUDA device 0",
+        ),
+    ];
+    for (edit, text) in bad {
+        PLAIN.config(|mut config| {
+            config.device_type = KVMGR_DEVICE_CUDA;
+            edit(&mut config);
+            let mut cache = ptr::null_mut();
+            // SAFETY: readable settings and a place for a pointer.
+            let status = unsafe { kvmgr_cache_create(&raw const config, &raw mut cache) };
+            assert!(status != KVMGR_OK && cache.is_null(), "{text}");
+            assert!(message().contains(text), "{text}: {}", message());
+        });
+    }
+    kvmgr_store_release(store);
+}
