@@ -39,9 +39,7 @@ pub(super) struct Cuda {
     dtype: DType,
     /// For keys and values of each type.
     append: [(DType, Kernel); 3],
-    /// For one column tile of 8 query heads, if a group fits, and for one of 16.
-    narrow: Option<Kernel>,
-    wide: Kernel,
+    decode: Decoders,
     workspace: Workspace,
     schedule: Schedule,
     segments: Vec<Segment>,
@@ -50,9 +48,69 @@ pub(super) struct Cuda {
     pages: Vec<Vec<u32>>,
     places: Vec<Vec<u32>>,
     items: Vec<Vec<u32>>,
-    /// Whether the plan runs the wide kernel.
-    is_wide: bool,
+    /// The kernel that the plan runs.
+    variant: Variant,
     num_tokens: usize,
+}
+
+/// Which decode kernel: for how many columns (query heads of some queries) at a time, and whether CTAs
+/// have twice the warps, for few heads.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Variant {
+    has_16_columns: bool,
+    is_wide: bool,
+}
+
+/// The decode kernels of a cache. A device may lack the shared memory for wide CTAs; groups of more than
+/// 8 heads do not fit 8 columns.
+#[derive(Debug)]
+struct Decoders {
+    kernels: Vec<(Variant, Kernel)>,
+    /// Warps of a CTA that is not wide.
+    warps: u32,
+}
+
+impl Decoders {
+    fn load(gpu: &Gpu, dtype: DType, dim: usize, group: usize) -> Result<Self> {
+        let (dim, mut kernels) = (dim as u32, Vec::new());
+        let narrow = if dim == 256 { 2 } else { 4 };
+        for columns in [8, 16].into_iter().filter(|columns| group <= *columns) {
+            for (is_wide, warps) in [(false, narrow), (true, 2 * narrow)] {
+                let columns = columns as u32;
+                // Two tiles of 16 rows of K and V for each warp, the place where warps meet, and Q
+                // where registers are too few: as in kernels/kvm_attn.cuh.
+                let q = if dim * columns >= 4096 { 2 * dim * columns } else { 0 };
+                let shared = warps * (2 * 64 * dim + columns * 68 * 4) + q;
+                if is_wide && shared > gpu.max_shared_bytes() {
+                    continue;
+                }
+                let wide = if is_wide { "_wide" } else { "" };
+                let name = format!("kvm_decode_{}_d{dim}_g{columns}{wide}", dtype.name());
+                let variant = Variant { has_16_columns: columns == 16, is_wide };
+                kernels.push((variant, gpu.kernel(&name, warps * 32, shared)?));
+            }
+        }
+        Ok(Self { kernels, warps: narrow })
+    }
+
+    /// The variant that is there and closest to what is wanted.
+    fn choose(&self, wanted: Variant) -> Variant {
+        let has = |variant: &Variant| self.kernels.iter().any(|(other, _)| other == variant);
+        let with_16 = Variant { has_16_columns: true, ..wanted };
+        let plain = Variant { is_wide: false, ..wanted };
+        let choices = [wanted, with_16, plain, Variant { has_16_columns: true, ..plain }];
+        choices.into_iter().find(has).unwrap_or_default()
+    }
+
+    fn kernel(&self, variant: Variant) -> &Kernel {
+        let found = self.kernels.iter().find(|(other, _)| *other == variant);
+        &found.unwrap_or(&self.kernels[0]).1
+    }
+
+    /// Rows that a CTA does at a time.
+    fn rows(&self, variant: Variant) -> u32 {
+        16 * self.warps * if variant.is_wide { 2 } else { 1 }
+    }
 }
 
 impl Cuda {
@@ -64,16 +122,6 @@ impl Cuda {
             return Err(Error::new(Kind::Unsupported, "the cache has no memory to attend to"));
         };
         let dtype = memory.open;
-        let warps = if dim == 256 { 2 } else { 4 };
-        let load = |columns: u32| {
-            let name = format!("kvm_decode_{}_d{dim}_g{columns}", dtype.name());
-            // Two tiles of 16 rows of K and V for each warp, the place where warps meet, and Q where
-            // registers are too few for it.
-            let (dim, tile) = (dim as u32, columns * dim as u32);
-            let (ring, meet) = (warps * 2 * 64 * dim, warps * columns * 68 * 4);
-            let query = if tile >= 4096 { 2 * tile } else { 0 };
-            gpu.kernel(&name, warps * 32, ring + meet + query)
-        };
         let append = |from: DType| -> Result<(DType, Kernel)> {
             let name = format!("kvm_append_{}_{}", from.name(), dtype.name());
             Ok((from, gpu.kernel(&name, APPEND_THREADS as u32, 0)?))
@@ -86,8 +134,7 @@ impl Cuda {
             gpu: gpu.clone(),
             dtype,
             append: [append(DType::F16)?, append(DType::Bf16)?, append(DType::F32)?],
-            narrow: (group <= 8).then(|| load(8)).transpose()?,
-            wide: load(16)?,
+            decode: Decoders::load(gpu, dtype, dim, group)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
             schedule: Schedule::default(),
             segments: Vec::new(),
@@ -95,7 +142,7 @@ impl Cuda {
             pages: vec![Vec::new(); num_tables],
             places: vec![Vec::new(); num_tables],
             items: vec![Vec::new(); num_tables],
-            is_wide: false,
+            variant: Variant::default(),
             num_tokens: 0,
         })
     }
@@ -112,7 +159,8 @@ impl Cuda {
         self.gpu.ensure_not_capturing("reserve")?;
         let config = cache.config();
         let heads = config.shape.num_kv_heads;
-        let grid = self.grid_of(false).max(self.grid_of(true)) as usize;
+        let grids = self.decode.kernels.iter().map(|(variant, _)| self.grid_of(*variant));
+        let grid = grids.max().unwrap_or(1) as usize;
         let tiles = num_sequences + num_queries.div_ceil((16 / config.shape.group()).max(1));
         let lists = if config.lane_width == LaneWidth::Head { heads } else { 1 };
         // A cut adds an item, and a head that was cut has two parts more than it has whole shares.
@@ -129,10 +177,14 @@ impl Cuda {
     pub(super) fn plan(&mut self, cache: &Cache, batch: &[(&Sequence, usize)]) -> Result<()> {
         let _entered = self.gpu.enter()?;
         self.gpu.ensure_not_capturing("plan")?;
-        let group = cache.config().shape.group();
+        let (group, heads) = (cache.config().shape.group(), cache.config().shape.num_kv_heads);
         let queries = batch.iter().map(|(_, n)| *n);
         // Tiles of 16 columns read the rows half as often where 8 are too few.
-        self.is_wide = self.narrow.is_none() || queries.clone().any(|n| n > 1 && n * group > 8);
+        let has_16_columns = group > 8 || queries.clone().any(|n| n * group > 8);
+        let tile = tile_of(has_16_columns, group);
+        let tiles = queries.clone().map(|n| n.div_ceil(tile)).sum::<usize>() * heads;
+        let is_wide = tiles < 2 * self.gpu.num_sms() as usize;
+        self.variant = self.decode.choose(Variant { has_16_columns, is_wide });
         self.num_tokens = queries.sum();
         let mut needed = Capacity::default();
         for table in 0..self.items.len() {
@@ -168,8 +220,8 @@ impl Cuda {
             if config.lane_width == LaneWidth::Head { 1 } else { shape.num_kv_heads };
         let num_lanes = shape.num_kv_heads / heads_per_lane;
         let first_lane = table * num_lanes;
-        let tile = (if self.is_wide { 16 } else { 8 } / shape.group()).max(1);
-        let grid = self.grid_of(self.is_wide);
+        let tile = tile_of(self.variant.has_16_columns, shape.group());
+        let (grid, unit) = (self.grid_of(self.variant), self.decode.rows(self.variant));
         let (pages, places) = (&mut self.pages[table], &mut self.places[table]);
         pages.clear();
         places.clear();
@@ -198,7 +250,7 @@ impl Cuda {
             }
             token += n;
         }
-        self.schedule.cut(grid);
+        self.schedule.cut(grid, unit);
         // [lane, token]
         for lane in first_lane..first_lane + num_lanes {
             for (sequence, n) in batch {
@@ -213,13 +265,9 @@ impl Cuda {
         self.schedule.write(items);
     }
 
-    fn decode_kernel(&self, is_wide: bool) -> &Kernel {
-        self.narrow.as_ref().filter(|_| !is_wide).unwrap_or(&self.wide)
-    }
-
     /// CTAs of a decode kernel: as many as the device holds at a time.
-    fn grid_of(&self, is_wide: bool) -> u32 {
-        self.gpu.num_sms() * self.decode_kernel(is_wide).ctas_per_sm
+    fn grid_of(&self, variant: Variant) -> u32 {
+        self.gpu.num_sms() * self.decode.kernel(variant).ctas_per_sm
     }
 
     /// Queues the append of a layer. The rows of the plan are reserved.
@@ -326,13 +374,15 @@ impl Cuda {
             block_size: cache.config().block_size as u32,
         };
         let _entered = self.gpu.enter()?;
-        self.gpu.launch(self.decode_kernel(self.is_wide), self.grid_of(self.is_wide), &params)
+        let kernel = self.decode.kernel(self.variant);
+        self.gpu.launch(kernel, self.grid_of(self.variant), &params)
     }
 
     /// Equal for two plans if a graph captured under one is right for the other.
     pub(super) fn graph_key(&self) -> u64 {
-        let generation = u64::from(self.workspace.generation);
-        generation << 33 | u64::from(self.is_wide) << 32 | self.num_tokens as u64
+        let Variant { has_16_columns, is_wide } = self.variant;
+        let variant = u64::from(has_16_columns) << 1 | u64::from(is_wide);
+        u64::from(self.workspace.generation) << 34 | variant << 32 | self.num_tokens as u64
     }
 
     /// Where the rows of a layer are.
@@ -356,6 +406,11 @@ impl Cuda {
             table: if self.items.len() == 1 { 0 } else { layer },
         }
     }
+}
+
+/// Queries that are attended together.
+fn tile_of(has_16_columns: bool, group: usize) -> usize {
+    (if has_16_columns { 16 } else { 8 } / group).max(1)
 }
 
 /// Addresses and strides, in elements, of the rows of a layer.

@@ -24,6 +24,11 @@ pub struct Gpu {
     /// Whether the context is the primary one and was retained.
     is_primary: bool,
     num_sms: u32,
+    /// Compute capability, 10 * major + minor.
+    sm: u32,
+    max_shared_bytes: u32,
+    /// Whether kernels may start while the one before ends.
+    has_early_starts: bool,
     stream: AtomicPtr<c_void>,
     kernels: Mutex<Vec<(String, Kernel)>>,
     modules: Mutex<Vec<sys::CUmodule>>,
@@ -41,6 +46,7 @@ pub struct Kernel {
     function: sys::CUfunction,
     threads: u32,
     shared_bytes: u32,
+    starts_early: bool,
     /// How many of its CTAs a multiprocessor holds at a time.
     pub ctas_per_sm: u32,
 }
@@ -49,6 +55,8 @@ pub struct Kernel {
 unsafe impl Send for Kernel {}
 // SAFETY: as above.
 unsafe impl Sync for Kernel {}
+
+const WAIT: &[u8] = b"\tgriddepcontrol.wait";
 
 /// Every function of the driver that is called after a device was opened.
 const FUNCTIONS: &[&str] = &[
@@ -65,7 +73,7 @@ const FUNCTIONS: &[&str] = &[
     "cuEventRecord",
     "cuEventSynchronize",
     "cuFuncSetAttribute",
-    "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuMemAlloc_v2",
     "cuMemFreeHost",
     "cuMemFree_v2",
@@ -99,28 +107,44 @@ impl Gpu {
                     unsafe { sys::culib().get::<unsafe extern "C" fn()>(function.as_bytes()) };
                 ensure!(found.is_ok(), NoDevice, "the libcuda.so that was found lacks {function}");
             }
-            Self::open_known(id as i32)
+            Self::open_known(id as i32, driver.version)
         };
         // The driver's bindings panic where they could answer.
         catch_unwind(AssertUnwindSafe(open))
             .unwrap_or_else(|_| bail!(NoDevice, "the libcuda.so that was found does not work"))
     }
 
-    fn open_known(id: i32) -> Result<Arc<Self>> {
-        let (mut device, mut num_sms) = (0, 0);
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        // SAFETY: the driver is initialised; it writes one number each.
-        unsafe {
-            check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, id))?;
-            let result = sys::cuDeviceGetAttribute(&raw mut num_sms, attribute, device);
+    fn open_known(id: i32, driver_version: i32) -> Result<Arc<Self>> {
+        use sys::CUdevice_attribute::*;
+        let mut device = 0;
+        // SAFETY: the driver is initialised; it writes one number.
+        check("cuDeviceGet", unsafe { sys::cuDeviceGet(&raw mut device, id) })?;
+        let attribute = |which| -> Result<u32> {
+            let mut value = 0;
+            // SAFETY: as above.
+            let result = unsafe { sys::cuDeviceGetAttribute(&raw mut value, which, device) };
             check("cuDeviceGetAttribute", result)?;
-        }
+            Ok(value.max(0) as u32)
+        };
+        let sm = 10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?
+            + attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        ensure!(
+            sm >= 80,
+            Unsupported,
+            "device {id} has compute capability {}.{}, must be 8.0 or newer",
+            sm / 10,
+            sm % 10
+        );
         let mut gpu = Self {
             id,
             device,
             context: current_context()?,
             is_primary: false,
-            num_sms: num_sms.max(1) as u32,
+            num_sms: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
+            sm,
+            max_shared_bytes: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            // Older drivers cannot capture such launches.
+            has_early_starts: sm >= 90 && driver_version >= 12_030,
             stream: AtomicPtr::default(),
             kernels: Mutex::default(),
             modules: Mutex::default(),
@@ -148,6 +172,11 @@ impl Gpu {
     /// Multiprocessors of the device.
     pub fn num_sms(&self) -> u32 {
         self.num_sms
+    }
+
+    /// The most shared memory that a CTA can have.
+    pub fn max_shared_bytes(&self) -> u32 {
+        self.max_shared_bytes
     }
 
     /// Kernels launched so far; for tests.
@@ -202,7 +231,7 @@ impl Gpu {
     }
 
     fn load(&self, name: &str, threads: u32, shared_bytes: u32) -> Result<Kernel> {
-        let image = images::find(name)?;
+        let image = images::find(name, self.sm)?;
         let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: PTX text that ends in NUL; the driver copies it.
         let result = unsafe { sys::cuModuleLoadData(&raw mut module, image.as_ptr().cast()) };
@@ -226,7 +255,10 @@ impl Gpu {
             check("cuOccupancyMaxActiveBlocksPerMultiprocessor", result)?;
         }
         ensure!(ctas > 0, Unsupported, "the device has no room for a CTA of {name}");
-        Ok(Kernel { function, threads, shared_bytes, ctas_per_sm: ctas as u32 })
+        // Such a kernel waits by itself for the results of the one before.
+        let waits = image.to_bytes().windows(WAIT.len()).any(|text| text == WAIT);
+        let (starts_early, ctas_per_sm) = (waits && self.has_early_starts, ctas as u32);
+        Ok(Kernel { function, threads, shared_bytes, starts_early, ctas_per_sm })
     }
 
     /// Queues `grid` CTAs of a kernel. The context is current: see [`Self::enter`]. A wrong
@@ -234,18 +266,28 @@ impl Gpu {
     pub fn launch<P: Params>(&self, kernel: &Kernel, grid: u32, params: &P) -> Result<()> {
         let mut arguments = [ptr::from_ref(params).cast_mut().cast::<c_void>()];
         self.launches.fetch_add(1, Ordering::Relaxed);
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: kernel.shared_bytes,
+            hStream: self.stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(kernel.starts_early),
+        };
         // SAFETY: every kernel takes one struct by value, which the driver copies before it returns.
-        check("cuLaunchKernel", unsafe {
-            sys::cuLaunchKernel(
+        check("cuLaunchKernelEx", unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 kernel.function,
-                grid,
-                1,
-                1,
-                kernel.threads,
-                1,
-                1,
-                kernel.shared_bytes,
-                self.stream(),
                 arguments.as_mut_ptr(),
                 ptr::null_mut(),
             )

@@ -4,7 +4,6 @@
 //! A file holds many kernels, and compiling all of them would take seconds. Only the one that is
 //! wanted is handed to the driver.
 
-use std::borrow::Cow;
 use std::ffi::CString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -24,18 +23,24 @@ pub fn has_kernels() -> bool {
     !embedded::FILES.is_empty()
 }
 
-/// PTX text with the kernel `name` and no other.
-pub(super) fn find(name: &str) -> Result<CString> {
+/// PTX text with the kernel `name` and no other, for a device of compute capability `sm / 10`.`sm % 10`.
+pub(super) fn find(name: &str, sm: u32) -> Result<CString> {
     let from_folder = std::env::var_os(FOLDER).map(PathBuf::from);
     let from_folder = from_folder.as_deref().map(read_folder).transpose()?.unwrap_or_default();
-    let sources = from_folder.iter().map(|text| Cow::Borrowed(text.as_str()));
-    let embedded = embedded().iter().map(|text| Cow::Borrowed(text.as_str()));
-    for text in sources.chain(embedded) {
-        if let Some(image) = only(&text, name) {
-            return Ok(CString::new(image).unwrap_or_default());
+    for text in from_folder.iter().chain(embedded()) {
+        if let Some(image) = only(text, name) {
+            return Ok(CString::new(for_device(image, sm)).unwrap_or_default());
         }
     }
     bail!(Unsupported, "this build has no CUDA kernel {name}")
+}
+
+/// Instructions that older devices lack stand in comments.
+fn for_device(image: String, sm: u32) -> String {
+    match sm >= 90 {
+        true => image.replace("//sm_90 ", "").replace(".target sm_80", ".target sm_90"),
+        false => image,
+    }
 }
 
 /// The embedded files, unpacked.
@@ -109,9 +114,17 @@ mod tests {
     }
 
     #[test]
+    fn newer_devices_get_their_instructions() {
+        let ptx = || "//\n.target sm_80\n//sm_90 griddepcontrol.wait;\n".to_string();
+        assert_eq!(for_device(ptx(), 89), ptx());
+        assert_eq!(for_device(ptx(), 120), "//\n.target sm_90\ngriddepcontrol.wait;\n");
+    }
+
+    #[test]
     fn embedded_files_unpack_to_ptx() {
         for text in embedded() {
-            assert!(text.contains(".version") && text.contains(".visible .entry kvm_"));
+            assert!(text.contains(".version 8.1") && text.contains(".target sm_80"));
+            assert!(text.contains(".visible .entry kvm_"));
         }
     }
 }
