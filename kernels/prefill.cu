@@ -19,20 +19,21 @@ template <int D> KVM_DEVICE void kvm_load_pages(const KvmDecode& p, const KvmIte
     for (int i = 0; i < kvm_step(D) / 16; i++) pages[i] = kvm_page(p, it, first + i * 16);
 }
 
-/// Asks for the rows of a step from `pool`, which is K or V.
+/// Asks for the rows of a step, from a row below it.end on, of `pool`, which is K or V.
 template <int D>
 KVM_DEVICE void kvm_load_step(const KvmDecode& p, const KvmItem& it, const u16* pool, u32 first,
                               const u32 (&pages)[kvm_step(D) / 16], u16* tile) {
     constexpr int REACH = 1024 / D; // rows that 128 threads reach at once
-    int row = kvm_tid() / (D / 8), chunk = kvm_tid() % (D / 8);
+    u32 row = kvm_tid() / (D / 8), chunk = kvm_tid() % (D / 8), left = it.end - first;
+    pool += it.kv_head * p.kv_head + row * p.kv_token + chunk * 8;
 #pragma unroll
-    for (int j = 0; j < kvm_step(D) / REACH; j++) {
-        u32 t = first + j * REACH + row;
-        i64 at = 0;
-        if (t < it.end)
-            at = pages[j * REACH / 16] * p.kv_block + it.kv_head * p.kv_head +
-                 (t & (p.block_size - 1)) * p.kv_token + chunk * 8;
-        kvm_cp_async16(tile + kvm_swizzle<D>(j * REACH + row, chunk), pool + at, t < it.end);
+    for (int i = 0; i < kvm_step(D) / 16; i++) {
+        const u16* from = pool + pages[i] * p.kv_block +
+                          ((first + i * 16) & (p.block_size - 1)) * p.kv_token;
+#pragma unroll
+        for (int j = 0; j < 16; j += REACH, from += REACH * p.kv_token)
+            kvm_cp_async16(tile + kvm_swizzle<D>(i * 16 + j + row, chunk), from,
+                           i * 16 + j + row < left);
     }
 }
 
@@ -136,15 +137,9 @@ KVM_DEVICE void kvm_soften(float factor, float (&s)[kvm_row_tiles(D)][kvm_step(D
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    float x = s[m][n][h * 2 + c];
-                    max = x > max ? x : max;
-                }
+                for (int c = 0; c < 2; c++) max = kvm_max(max, s[m][n][h * 2 + c]);
 #pragma unroll
-            for (int mask = 1; mask < 4; mask *= 2) {
-                float other = kvm_shfl_xor(max, mask);
-                max = other > max ? other : max;
-            }
+            for (int mask = 1; mask < 4; mask *= 2) max = kvm_max(max, kvm_shfl_xor(max, mask));
             float base = max == -KVM_INF ? 0 : max * factor, sum = 0;
             alpha[h] = kvm_exp2(rows.max[m][h] * factor - base);
             rows.max[m][h] = max;
@@ -268,7 +263,7 @@ KVM_DEVICE void kvm_prefill_item(const KvmDecode& p, const KvmItem& it, u16* sme
 #pragma unroll
             for (int i = 0; i < MT * STEP / 2; i++) {
                 float& x = s[i / (STEP / 2)][i / 4 % (STEP / 8)][i % 4];
-                x = p.softcap * (1 - 2 / (1 + kvm_exp2(inner * x)));
+                x = p.softcap * (1 - 2 * kvm_reciprocal(1 + kvm_exp2(inner * x)));
             }
         }
         if (first + STEP > low.end || first < high.begin)

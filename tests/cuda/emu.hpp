@@ -349,4 +349,6 @@ template <bool BF16> inline u32 kvm_pack(float low, float high) {
 }
 inline float kvm_infinity() { return INFINITY; }
 inline float kvm_exp2(float x) { return std::exp2(x); }
+inline float kvm_max(float x, float y) { return std::fmax(x, y); }
+inline float kvm_reciprocal(float x) { return 1 / x; }
 inline float kvm_log2(float x) { return std::log2(x); }
