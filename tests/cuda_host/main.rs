@@ -168,6 +168,62 @@ fn a_graph_serves_later_plans() {
     });
 }
 
+/// Plans and runs one after the other without waiting: each run goes by its own plan.
+#[test]
+fn plans_that_follow_each_other_do_not_mix() {
+    on_device("plans_that_follow_each_other_do_not_mix", || {
+        let _context = Context::new();
+        let setup = Setup { layers: 1, ..PLAIN };
+        let mut twin = Twin::new(setup, 9, |_| {});
+        let mut pairs: Vec<Pair> = Vec::new();
+        for n in [3, 70, 17, 40, 64, 1] {
+            let (mut pair, _) = twin.start(&[]);
+            twin.step(&mut [&mut pair], &[(vec![1; n], n)]);
+            pairs.push(pair);
+        }
+        let heads = setup.kv_heads * setup.group;
+        let row = heads * setup.dim;
+        let queries: Vec<_> = pairs.iter().map(|_| setup.random(&mut twin.random, row)).collect();
+        let on_device: Vec<_> = queries.iter().map(|query| Buffer::of(query)).collect();
+        let outputs: Vec<_> = pairs.iter().map(|_| Buffer::new(row * 2)).collect();
+        let options = twin.options(0, ptr::null_mut());
+        let attend = |engine: &Engine, query: kvmgr_tensor, output: kvmgr_tensor| {
+            let (query, output) = (&raw const query, &raw const output);
+            // SAFETY: live handles and tensors that fit the plan.
+            ok(unsafe {
+                let lse = ptr::null();
+                kvmgr_attention_run(
+                    engine.attention,
+                    0,
+                    query,
+                    output,
+                    lse,
+                    &raw const options,
+                    0,
+                    1,
+                )
+            });
+        };
+        for (i, pair) in pairs.iter().enumerate() {
+            twin.device.plan(&[pair.device], &[1]);
+            let query = setup.tensor(on_device[i].pointer(), 1, heads, true);
+            attend(&twin.device, query, setup.tensor(outputs[i].pointer(), 1, heads, true));
+        }
+        for (i, pair) in pairs.iter().enumerate() {
+            let (mut query, mut output) = (queries[i].clone(), vec![f32::NAN; row]);
+            twin.host.plan(&[pair.host], &[1]);
+            let o = kvmgr_tensor {
+                dtype: KVMGR_DTYPE_F32,
+                ..setup.tensor(output.as_mut_ptr().cast(), 1, heads, false)
+            };
+            attend(&twin.host, setup.tensor(query.as_mut_ptr().cast(), 1, heads, false), o);
+            let found: Vec<f32> =
+                outputs[i].read::<u16>().into_iter().map(|x| setup.value(x)).collect();
+            twin.compare(&found, &output, &[], &[]);
+        }
+    });
+}
+
 #[test]
 fn the_engine_brings_memory_and_context_and_keeps_them() {
     on_device("the_engine_brings_memory_and_context_and_keeps_them", || {
@@ -293,6 +349,20 @@ fn what_a_device_cannot_do_is_said() {
             let status = kvmgr_attention_graph_key(twin.host.attention, &raw mut key);
             assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
         }
+        assert!(context.is_current());
+        // The stream of a context that the cache does not work in.
+        let other = Context::new();
+        let stream = Stream::new();
+        ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
+        // SAFETY: live handles and tensors of the right size.
+        let status = unsafe {
+            let good = &raw const good;
+            kvmgr_attention_append(twin.device.attention, 0, good, good, 0, 1)
+        };
+        assert_eq!(status, KVMGR_DEVICE_ERROR, "{}", message());
+        assert!(other.is_current());
+        ok(kvmgr_cache_set_stream(twin.device.cache, ptr::null_mut()));
+        drop((stream, other));
         assert!(context.is_current());
     });
 }
