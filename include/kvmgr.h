@@ -1052,7 +1052,7 @@ typedef struct {
   /**
    * Where the blocks are; 0 means KVMGR_DEVICE_CPU. On KVMGR_DEVICE_CUDA: head_dim 64, 128 or
    * 256, block_size 16, 32 or 64, up to 16 query heads for each KV head, dtype f16 or bf16, the
-   * spec "full", no store.
+   * spec "full". Stores hold the same bytes for both, so one may serve caches on either.
    */
   kvmgr_device_type device_type;
   /**
