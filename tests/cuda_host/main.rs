@@ -13,6 +13,8 @@ mod driver;
 mod mock_driver;
 mod twin;
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::ptr;
 
@@ -26,6 +28,29 @@ use kvmgr::ffi::version::kvmgr_has_feature;
 use common::Random;
 use driver::{Buffer, Context, Stream, current_context, on_device};
 use twin::{Engine, PLAIN, Pair, Setup, Twin, message, ok, run};
+
+struct Counting;
+
+thread_local! {
+    static COUNT: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: everything is passed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        COUNT.with(|count| count.set(count.get() + 1));
+        // SAFETY: by the caller's contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: by the caller's contract.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 /// A random life of a few sequences: shared prompts, pieces, drafts, forks, truncation, ends.
 fn live(setup: Setup, seed: u64, steps: usize) {
@@ -252,6 +277,34 @@ fn the_engine_brings_memory_and_context_and_keeps_them() {
         drop((pair, twin));
         memory.check_unused();
         assert!(context.is_current());
+    });
+}
+
+#[test]
+fn append_and_run_allocate_nothing() {
+    on_device("append_and_run_allocate_nothing", || {
+        let _context = Context::new();
+        let twin = Twin::new(PLAIN, 8, |_| {});
+        let (pair, _) = twin.start(&[]);
+        ok(kvmgr_sequence_reserve(pair.device, 30));
+        twin.device.plan(&[pair.device], &[30]);
+        let heads = PLAIN.kv_heads * PLAIN.group;
+        let buffer = Buffer::of(&vec![0u16; 30 * heads * PLAIN.dim]);
+        let output = Buffer::new(30 * heads * PLAIN.dim * 2);
+        let kv = PLAIN.tensor(buffer.pointer(), 30, PLAIN.kv_heads, true);
+        let query = PLAIN.tensor(buffer.pointer(), 30, heads, true);
+        let out = PLAIN.tensor(output.pointer(), 30, heads, true);
+        let lse_buffer = Buffer::new(30 * heads * 4);
+        let lse = PLAIN.lse(lse_buffer.pointer(), 30, true);
+        let options = twin.options(0, ptr::null_mut());
+        run(&twin.device, 0, [&kv, &kv, &query, &out, &lse], &options);
+        let before = COUNT.with(Cell::get);
+        assert!(before > 0, "allocations are counted");
+        run(&twin.device, 1, [&kv, &kv, &query, &out, &lse], &options);
+        assert_eq!(COUNT.with(Cell::get) - before, 0);
+        // What was attended: rows of zeros, each as likely as the others.
+        let lse = lse_buffer.read::<f32>();
+        (0..30).for_each(|i| assert!((lse[i * heads] - (i as f32 + 1.0).ln()).abs() < 1e-4));
     });
 }
 
