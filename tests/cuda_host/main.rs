@@ -111,6 +111,56 @@ fn sequences_live_alike() {
         for (i, setup) in setups.into_iter().enumerate() {
             live(setup, i as u64 + 1, if driver::is_mock() { 16 } else { 200 });
         }
+        // A device has time for any shape.
+        let mut random = Random(11);
+        for seed in 0..if driver::is_mock() { 2 } else { 60 } {
+            live(any_setup(&mut random), seed, if driver::is_mock() { 6 } else { 60 });
+        }
+    });
+}
+
+fn any_setup(random: &mut Random) -> Setup {
+    Setup {
+        layers: random.within(1, 3),
+        kv_heads: random.within(1, 5),
+        group: random.within(1, 16),
+        dim: random.pick(&[64, 128, 256]),
+        block: random.pick(&[16, 32, 64]),
+        blocks: 2000,
+        lanes: random.pick(&[KVMGR_LANE_SEQUENCE, KVMGR_LANE_LAYER, KVMGR_LANE_HEAD]),
+        dtype: random.pick(&[KVMGR_DTYPE_F16, KVMGR_DTYPE_BF16]),
+        spec: "full",
+        softcap: random.pick(&[0.0, 2.0, 30.0]),
+        window: random.pick(&[0, 1, 20, 100]),
+        has_sinks: random.chance(30),
+    }
+}
+
+/// Heads whose rows are shared by many CTAs, beside short ones.
+#[test]
+fn long_sequences_are_cut_and_merged() {
+    on_device("long_sequences_are_cut_and_merged", || {
+        let _context = Context::new();
+        let lens: &[usize] =
+            if driver::is_mock() { &[500, 1, 130] } else { &[20_000, 1, 130, 777, 4097] };
+        for (group, dim) in [(4, 64), (16, 128), (1, 256)] {
+            let setup = Setup { group, dim, blocks: 4000, layers: 1, ..PLAIN };
+            let mut twin = Twin::new(setup, 6, |_| {});
+            let mut pairs: Vec<Pair> = Vec::new();
+            for n in lens {
+                let (mut pair, _) = twin.start(&[]);
+                // In pieces, so that the host is not asked for long prompts.
+                for piece in vec![1; *n].chunks(100) {
+                    twin.feed(&mut pair, piece);
+                }
+                pairs.push(pair);
+            }
+            for n in [1, 3, 1] {
+                let feeds: Vec<_> = pairs.iter().map(|_| (vec![2; n], 1)).collect();
+                let mut batch: Vec<&mut Pair> = pairs.iter_mut().collect();
+                twin.step(&mut batch, &feeds);
+            }
+        }
     });
 }
 
