@@ -343,6 +343,11 @@ int cuFuncSetAttribute(Function* function, int attribute, int value) {
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* out, Function*, int, size_t shared) {
     return *out = (int)std::min<size_t>(2, (227 << 10) / (shared + 1024)), SUCCESS;
 }
+int cuLaunchKernel(Function* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                   unsigned, void*, void**, void**) {
+    WITH_CONTEXT if (!handles.count(function)) return fail(INVALID_HANDLE, "the kernel is none");
+    return fail(INVALID_VALUE, "only cuLaunchKernelEx is here");
+}
 struct LaunchConfig {
     unsigned x, y, z, threads, ty, tz, shared;
     void* stream;

@@ -358,6 +358,16 @@ fn append_and_run_allocate_nothing() {
     });
 }
 
+/// The stand-in is as strict as a driver, or these tests would say little.
+#[test]
+fn the_mock_driver_notices_misuse() {
+    on_device("the_mock_driver_notices_misuse", || {
+        if driver::is_mock() {
+            driver::misuse();
+        }
+    });
+}
+
 /// Blocks leave the device for a store and come back: those of a preempted sequence, and prefixes that
 /// were reclaimed.
 #[test]
