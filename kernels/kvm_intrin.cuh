@@ -138,6 +138,14 @@ KVM_DEVICE float kvm_half_to_float(u32 bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)bits));
     return x;
 }
+/// Four of the bytes of `low` (0 to 3) and `high` (4 to 7), one for each nibble of `which`.
+KVM_DEVICE u32 kvm_prmt(u32 low, u32 high, u32 which) { return __byte_perm(low, high, which); }
+/// Products of two pairs of f16.
+KVM_DEVICE u32 kvm_mul2(u32 a, u32 b) {
+    u32 x;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+    return x;
+}
 KVM_DEVICE float kvm_infinity() { return __int_as_float(0x7f800000); }
 KVM_DEVICE float kvm_exp2(float x) {
     float y;

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 
+import layout
 from driver import Decode, Driver, image_of, smem_of, warps_of
 from plan import plan
 
@@ -95,6 +96,79 @@ def run_case(driver, function, random, dtype, dim, group, block, window, softcap
     return np.sqrt(error / norm), worst
 
 
+def run_quant_case(driver, function, random, name, dtype, dim, group, queries, window, grid):
+    """As run_case, for sealed blocks of 64 tokens with open rows behind them."""
+    heads, columns, block = 2, 16 if group * queries > 8 else 8, 64
+    items, slots = plan(LENS, heads, group, grid, block, 256, 64)
+    items[:, 0] *= queries
+    items[items[:, 1] > 0, 1] = queries
+    num_pages = [-(-n // block) for n in LENS]
+    order = random.permutation(sum(num_pages) + 3)
+    pool = np.full((2, len(order), heads, block, dim), NAN, np.uint16)
+    sizes = [layout.side_bytes(name, dim, is_key) for is_key in (True, False)]
+    sealed = np.full((len(order), heads, sum(sizes)), 0xff, np.uint8)
+    first, dense = 0, []
+    for n, pages in zip(LENS, num_pages):
+        data = to_float(to_bits(random.standard_normal((2, heads, n, dim)), dtype), dtype)
+        for start in range(0, n - n % block, block):
+            page = order[first + start // block]
+            for h in range(heads):
+                for i in range(2):
+                    part = slice(sizes[0] * i, sizes[0] * i + sizes[i])
+                    sealed[page, h, part], data[i, h, start:start + block] = layout.side(
+                        name, data[i, h, start:start + block], i == 0)
+        for t in range(n - n % block, n):
+            pool[:, order[first + t // block], :, t % block] = to_bits(data[:, :, t], dtype)
+        dense.append(data)
+        first += pages
+    q = to_bits(random.standard_normal((len(LENS) * queries, heads * group, dim)), dtype)
+    o = np.full_like(q, NAN)
+    device = {name: driver.upload(array) for name, array in {
+        "q": q, "o": o, "pages": order.astype(np.uint32), "items": items,
+        "tickets": np.zeros(len(LENS) * heads, np.uint32),
+        "partials": np.full(slots * columns * (dim + 4), np.nan, np.float32),
+        "k": pool[0], "v": pool[1], "sealed_k": sealed}.items()}
+    params = Decode(**device, q_token=heads * group * dim, q_head=dim, o_token=heads * group * dim,
+                    o_head=dim, kv_block=heads * block * dim, kv_head=block * dim, kv_token=dim,
+                    sealed_block=heads * sum(sizes), sealed_head=sum(sizes), scale=1 / np.sqrt(dim),
+                    window=window, group=group, block_size=block)
+    params.sealed_v = params.sealed_k + sizes[0]
+    for _ in range(2):
+        driver.launch(function, grid, 128, layout.smem_of(name, dim, columns), 0, params, True)
+    driver.download(device["o"], o)
+    for pointer in device.values():
+        driver.free(pointer)
+    error, norm = 0.0, 0.0
+    for s, (k, v) in enumerate(dense):
+        for i in range(queries):
+            seen = max(0, len(k[0]) - (queries - 1 - i))
+            for h in range(heads):
+                at = (s * queries + i, slice(h * group, (h + 1) * group))
+                out, _ = reference(to_float(q[at], dtype), k[h][:seen], v[h][:seen], window, 0,
+                                   np.full(group, -np.inf))
+                error += np.sum((to_float(o[at], dtype) - out) ** 2)
+                norm += np.sum(out ** 2)
+    return np.sqrt(error / norm)
+
+
+def check_quantized(driver, random, folder, is_quick):
+    module, bad = driver.load(image_of(folder, "decode_q")), 0
+    for i, name in enumerate(layout.FORMATS):
+        for j, (group, queries) in enumerate([(4, 1), (8, 1), (5, 3), (16, 1)][:1 if is_quick else 4]):
+            dtype, dim = ("f16", "bf16")[(i + j) % 2], (128, 64)[j // 2]
+            columns = 16 if group * queries > 8 else 8
+            kernel = f"kvm_decode_{name}_{dtype}_d{dim}_g{columns}"
+            function = driver.function(module, kernel, layout.smem_of(name, dim, columns))
+            for window, grid in [(0, 3), (90, 64)]:
+                error = run_quant_case(driver, function, random, name, dtype, dim, group, queries,
+                                       window, grid)
+                ok = error < (4e-3 if dtype == "bf16" else 1e-3)
+                bad += not ok
+                print(f"{'ok ' if ok else 'BAD'} {kernel} group {group} queries {queries} window "
+                      f"{window} grid {grid}: O {error:.1e}")
+    return bad
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cubins", default="", help="folder of cubins; default: committed PTX")
@@ -121,6 +195,7 @@ def main():
             bad += not ok
             print(f"{'ok ' if ok else 'BAD'} {name} group {group} block {case[3]} window {case[4]} "
                   f"softcap {case[5]} sinks {case[6]} grid {grid}: O {error:.1e} LSE {lse:.1e}")
+    bad += check_quantized(driver, random, arguments.cubins, arguments.quick)
     sys.exit(1 if bad else 0)
 
 

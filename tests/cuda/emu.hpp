@@ -352,3 +352,13 @@ inline float kvm_exp2(float x) { return std::exp2(x); }
 inline float kvm_max(float x, float y) { return std::fmax(x, y); }
 inline float kvm_reciprocal(float x) { return 1 / x; }
 inline float kvm_log2(float x) { return std::log2(x); }
+inline u32 kvm_prmt(u32 low, u32 high, u32 which) {
+    u64 bytes = low | (u64)high << 32;
+    u32 x = 0;
+    for (int i = 0; i < 4; i++) x |= (u32)(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return x;
+}
+inline u32 kvm_mul2(u32 a, u32 b) {
+    auto product = [](u32 a, u32 b) { return (u32)_cvtss_sh(_cvtsh_ss(a) * _cvtsh_ss(b), 0); };
+    return product(a & 0xffff, b & 0xffff) | product(a >> 16, b >> 16) << 16;
+}
