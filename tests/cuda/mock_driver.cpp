@@ -10,6 +10,7 @@
 #define KVM_EMU
 #include "append.cu"
 #include "decode_f16.cu"
+#include "decode_q.cu"
 #include "prefill.cu"
 
 #include <sys/mman.h>

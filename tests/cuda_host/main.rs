@@ -136,6 +136,34 @@ fn any_setup(random: &mut Random) -> Setup {
     }
 }
 
+/// Blocks that are sealed in few bits: both sides have the same codes.
+#[test]
+fn quantized_sequences_live_alike() {
+    on_device("quantized_sequences_live_alike", || {
+        let _context = Context::new();
+        let specs = [
+            "quant(int8)",
+            "quant(fp8(e4m3))",
+            "quant(int4)",
+            "quant(kivi(bits=4, group=128))",
+            "quant(kivi(bits=2, group=128))",
+        ];
+        for (i, spec) in specs.into_iter().enumerate() {
+            let setup = Setup {
+                spec,
+                block: 64,
+                dim: [64, 128][i % 2],
+                group: [4, 9, 1][i % 3],
+                lanes: [KVMGR_LANE_SEQUENCE, KVMGR_LANE_LAYER, KVMGR_LANE_HEAD][i % 3],
+                dtype: [KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16][i % 2],
+                window: 70,
+                ..PLAIN
+            };
+            live(setup, i as u64 + 1, if driver::is_mock() { 14 } else { 200 });
+        }
+    });
+}
+
 /// Heads whose rows are shared by many CTAs, beside short ones.
 #[test]
 fn long_sequences_are_cut_and_merged() {

@@ -1,6 +1,7 @@
 //! The kernels of attention by name, with what they are launched with.
 
 use crate::device::cuda::{Gpu, Kernel};
+use crate::device::layout::{Sealed, TOKENS};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -19,6 +20,8 @@ pub(super) struct Decoders {
     pub(super) kernels: Vec<(Variant, Kernel)>,
     /// Warps of a CTA that is not wide.
     warps: u32,
+    /// Rows that a warp does at a time.
+    warp_rows: u32,
 }
 
 impl Decoders {
@@ -41,7 +44,30 @@ impl Decoders {
                 kernels.push((variant, gpu.kernel(&name, warps * 32, shared)?));
             }
         }
-        Ok(Self { kernels, warps: narrow })
+        Ok(Self { kernels, warps: narrow, warp_rows: 16 })
+    }
+
+    /// The kernels for sealed blocks of another format, which do open rows too.
+    pub(super) fn load_quantized(
+        gpu: &Gpu,
+        layout: Sealed,
+        dtype: DType,
+        dim: usize,
+        group: usize,
+    ) -> Result<Self> {
+        let (warps, mut kernels) = (4, Vec::new());
+        // Two chunks of K and V for each warp, in units of 512 bytes, or two tiles of open rows; and
+        // the place where warps meet: as in kernels/decode_q.cu.
+        let chunk =
+            |is_key| (layout.bytes(dim, is_key) * layout.chunk() / TOKENS).next_multiple_of(512);
+        let ring = 2 * (chunk(true) + chunk(false)).max(64 * dim);
+        for columns in [8, 16].into_iter().filter(|columns| group <= *columns) {
+            let shared = warps * (ring + columns * 68 * 4);
+            let name = format!("kvm_decode_{}_{}_d{dim}_g{columns}", layout.name(), dtype.name());
+            let variant = Variant { has_16_columns: columns == 16, is_wide: false };
+            kernels.push((variant, gpu.kernel(&name, warps as u32 * 32, shared as u32)?));
+        }
+        Ok(Self { kernels, warps: warps as u32, warp_rows: layout.chunk() as u32 })
     }
 
     /// The variant that is there and closest to what is wanted.
@@ -60,7 +86,7 @@ impl Decoders {
 
     /// Rows that a CTA does at a time.
     pub(super) fn rows(&self, variant: Variant) -> u32 {
-        16 * self.warps * if variant.is_wide { 2 } else { 1 }
+        self.warp_rows * self.warps * if variant.is_wide { 2 } else { 1 }
     }
 }
 

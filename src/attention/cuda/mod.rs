@@ -23,7 +23,7 @@ use self::kernels::{Decoders, Variant, is_prompt, load_prefill, prefill_rows, ti
 use self::schedule::{Schedule, Segment, segments};
 use self::workspace::{Capacity, Workspace};
 use super::{DeviceOptions, check_shape};
-use crate::cache::{Cache, OPEN, PAGE_BYTES};
+use crate::cache::{Cache, Format, OPEN, PAGE_BYTES};
 use crate::device::cuda::params::{Append, Decode, Item};
 use crate::device::cuda::{DeviceTensor, Gpu, Kernel};
 use crate::dtype::DType;
@@ -82,7 +82,10 @@ impl Cuda {
             gpu: gpu.clone(),
             dtype,
             append: [append(DType::F16)?, append(DType::Bf16)?, append(DType::F32)?],
-            decode: Decoders::load(gpu, dtype, dim, group)?,
+            decode: match cache.sealed_layout() {
+                None => Decoders::load(gpu, dtype, dim, group)?,
+                Some(layout) => Decoders::load_quantized(gpu, layout, dtype, dim, group)?,
+            },
             prefill: load_prefill(gpu, dtype, dim)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
             schedule: Schedule::default(),
@@ -341,8 +344,8 @@ impl Cuda {
             tickets: workspace.tickets(),
             k: blocks.k,
             v: blocks.v,
-            sealed_k: 0,
-            sealed_v: 0,
+            sealed_k: blocks.sealed[0],
+            sealed_v: blocks.sealed[1],
             q_token: query.strides[0] as i64,
             q_head: query.strides[1] as i64,
             o_token: output.strides[0] as i64,
@@ -351,8 +354,8 @@ impl Cuda {
             kv_block: blocks.block_stride,
             kv_head: blocks.head_stride,
             kv_token: shape.head_dim as i64,
-            sealed_block: 0,
-            sealed_head: 0,
+            sealed_block: PAGE_BYTES as i64,
+            sealed_head: blocks.sealed_head,
             scale: options.common.scale_for(shape.head_dim),
             softcap: options.common.softcap,
             window: options.common.sliding_window,
@@ -386,18 +389,21 @@ impl Cuda {
         let (shape, format) = (&config.shape, &cache.formats()[OPEN]);
         let (_, cell) = config.lane_width.locate(shape, layer, 0);
         let (tokens, dim, size) = (config.block_size, shape.head_dim, self.dtype.size());
-        let start =
-            |side: Side| cache.device_base() + format.range(cell, side, tokens, dim).start as u64;
+        let sealed = &cache.formats()[cache.sealed_format()];
+        let is_per_head = config.lane_width == LaneWidth::Head;
+        let start = |format: &Format, side: Side| {
+            cache.device_base() + format.range(cell, side, tokens, dim).start as u64
+        };
+        let sealed_head = if is_per_head { 0 } else { sealed.key_bytes + sealed.value_bytes };
         let cell_stride = (format.key_bytes + format.value_bytes) / size;
         Blocks {
-            k: start(Side::Key),
-            v: start(Side::Value),
+            k: start(format, Side::Key),
+            v: start(format, Side::Value),
+            sealed: [start(sealed, Side::Key), start(sealed, Side::Value)],
+            sealed_head: sealed_head as i64,
             block_stride: (PAGE_BYTES / size) as i64,
             // Heads with a lane of their own are told apart by their pages.
-            head_stride: match config.lane_width {
-                LaneWidth::Head => 0,
-                LaneWidth::Sequence | LaneWidth::Layer => cell_stride as i64,
-            },
+            head_stride: if is_per_head { 0 } else { cell_stride as i64 },
             table: if self.items.len() == 1 { 0 } else { layer },
         }
     }
@@ -408,6 +414,9 @@ impl Cuda {
 struct Blocks {
     k: u64,
     v: u64,
+    /// K and V of sealed blocks, and bytes from head to head there.
+    sealed: [u64; 2],
+    sealed_head: i64,
     block_stride: i64,
     head_stride: i64,
     table: usize,
