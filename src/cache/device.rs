@@ -1,6 +1,7 @@
 //! Caches whose blocks are in the memory of a CUDA device. The layout is that of the host: blocks of
 //! cells, K side before V side. Only the device reads and writes them.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::{BlockView, Cache, CacheConfig};
@@ -73,7 +74,7 @@ impl Cache {
 
     /// The page at which a block on a device starts.
     pub fn page(&self, view: &BlockView) -> u32 {
-        let offset = view.address().addr().get() as u64 - self.device_base();
+        let offset = address(view) - self.device_base();
         (offset / PAGE_BYTES as u64) as u32
     }
 
@@ -82,10 +83,33 @@ impl Cache {
         match &self.device {
             None => target.write(0..target.len()).copy_from_slice(source.bytes()),
             Some(memory) => {
-                let address = |view: &BlockView| view.address().addr().get() as u64;
                 memory.copy_within(address(source), address(target), target.len())?;
             }
         }
         Ok(())
     }
+
+    /// The bytes of a block; from a device they are fetched, which waits for all queued work.
+    pub fn block_bytes<'a>(&self, view: &'a BlockView) -> Result<Cow<'a, [u8]>> {
+        let Some(memory) = &self.device else { return Ok(Cow::Borrowed(view.bytes())) };
+        let mut bytes = vec![0; view.len()];
+        memory.read(address(view), &mut bytes)?;
+        Ok(Cow::Owned(bytes))
+    }
+
+    /// Lets `fill` write the bytes of a block that nobody else sees yet.
+    pub fn fill_block(
+        &self,
+        view: &BlockView,
+        fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let Some(memory) = &self.device else { return fill(view.write(0..view.len())) };
+        let mut bytes = vec![0; view.len()];
+        fill(&mut bytes)?;
+        memory.write(address(view), &bytes)
+    }
+}
+
+fn address(view: &BlockView) -> u64 {
+    view.address().addr().get() as u64
 }

@@ -249,8 +249,13 @@ impl Cache {
             let views: Vec<_> = blocks.iter().map(|id| state.views[id.0 as usize]).collect();
             drop(state);
             if let Some(offload) = self.offload.lock().clone() {
-                let bytes: Vec<_> = views.iter().map(BlockView::bytes).collect();
-                offload.offload(&digest, &bytes);
+                // What cannot be fetched from a device is lost, as it would be without a store.
+                let bytes: Result<Vec<_>> =
+                    views.iter().map(|view| self.block_bytes(view)).collect();
+                if let Ok(bytes) = bytes {
+                    offload
+                        .offload(&digest, &bytes.iter().map(|bytes| &**bytes).collect::<Vec<_>>());
+                }
             }
             self.state.write().finish_eviction(&blocks);
         }

@@ -92,7 +92,7 @@ pub struct kvmgr_cache_config {
     pub rope_inv_freq: *const f32,
     /// Where the blocks are; 0 means KVMGR_DEVICE_CPU. On KVMGR_DEVICE_CUDA: head_dim 64, 128 or
     /// 256, block_size 16, 32 or 64, up to 16 query heads for each KV head, dtype f16 or bf16, the
-    /// spec "full", no store.
+    /// spec "full". Stores hold the same bytes for both, so one may serve caches on either.
     pub device_type: kvmgr_device_type,
     /// Which CUDA device. The cache works in the calling thread's current context if that is one of
     /// this device, else in the device's primary context; either must outlive the cache. No call

@@ -10,6 +10,7 @@
 #define KVM_EMU
 #include "append.cu"
 #include "decode_f16.cu"
+#include "prefill.cu"
 
 #include <sys/mman.h>
 
@@ -341,6 +342,11 @@ int cuFuncSetAttribute(Function* function, int attribute, int value) {
 }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* out, Function*, int, size_t shared) {
     return *out = (int)std::min<size_t>(2, (227 << 10) / (shared + 1024)), SUCCESS;
+}
+int cuLaunchKernel(Function* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                   unsigned, void*, void**, void**) {
+    WITH_CONTEXT if (!handles.count(function)) return fail(INVALID_HANDLE, "the kernel is none");
+    return fail(INVALID_VALUE, "only cuLaunchKernelEx is here");
 }
 struct LaunchConfig {
     unsigned x, y, z, threads, ty, tz, shared;

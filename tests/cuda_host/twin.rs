@@ -274,6 +274,32 @@ impl Twin {
         }
     }
 
+    /// Appends tokens to a sequence without attending.
+    pub fn feed(&mut self, pair: &mut Pair, ids: &[i32]) {
+        for sequence in pair.both() {
+            ok(kvmgr_sequence_reserve(sequence, ids.len()));
+        }
+        self.host.plan(&[pair.host], &[ids.len() as u32]);
+        self.device.plan(&[pair.device], &[ids.len() as u32]);
+        let (setup, n) = (self.setup, ids.len());
+        for layer in 0..setup.layers as u32 {
+            let rows = |random: &mut Random| setup.random(random, n * setup.kv_heads * setup.dim);
+            let mut kv = [rows(&mut self.random), rows(&mut self.random)];
+            let copies = [Buffer::of(&kv[0]), Buffer::of(&kv[1])];
+            let host =
+                [0, 1].map(|i| setup.tensor(kv[i].as_mut_ptr().cast(), n, setup.kv_heads, false));
+            let device = [0, 1].map(|i| setup.tensor(copies[i].pointer(), n, setup.kv_heads, true));
+            for (engine, [key, value]) in [(&self.host, &host), (&self.device, &device)] {
+                let (key, value) = (ptr::from_ref(key), ptr::from_ref(value));
+                // SAFETY: live handles and tensors that fit the plan.
+                ok(unsafe { kvmgr_attention_append(engine.attention, layer, key, value, 0, 1) });
+            }
+            // The device has read the rows before they go.
+            copies[0].read::<u16>();
+        }
+        self.commit(pair, ids);
+    }
+
     pub fn commit(&self, pair: &mut Pair, ids: &[i32]) {
         for sequence in pair.both() {
             // SAFETY: a live handle and a list of this length.

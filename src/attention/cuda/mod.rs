@@ -4,6 +4,7 @@
 //! plan     block tables -> page tables, shares of all CTAs, places of new rows -> one async copy
 //! append   one launch: K, V -> rows of open blocks
 //! run      one launch: Q -> attend over pages -> merge parts -> O, LSE
+//!          and one more if the batch has both decode steps and prompts, which another kernel does
 //! ```
 //!
 //! `append` and `run` only launch; everything they need from the host was copied by `plan`. The
@@ -12,11 +13,13 @@
 //!
 //! There is one table for all layers, or one for each layer if their lanes differ.
 
+mod kernels;
 mod schedule;
 mod workspace;
 
 use std::sync::Arc;
 
+use self::kernels::{Decoders, Variant, is_prompt, load_prefill, prefill_rows, tile_of};
 use self::schedule::{Schedule, Segment, segments};
 use self::workspace::{Capacity, Workspace};
 use super::{DeviceOptions, check_shape};
@@ -40,77 +43,22 @@ pub(super) struct Cuda {
     /// For keys and values of each type.
     append: [(DType, Kernel); 3],
     decode: Decoders,
+    prefill: Kernel,
     workspace: Workspace,
     schedule: Schedule,
+    prompts: Schedule,
     segments: Vec<Segment>,
     /// The segments of each lane of the table that is being made.
     lanes: Vec<std::ops::Range<usize>>,
     pages: Vec<Vec<u32>>,
     places: Vec<Vec<u32>>,
     items: Vec<Vec<u32>>,
+    prompt_items: Vec<Vec<u32>>,
     /// The kernel that the plan runs.
     variant: Variant,
+    /// Whether there are decode steps, and prompts.
+    has: [bool; 2],
     num_tokens: usize,
-}
-
-/// Which decode kernel: for how many columns (query heads of some queries) at a time, and whether CTAs
-/// have twice the warps, for few heads.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Variant {
-    has_16_columns: bool,
-    is_wide: bool,
-}
-
-/// The decode kernels of a cache. A device may lack the shared memory for wide CTAs; groups of more than
-/// 8 heads do not fit 8 columns.
-#[derive(Debug)]
-struct Decoders {
-    kernels: Vec<(Variant, Kernel)>,
-    /// Warps of a CTA that is not wide.
-    warps: u32,
-}
-
-impl Decoders {
-    fn load(gpu: &Gpu, dtype: DType, dim: usize, group: usize) -> Result<Self> {
-        let (dim, mut kernels) = (dim as u32, Vec::new());
-        let narrow = if dim == 256 { 2 } else { 4 };
-        for columns in [8, 16].into_iter().filter(|columns| group <= *columns) {
-            for (is_wide, warps) in [(false, narrow), (true, 2 * narrow)] {
-                let columns = columns as u32;
-                // Two tiles of 16 rows of K and V for each warp, the place where warps meet, and Q
-                // where registers are too few: as in kernels/kvm_attn.cuh.
-                let q = if dim * columns >= 4096 { 2 * dim * columns } else { 0 };
-                let shared = warps * (2 * 64 * dim + columns * 68 * 4) + q;
-                if is_wide && shared > gpu.max_shared_bytes() {
-                    continue;
-                }
-                let wide = if is_wide { "_wide" } else { "" };
-                let name = format!("kvm_decode_{}_d{dim}_g{columns}{wide}", dtype.name());
-                let variant = Variant { has_16_columns: columns == 16, is_wide };
-                kernels.push((variant, gpu.kernel(&name, warps * 32, shared)?));
-            }
-        }
-        Ok(Self { kernels, warps: narrow })
-    }
-
-    /// The variant that is there and closest to what is wanted.
-    fn choose(&self, wanted: Variant) -> Variant {
-        let has = |variant: &Variant| self.kernels.iter().any(|(other, _)| other == variant);
-        let with_16 = Variant { has_16_columns: true, ..wanted };
-        let plain = Variant { is_wide: false, ..wanted };
-        let choices = [wanted, with_16, plain, Variant { has_16_columns: true, ..plain }];
-        choices.into_iter().find(has).unwrap_or_default()
-    }
-
-    fn kernel(&self, variant: Variant) -> &Kernel {
-        let found = self.kernels.iter().find(|(other, _)| *other == variant);
-        &found.unwrap_or(&self.kernels[0]).1
-    }
-
-    /// Rows that a CTA does at a time.
-    fn rows(&self, variant: Variant) -> u32 {
-        16 * self.warps * if variant.is_wide { 2 } else { 1 }
-    }
 }
 
 impl Cuda {
@@ -135,14 +83,18 @@ impl Cuda {
             dtype,
             append: [append(DType::F16)?, append(DType::Bf16)?, append(DType::F32)?],
             decode: Decoders::load(gpu, dtype, dim, group)?,
+            prefill: load_prefill(gpu, dtype, dim)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
             schedule: Schedule::default(),
+            prompts: Schedule::default(),
             segments: Vec::new(),
             lanes: Vec::new(),
             pages: vec![Vec::new(); num_tables],
             places: vec![Vec::new(); num_tables],
             items: vec![Vec::new(); num_tables],
+            prompt_items: vec![Vec::new(); num_tables],
             variant: Variant::default(),
+            has: [false; 2],
             num_tokens: 0,
         })
     }
@@ -166,6 +118,7 @@ impl Cuda {
         // A cut adds an item, and a head that was cut has two parts more than it has whole shares.
         self.workspace.reserve(&Capacity {
             items: tiles * heads + 2 * grid,
+            prompts: tiles * heads + self.prefill_grid() as usize,
             places: num_queries * lists,
             pages: num_blocks,
             slots: 2 * grid,
@@ -179,25 +132,29 @@ impl Cuda {
         self.gpu.ensure_not_capturing("plan")?;
         let (group, heads) = (cache.config().shape.group(), cache.config().shape.num_kv_heads);
         let queries = batch.iter().map(|(_, n)| *n);
+        let steps = queries.clone().filter(|n| !is_prompt(*n, group));
         // Tiles of 16 columns read the rows half as often where 8 are too few.
-        let has_16_columns = group > 8 || queries.clone().any(|n| n * group > 8);
+        let has_16_columns = group > 8 || steps.clone().any(|n| n * group > 8);
         let tile = tile_of(has_16_columns, group);
-        let tiles = queries.clone().map(|n| n.div_ceil(tile)).sum::<usize>() * heads;
+        let tiles = steps.map(|n| n.div_ceil(tile)).sum::<usize>() * heads;
         let is_wide = tiles < 2 * self.gpu.num_sms() as usize;
         self.variant = self.decode.choose(Variant { has_16_columns, is_wide });
         self.num_tokens = queries.sum();
+        self.has = [false; 2];
         let mut needed = Capacity::default();
         for table in 0..self.items.len() {
             self.make_table(cache, batch, table);
+            self.make_places(cache, batch, table);
             let schedule = &self.schedule;
             needed.items = needed.items.max(schedule.num_words() / Item::WORDS);
+            needed.prompts = needed.prompts.max(self.prompts.num_words() / Item::WORDS);
             needed.places = needed.places.max(self.places[table].len() / 2);
             needed.pages = needed.pages.max(self.pages[table].len());
             needed.slots = needed.slots.max(schedule.num_slots as usize);
             needed.tickets = needed.tickets.max(schedule.num_tickets as usize);
         }
         self.workspace.reserve(&needed)?;
-        let Self { items, places, pages, workspace, .. } = self;
+        let Self { items, prompt_items, places, pages, workspace, .. } = self;
         let layout = workspace.layout;
         workspace.write(|words| {
             for (i, table) in words.chunks_exact_mut(layout.words).take(items.len()).enumerate() {
@@ -205,6 +162,7 @@ impl Cuda {
                     table[at..][..list.len()].copy_from_slice(list);
                 };
                 put(0, &items[i]);
+                put(layout.prompts, &prompt_items[i]);
                 put(layout.places, &places[i]);
                 put(layout.pages, &pages[i]);
             }
@@ -220,12 +178,14 @@ impl Cuda {
             if config.lane_width == LaneWidth::Head { 1 } else { shape.num_kv_heads };
         let num_lanes = shape.num_kv_heads / heads_per_lane;
         let first_lane = table * num_lanes;
-        let tile = tile_of(self.variant.has_16_columns, shape.group());
+        let step_tile = tile_of(self.variant.has_16_columns, shape.group());
+        let prompt_tile = prefill_rows(shape.head_dim) / shape.group();
         let (grid, unit) = (self.grid_of(self.variant), self.decode.rows(self.variant));
-        let (pages, places) = (&mut self.pages[table], &mut self.places[table]);
+        let prompt_grid = self.prefill_grid();
+        let pages = &mut self.pages[table];
         pages.clear();
-        places.clear();
         self.schedule.clear();
+        self.prompts.clear();
         let page_of =
             |block: &crate::cache::Block| (cache.page(&block.view), block.view.format() != OPEN);
         let mut token = 0;
@@ -241,17 +201,42 @@ impl Cuda {
                 let lane = head / heads_per_lane;
                 let len = sequence.lanes()[first_lane + lane].len() as i64;
                 let segments = &self.segments[self.lanes[lane].clone()];
+                // Parts are only merged by the kernel of decode steps.
+                let is_prompt = is_prompt(*n, shape.group())
+                    && segments.len() == 1
+                    && segments[0].sealed_end == 0;
+                let (tile, schedule) = match is_prompt {
+                    true => (prompt_tile, &mut self.prompts),
+                    false => (step_tile, &mut self.schedule),
+                };
                 for first in (0..*n).step_by(tile) {
                     let count = tile.min(n - first);
                     let seen = len - (n - first - count) as i64;
                     let queries = ((token + first) as u32, count as u32, head as u32);
-                    self.schedule.push(queries, segments, seen, config.block_size as u32);
+                    schedule.push(queries, segments, seen, config.block_size as u32);
                 }
             }
             token += n;
         }
+        self.has[0] |= !self.schedule.is_empty();
+        self.has[1] |= !self.prompts.is_empty();
         self.schedule.cut(grid, unit);
-        // [lane, token]
+        self.prompts.deal(prompt_grid);
+        let lists = [&mut self.items[table], &mut self.prompt_items[table]];
+        for (items, schedule) in lists.into_iter().zip([&self.schedule, &self.prompts]) {
+            items.resize(schedule.num_words(), 0);
+            schedule.write(items);
+        }
+    }
+
+    /// Fills the places of the new rows of one table, `[lane, token]`.
+    fn make_places(&mut self, cache: &Cache, batch: &[(&Sequence, usize)], table: usize) {
+        let config = cache.config();
+        let num_lanes =
+            if config.lane_width == LaneWidth::Head { config.shape.num_kv_heads } else { 1 };
+        let first_lane = table * num_lanes;
+        let places = &mut self.places[table];
+        places.clear();
         for lane in first_lane..first_lane + num_lanes {
             for (sequence, n) in batch {
                 for (span, first, count) in Lane::tail(&sequence.lanes()[lane].spans, *n) {
@@ -260,9 +245,10 @@ impl Cuda {
                 }
             }
         }
-        let items = &mut self.items[table];
-        items.resize(self.schedule.num_words(), 0);
-        self.schedule.write(items);
+    }
+
+    fn prefill_grid(&self) -> u32 {
+        self.gpu.num_sms() * self.prefill.ctas_per_sm
     }
 
     /// CTAs of a decode kernel: as many as the device holds at a time.
@@ -330,7 +316,7 @@ impl Cuda {
         let expected = [self.num_tokens, shape.num_q_heads, shape.head_dim];
         for (name, tensor) in [("query", query), ("output", output)] {
             check_shape(name, tensor.shape, expected)?;
-            tensor.check(name, self.dtype, 4)?;
+            tensor.check(name, self.dtype, 16)?;
         }
         if let Some(lse) = lse {
             check_shape("lse", lse.shape, [self.num_tokens, shape.num_q_heads, 1])?;
@@ -374,15 +360,24 @@ impl Cuda {
             block_size: cache.config().block_size as u32,
         };
         let _entered = self.gpu.enter()?;
-        let kernel = self.decode.kernel(self.variant);
-        self.gpu.launch(kernel, self.grid_of(self.variant), &params)
+        let [has_steps, has_prompts] = self.has;
+        if has_steps {
+            let kernel = self.decode.kernel(self.variant);
+            self.gpu.launch(kernel, self.grid_of(self.variant), &params)?;
+        }
+        if has_prompts {
+            let items = workspace.address(blocks.table, layout.prompts);
+            self.gpu.launch(&self.prefill, self.prefill_grid(), &Decode { items, ..params })?;
+        }
+        Ok(())
     }
 
     /// Equal for two plans if a graph captured under one is right for the other.
     pub(super) fn graph_key(&self) -> u64 {
         let Variant { has_16_columns, is_wide } = self.variant;
-        let variant = u64::from(has_16_columns) << 1 | u64::from(is_wide);
-        u64::from(self.workspace.generation) << 34 | variant << 32 | self.num_tokens as u64
+        let bits = [has_16_columns, is_wide, self.has[0], self.has[1]];
+        let launches = bits.into_iter().fold(0, |launches, bit| launches << 1 | u64::from(bit));
+        u64::from(self.workspace.generation) << 36 | launches << 32 | self.num_tokens as u64
     }
 
     /// Where the rows of a layer are.
@@ -406,11 +401,6 @@ impl Cuda {
             table: if self.items.len() == 1 { 0 } else { layer },
         }
     }
-}
-
-/// Queries that are attended together.
-fn tile_of(has_16_columns: bool, group: usize) -> usize {
-    (if has_16_columns { 16 } else { 8 } / group).max(1)
 }
 
 /// Addresses and strides, in elements, of the rows of a layer.

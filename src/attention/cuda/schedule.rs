@@ -203,6 +203,30 @@ impl Schedule {
         }
     }
 
+    /// Deals whole heads out to `grid` CTAs, the longest first and there and back again, so that all have
+    /// about as much to do. For kernels that do not merge parts; each head has one segment.
+    pub(super) fn deal(&mut self, grid: u32) {
+        let cost = |item: &Item| u64::from(item.end) * u64::from(item.num_queries);
+        self.whole.sort_by_key(|item| std::cmp::Reverse(cost(item)));
+        let (grid, n) = (grid as usize, self.whole.len());
+        self.starts.push(0);
+        for cta in 0..grid {
+            for first in (0..n).step_by(grid) {
+                let is_back = first / grid % 2 == 1;
+                let at = first + if is_back { grid - 1 - cta } else { cta };
+                if at < n {
+                    self.items.push(Item { num_parts: 1, ..self.whole[at] });
+                }
+            }
+            self.starts.push(self.items.len() as u32);
+        }
+    }
+
+    /// Whether there is nothing to do.
+    pub(super) fn is_empty(&self) -> bool {
+        self.whole.is_empty()
+    }
+
     /// Words of [`Self::write`].
     pub(super) fn num_words(&self) -> usize {
         // The first item of a CTA has a place of its own, whether there is one or not.
@@ -343,6 +367,33 @@ mod tests {
                     assert!(item.slot + item.num_parts <= schedule.num_slots);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn whole_heads_are_dealt_out_evenly() {
+        for (n, grid) in [(0, 3), (1, 3), (7, 3), (100, 8)] {
+            let mut schedule = Schedule::default();
+            for i in 0..n {
+                let len = 100 + 10 * i;
+                schedule.push((i, 4, 0), &[whole(0..len, 0)], i64::from(len), 16);
+            }
+            schedule.deal(grid);
+            check_links(&schedule, grid as usize);
+            let mut seen: Vec<u32> = schedule.items.iter().map(|item| item.token).collect();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..n).collect::<Vec<_>>());
+            let loads: Vec<u32> = schedule
+                .starts
+                .windows(2)
+                .map(|pair| {
+                    let items = pair[0] as usize..pair[1] as usize;
+                    schedule.items[items].iter().map(|item| item.end).sum()
+                })
+                .collect();
+            let (least, most) = (loads.iter().min().unwrap(), loads.iter().max().unwrap());
+            let longest = if n == 0 { 0 } else { 100 + 10 * n };
+            assert!(most - least <= longest, "{loads:?}");
         }
     }
 

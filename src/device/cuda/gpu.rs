@@ -1,18 +1,17 @@
 //! One device: the context that work is done in, the stream it is queued on, its kernels.
 
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, Ordering};
 
-use cudarc::driver::sys::{self, CUresult};
-use parking_lot::Mutex;
-
+use super::kernels::{Kernel, Loaded};
 use super::params::Params;
-use super::{images, probe};
+use super::probe;
 use crate::error::{Error, Kind, Result, bail, ensure};
+use cudarc::driver::sys::{self, CUresult};
 
 /// A device, used in one context. All work is queued on one stream, so what the host does first
 /// happens first: memory that the host has given to somebody else is written after its last reader
@@ -30,33 +29,13 @@ pub struct Gpu {
     /// Whether kernels may start while the one before ends.
     has_early_starts: bool,
     stream: AtomicPtr<c_void>,
-    kernels: Mutex<Vec<(String, Kernel)>>,
-    modules: Mutex<Vec<sys::CUmodule>>,
-    launches: AtomicU64,
+    loaded: Arc<Loaded>,
 }
 
 // SAFETY: contexts, streams and modules are handles that any thread may use.
 unsafe impl Send for Gpu {}
 // SAFETY: as above; what changes is behind locks or atomic.
 unsafe impl Sync for Gpu {}
-
-/// A kernel that can be launched.
-#[derive(Debug, Clone, Copy)]
-pub struct Kernel {
-    function: sys::CUfunction,
-    threads: u32,
-    shared_bytes: u32,
-    starts_early: bool,
-    /// How many of its CTAs a multiprocessor holds at a time.
-    pub ctas_per_sm: u32,
-}
-
-// SAFETY: a function is a handle that any thread may launch.
-unsafe impl Send for Kernel {}
-// SAFETY: as above.
-unsafe impl Sync for Kernel {}
-
-const WAIT: &[u8] = b"\tgriddepcontrol.wait";
 
 /// Every function of the driver that is called after a device was opened.
 const FUNCTIONS: &[&str] = &[
@@ -79,6 +58,7 @@ const FUNCTIONS: &[&str] = &[
     "cuMemFree_v2",
     "cuMemHostAlloc",
     "cuMemcpyDtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
     "cuModuleGetFunction",
@@ -87,6 +67,7 @@ const FUNCTIONS: &[&str] = &[
     "cuOccupancyMaxActiveBlocksPerMultiprocessor",
     "cuPointerGetAttribute",
     "cuStreamIsCapturing",
+    "cuStreamSynchronize",
 ];
 
 impl Gpu {
@@ -146,9 +127,7 @@ impl Gpu {
             // Older drivers cannot capture such launches.
             has_early_starts: sm >= 90 && driver_version >= 12_030,
             stream: AtomicPtr::default(),
-            kernels: Mutex::default(),
-            modules: Mutex::default(),
-            launches: AtomicU64::new(0),
+            loaded: Loaded::none(),
         };
         let mut current = -1;
         // SAFETY: writes one number; needs a current context, which is asked for first.
@@ -161,6 +140,7 @@ impl Gpu {
             check("cuDevicePrimaryCtxRetain", result)?;
             gpu.is_primary = true;
         }
+        gpu.loaded = Loaded::of(gpu.context);
         Ok(Arc::new(gpu))
     }
 
@@ -177,11 +157,6 @@ impl Gpu {
     /// The most shared memory that a CTA can have.
     pub fn max_shared_bytes(&self) -> u32 {
         self.max_shared_bytes
-    }
-
-    /// Kernels launched so far; for tests.
-    pub fn num_launches(&self) -> u64 {
-        self.launches.load(Ordering::Relaxed)
     }
 
     /// From now on work is queued on `stream`, a `CUstream` of this context; null is the legacy
@@ -220,52 +195,16 @@ impl Gpu {
 
     /// Loads a kernel by its name, with `shared_bytes` of dynamic shared memory. Slow the first time.
     pub fn kernel(&self, name: &str, threads: u32, shared_bytes: u32) -> Result<Kernel> {
-        let mut kernels = self.kernels.lock();
-        if let Some((_, kernel)) = kernels.iter().find(|(known, _)| known == name) {
-            return Ok(*kernel);
-        }
         let _entered = self.enter()?;
-        let kernel = self.load(name, threads, shared_bytes)?;
-        kernels.push((name.to_string(), kernel));
+        let mut kernel = self.loaded.kernel(name, threads, shared_bytes, self.sm)?;
+        kernel.starts_early &= self.has_early_starts;
         Ok(kernel)
-    }
-
-    fn load(&self, name: &str, threads: u32, shared_bytes: u32) -> Result<Kernel> {
-        let image = images::find(name, self.sm)?;
-        let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: PTX text that ends in NUL; the driver copies it.
-        let result = unsafe { sys::cuModuleLoadData(&raw mut module, image.as_ptr().cast()) };
-        check("cuModuleLoadData", result).map_err(|error| error.within(name))?;
-        self.modules.lock().push(module);
-        let c_name = CString::new(name).unwrap_or_default();
-        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let mut ctas = 0;
-        // SAFETY: handles that the driver has just made; it writes one handle and one number.
-        unsafe {
-            let result = sys::cuModuleGetFunction(&raw mut function, module, c_name.as_ptr());
-            check("cuModuleGetFunction", result).map_err(|error| error.within(name))?;
-            let result = sys::cuFuncSetAttribute(function, attribute, shared_bytes as i32);
-            check("cuFuncSetAttribute", result).map_err(|error| error.within(name))?;
-            let result = sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                &raw mut ctas,
-                function,
-                threads as i32,
-                shared_bytes as usize,
-            );
-            check("cuOccupancyMaxActiveBlocksPerMultiprocessor", result)?;
-        }
-        ensure!(ctas > 0, Unsupported, "the device has no room for a CTA of {name}");
-        // Such a kernel waits by itself for the results of the one before.
-        let waits = image.to_bytes().windows(WAIT.len()).any(|text| text == WAIT);
-        let (starts_early, ctas_per_sm) = (waits && self.has_early_starts, ctas as u32);
-        Ok(Kernel { function, threads, shared_bytes, starts_early, ctas_per_sm })
     }
 
     /// Queues `grid` CTAs of a kernel. The context is current: see [`Self::enter`]. A wrong
     /// address in `params` is an error of the device, not of this process.
     pub fn launch<P: Params>(&self, kernel: &Kernel, grid: u32, params: &P) -> Result<()> {
         let mut arguments = [ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        self.launches.fetch_add(1, Ordering::Relaxed);
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -297,13 +236,9 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        // The last user of the context unloads the kernels in it.
         let entered = self.enter();
-        if entered.is_ok() {
-            for module in self.modules.get_mut().drain(..) {
-                // SAFETY: our own modules, which nobody launches from any more.
-                unsafe { sys::cuModuleUnload(module) };
-            }
-        }
+        self.loaded = Loaded::none();
         drop(entered);
         if self.is_primary {
             // SAFETY: gives back what `open` retained.
