@@ -19,21 +19,20 @@ template <int D> KVM_DEVICE void kvm_load_pages(const KvmDecode& p, const KvmIte
     for (int i = 0; i < kvm_step(D) / 16; i++) pages[i] = kvm_page(p, it, first + i * 16);
 }
 
-/// Asks for the rows of a step, from a row below it.end on, of `pool`, which is K or V.
+/// Asks for the rows of a step from `pool`, which is K or V.
 template <int D>
 KVM_DEVICE void kvm_load_step(const KvmDecode& p, const KvmItem& it, const u16* pool, u32 first,
                               const u32 (&pages)[kvm_step(D) / 16], u16* tile) {
     constexpr int REACH = 1024 / D; // rows that 128 threads reach at once
-    u32 row = kvm_tid() / (D / 8), chunk = kvm_tid() % (D / 8), left = it.end - first;
-    pool += it.kv_head * p.kv_head + row * p.kv_token + chunk * 8;
+    int row = kvm_tid() / (D / 8), chunk = kvm_tid() % (D / 8);
 #pragma unroll
-    for (int i = 0; i < kvm_step(D) / 16; i++) {
-        const u16* from = pool + pages[i] * p.kv_block +
-                          ((first + i * 16) & (p.block_size - 1)) * p.kv_token;
-#pragma unroll
-        for (int j = 0; j < 16; j += REACH, from += REACH * p.kv_token)
-            kvm_cp_async16(tile + kvm_swizzle<D>(i * 16 + j + row, chunk), from,
-                           i * 16 + j + row < left);
+    for (int j = 0; j < kvm_step(D) / REACH; j++) {
+        u32 t = first + j * REACH + row;
+        i64 at = 0;
+        if (t < it.end)
+            at = pages[j * REACH / 16] * p.kv_block + it.kv_head * p.kv_head +
+                 (t & (p.block_size - 1)) * p.kv_token + chunk * 8;
+        kvm_cp_async16(tile + kvm_swizzle<D>(j * REACH + row, chunk), pool + at, t < it.end);
     }
 }
 
