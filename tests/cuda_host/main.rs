@@ -15,7 +15,7 @@ mod twin;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::ptr;
 
 use kvmgr::ffi::attention::*;
@@ -552,9 +552,14 @@ fn what_a_device_cannot_do_is_said() {
 
 fn refuse_configurations() {
     let policy = c"snapkv(w=16) | keep(0.5)";
-    let quant = c"quant(q5_1)";
     type Edit = Box<dyn FnOnce(&mut kvmgr_cache_config)>;
-    let bad: [(Edit, &str); 10] = [
+    let spec = |text: &'static CStr, dim: u32, block: u32| -> Edit {
+        Box::new(move |config| {
+            config.spec = text.as_ptr();
+            (config.head_dim, config.block_size) = (dim, block);
+        })
+    };
+    let bad: [(Edit, &str); 14] = [
         (Box::new(|config| config.head_dim = 80), "head_dim is 80"),
         (Box::new(|config| config.block_size = 128), "block_size is 128"),
         (Box::new(|config| config.num_q_heads = 34), "17 query heads"),
@@ -562,7 +567,11 @@ fn refuse_configurations() {
         (Box::new(|config| config.device_id = 7777), "device_id is 7777"),
         (Box::new(|config| config.device_id = -1), "device_id is -1"),
         (Box::new(|config| config.spec = policy.as_ptr()), "snapkv"),
-        (Box::new(|config| config.spec = quant.as_ptr()), "q5_1"),
+        (spec(c"quant(q5_1)", 64, 64), "q5_1"),
+        (spec(c"quant(k=int8, v=int4)", 64, 64), "both must be the same"),
+        (spec(c"quant(kivi(bits=4))", 64, 64), "kivi with group at least 64"),
+        (spec(c"quant(int4)", 64, 16), "block_size is 16, must be 64"),
+        (spec(c"quant(int4)", 256, 64), "head_dim is 256"),
         (Box::new(|config| config.memory = ptr::without_provenance_mut(256)), "memory_limit is 0"),
         (
             Box::new(|config| {

@@ -392,9 +392,12 @@ impl Twin {
         let error = difference / norm(&mut output.iter().map(|x| f64::from(*x)));
         let pairs = found_lse.iter().zip(lse);
         let lse = pairs.map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
-        let limit = if self.setup.dtype == KVMGR_DTYPE_F16 { 1e-3 } else { 4e-3 };
+        // With few bits both round the queries, in ways of their own.
+        let is_raw = self.setup.spec == "full";
+        let limit = if is_raw && self.setup.dtype == KVMGR_DTYPE_F16 { 1e-3 } else { 4e-3 };
         assert!(error < limit, "O differs by {error:e} from the host's, LSE by {lse:e}");
-        assert!(lse < 2e-3, "LSE differs by {lse:e} from the host's");
+        let limit = if is_raw { 2e-3 } else { 1e-2 };
+        assert!(lse < limit, "LSE differs by {lse:e} from the host's");
         self.worst = [self.worst[0].max(error), self.worst[1].max(lse)];
     }
 }
