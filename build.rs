@@ -1,7 +1,9 @@
 //! Gives the shared library its SONAME, and lists the CUDA kernels it embeds. Before 1.0 the minor
 //! version is part of the ABI.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 fn main() {
     let variable = |name: &str| std::env::var(name).unwrap_or_default();
@@ -28,8 +30,47 @@ fn list_kernels(root: &Path, out: &Path) {
     files.sort();
     let list: String =
         files.iter().map(|path| format!("    include_bytes!({path:?}),\n")).collect();
-    let text = format!("/// PTX, gzipped.\npub(super) static FILES: &[&[u8]] = &[\n{list}];\n");
+    let cubins = make_cubins(&files, out);
+    let text = format!(
+        "/// PTX, gzipped.\npub(super) static FILES: &[&[u8]] = &[\n{list}];\n\
+         /// Architecture and cubin.\npub(super) static CUBINS: &[(u32, &[u8])] = &[\n{cubins}];\n"
+    );
     if let Err(error) = std::fs::write(out.join("kernels.rs"), text) {
         println!("cargo:warning=kernels.rs: {error}");
     }
+}
+
+/// If KVMGR_NVCC names an nvcc, assembles the PTX for the architectures of data centres, so that the
+/// driver has nothing to compile. What the build can do does not depend on it.
+fn make_cubins(files: &[PathBuf], out: &Path) -> String {
+    println!("cargo:rerun-if-env-changed=KVMGR_NVCC");
+    let Some(nvcc) = std::env::var_os("KVMGR_NVCC").filter(|nvcc| !nvcc.is_empty()) else {
+        return String::new();
+    };
+    let mut list = String::new();
+    for file in files {
+        let packed = std::fs::read(file).expect("a file that was listed");
+        let mut text = String::new();
+        let mut unpacked = flate2::read::GzDecoder::new(&packed[..]);
+        unpacked.read_to_string(&mut text).expect("gzipped PTX");
+        for sm in [80, 90] {
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            let ptx = out.join(name.replace(".ptx.gz", &format!(".sm_{sm}.ptx")));
+            let cubin = ptx.with_extension("cubin");
+            // As src/device/cuda/images.rs does for the driver.
+            let newer = text.replace("//sm_90 ", "").replace(".target sm_80", ".target sm_90");
+            std::fs::write(&ptx, if sm == 90 { &newer } else { &text }).expect("OUT_DIR");
+            let status = Command::new(&nvcc)
+                .args(["-cubin", &format!("-arch=sm_{sm}"), "-o"])
+                .args([&cubin, &ptx])
+                .status();
+            assert!(
+                status.as_ref().is_ok_and(|status| status.success()),
+                "KVMGR_NVCC is {}: {status:?}",
+                nvcc.display()
+            );
+            list += &format!("    ({sm}, include_bytes!({cubin:?})),\n");
+        }
+    }
+    list
 }

@@ -1052,7 +1052,9 @@ typedef struct {
   /**
    * Where the blocks are; 0 means KVMGR_DEVICE_CPU. On KVMGR_DEVICE_CUDA: head_dim 64, 128 or
    * 256, block_size 16, 32 or 64, up to 16 query heads for each KV head, dtype f16 or bf16, the
-   * spec "full", no store.
+   * spec "full" or quant of int8, int4, fp8(e4m3) or kivi with group at least 64 and head_dim, for
+   * keys and values alike, with block_size 64 and head_dim 64 or 128. Raw blocks are the same bytes
+   * on both, so one store may serve caches on either.
    */
   kvmgr_device_type device_type;
   /**
@@ -2606,6 +2608,7 @@ kvmgr_status kvmgr_sequence_replay(kvmgr_sequence *sequence,
  * drafts are undone. Blocks that are full are encoded and, with the prefix flag, shared. After
  * kvmgr_sequence_end_prefill this is a decode step and runs the decode phase of the policy; if
  * that runs out of blocks the tokens are committed all the same and the next step tries again.
+ * On a CUDA device the encoding of a full block waits for what is queued.
  *
  * @param tokens the ids of the tokens, or NULL: the sequence is not shared by prefix from then on
  * @param num_tokens 0 to the number reserved
@@ -2802,9 +2805,9 @@ kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
  * Attends for the planned tokens: output = softmax(query . K) V. Token i of n of a sequence sees
  * all earlier tokens that were kept and itself. A query that sees nothing gets zeros and -inf.
  *
- * On a CUDA device Q and O are of the cache's dtype with rows aligned to 4 bytes, LSE is f32 with
- * neighbouring heads; worker 0 launches one kernel on the cache's stream, as kvmgr_attention_append
- * does.
+ * On a CUDA device Q and O are of the cache's dtype with rows aligned to 16 bytes, LSE is f32 with
+ * neighbouring heads; worker 0 launches one kernel on the cache's stream, or two if the plan has decode
+ * steps and prompts, as kvmgr_attention_append does.
  *
  * @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
  *        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.

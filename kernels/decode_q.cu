@@ -91,13 +91,14 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
         copy<Chunk::V>(places + place * BYTES + V_PLACE, p.sealed_v + at + chunk * Chunk::V);
     }
 
+    /// Without the hint that memory is read once: with it ptxas (13.0, and the driver's) makes illegal
+    /// instructions of these copies, and of those of the open rows behind.
     template <int N> KVM_DEVICE static void copy(unsigned char* to, const unsigned char* from) {
-        u64 policy = kvm_read_once();
         u32 lane = kvm_tid() % 32;
 #pragma unroll
         for (int i = 0; i < N; i += 512) {
             u32 at = i + lane * 16;
-            kvm_cp_async16(to + at, from + (at < N ? at : 0), at < N, policy);
+            kvm_cp_async16(to + at, from + (at < N ? at : 0), at < N);
         }
     }
 };
@@ -229,7 +230,7 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, float (&x)[F::TOKENS / 
         // From here on the largest scale is 64 to 128. Smaller ones later lose nothing that counts.
         u32 e = kvm_bits(top) >> 23;
         float unit = kvm_float((e > 240 ? 20 : e < 20 ? 240 : 260 - e) << 23);
-        factor = sealed.unit == 0 ? 1 : unit * kvm_rcp(sealed.unit);
+        factor = sealed.unit == 0 ? 1 : unit * kvm_reciprocal(sealed.unit);
         sealed.unit = unit;
     }
     u32 pb[TILES][NT][2];
@@ -295,7 +296,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const Kvm
         kvm_syncwarp(); // all lanes have left the place that is filled next
     }
     kvm_cp_wait<0>();
-    float inverse = sealed.unit > 0 ? kvm_rcp(sealed.unit) : 0;
+    float inverse = sealed.unit > 0 ? kvm_reciprocal(sealed.unit) : 0;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -333,7 +334,7 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
             u32 q[D / 16][NT][2];
             kvm_load_q<D, NT>(p, it, q);
             kvm_sync(); // places of chunks become places of tiles of other warps
-            KvmRing<D, 2, WARPS> ring(smem);
+            KvmRing<D, 2, WARPS, false> ring(smem);
             ring.begin(p, it);
             ring.template attend<BF16, NT>(p, it, sight, q, st);
         }

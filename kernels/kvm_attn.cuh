@@ -132,8 +132,8 @@ KVM_DEVICE void kvm_share_q(const KvmDecode& p, const KvmItem& it, KvmSharedQ<NT
 KVM_DEVICE float kvm_logit(const KvmDecode& p, float dot, bool is_seen) {
     float x = dot * p.scale;
     if (p.softcap > 0) {
-        float y = kvm_exp2(2 * KVM_LOG2E * x * kvm_rcp(p.softcap));
-        x = p.softcap * (1 - 2 * kvm_rcp(1 + y));
+        float y = kvm_exp2(2 * KVM_LOG2E * x * kvm_reciprocal(p.softcap));
+        x = p.softcap * (1 - 2 * kvm_reciprocal(1 + y));
     }
     return is_seen ? x * KVM_LOG2E : -KVM_INF;
 }
@@ -161,13 +161,14 @@ KVM_DEVICE u32 kvm_page(const KvmDecode& p, const KvmItem& it, u32 row) {
     return row < it.end ? p.pages[it.first_page + (row >> kvm_log2_of(p.block_size))] : 0;
 }
 
-/// Asks for 16 rows of K and V of the open block `page`.
-template <int D>
+/// Asks for 16 rows of K and V of the open block `page`. IS_HINTED: they leave the second-level cache
+/// first.
+template <int D, bool IS_HINTED>
 KVM_DEVICE void kvm_load_tile(const KvmDecode& p, const KvmItem& it, u32 first, u32 page,
                               u16* tile) {
     u32 lane = kvm_tid() % 32, row = lane / (D / 8), chunk = lane % (D / 8);
     constexpr u32 STEP = 256 / D; // rows that the lanes of a warp reach at once
-    u64 policy = kvm_read_once();
+    u64 policy = IS_HINTED ? kvm_read_once() : 0;
     i64 at = page * p.kv_block + it.kv_head * p.kv_head +
              ((first & (p.block_size - 1)) + row) * p.kv_token + chunk * 8;
 #pragma unroll
@@ -175,8 +176,13 @@ KVM_DEVICE void kvm_load_tile(const KvmDecode& p, const KvmItem& it, u32 first, 
         bool is_valid = first + row + j * STEP < it.end;
         i64 from = is_valid ? at + j * STEP * p.kv_token : 0;
         int to = kvm_swizzle<D>(row + j * STEP, chunk);
-        kvm_cp_async16(tile + to, p.k + from, is_valid, policy);
-        kvm_cp_async16(tile + 16 * D + to, p.v + from, is_valid, policy);
+        if (IS_HINTED) {
+            kvm_cp_async16(tile + to, p.k + from, is_valid, policy);
+            kvm_cp_async16(tile + 16 * D + to, p.v + from, is_valid, policy);
+        } else {
+            kvm_cp_async16(tile + to, p.k + from, is_valid);
+            kvm_cp_async16(tile + 16 * D + to, p.v + from, is_valid);
+        }
     }
 }
 
@@ -233,7 +239,7 @@ KVM_DEVICE void kvm_tile(const KvmDecode& p, const KvmSight<NT>& sight, u32 firs
 
 /// The rows of a part that lie in open blocks. A warp owns every WARPS-th tile of 16 rows, and a ring
 /// of STAGES tiles in shared memory that it alone fills: there is no barrier of the CTA.
-template <int D, int STAGES, int WARPS = kvm_warps(D)> struct KvmRing {
+template <int D, int STAGES, int WARPS = kvm_warps(D), bool IS_HINTED = true> struct KvmRing {
     static constexpr u32 STEP = WARPS * 16, TILE = 2 * 16 * D;
     u16* tiles;
 
@@ -251,7 +257,7 @@ template <int D, int STAGES, int WARPS = kvm_warps(D)> struct KvmRing {
         for (int i = 0; i < STAGES - 1; i++) pages[i] = kvm_page(p, it, row + i * STEP);
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) {
-            kvm_load_tile<D>(p, it, row + i * STEP, pages[i], tiles + i * TILE);
+            kvm_load_tile<D, IS_HINTED>(p, it, row + i * STEP, pages[i], tiles + i * TILE);
             kvm_cp_commit();
         }
     }
@@ -265,7 +271,7 @@ template <int D, int STAGES, int WARPS = kvm_warps(D)> struct KvmRing {
             kvm_cp_wait<STAGES - 2>();
             kvm_syncwarp(); // all lanes' copies have landed, all lanes have left the oldest tile
             int free = i == 0 ? STAGES - 1 : i - 1;
-            kvm_load_tile<D>(p, it, row + (STAGES - 1) * STEP, page, tiles + free * TILE);
+            kvm_load_tile<D, IS_HINTED>(p, it, row + (STAGES - 1) * STEP, page, tiles + free * TILE);
             kvm_cp_commit();
             page = kvm_page(p, it, row + STAGES * STEP); // known when it is needed
             kvm_tile<BF16, D, NT>(p, sight, row, tiles + i * TILE, q, st);
@@ -298,7 +304,7 @@ KVM_DEVICE void kvm_finish(const KvmDecode& p, const KvmItem& it, u32 column, u3
         float none[4] = {};
         r.add(p.sinks[q_head] * KVM_LOG2E, 1, none);
     }
-    float inverse = r.sum > 0 ? kvm_rcp(r.sum) : 0;
+    float inverse = r.sum > 0 ? kvm_reciprocal(r.sum) : 0;
     u32* o = (u32*)(p.o + kvm_column(p, it, column, p.o_token, p.o_head) + d);
     o[0] = kvm_pack<BF16>(r.o[0] * inverse, r.o[1] * inverse);
     o[1] = kvm_pack<BF16>(r.o[2] * inverse, r.o[3] * inverse);

@@ -152,7 +152,14 @@ KVM_DEVICE float kvm_exp2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-KVM_DEVICE float kvm_rcp(float x) {
+/// The larger one; passes over NaN.
+KVM_DEVICE float kvm_max(float x, float y) {
+    float z;
+    asm("max.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+/// 1 / x to the last bit or so; 0 if x is infinite.
+KVM_DEVICE float kvm_reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;

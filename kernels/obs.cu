@@ -86,7 +86,9 @@ KVM_DEVICE void kvm_load_columns(const KvmSeen& p, const KvmSeenItem& it, u32 fi
 /// The probability of a row for a column.
 KVM_DEVICE float kvm_probability(const KvmSeen& p, float dot, u32 row, const KvmColumn& c) {
     float x = dot * p.scale;
-    if (p.softcap > 0) x = p.softcap * (1 - 2 / (1 + kvm_exp2(2 * KVM_LOG2E * x / p.softcap)));
+    if (p.softcap > 0)
+        x = p.softcap *
+            (1 - 2 * kvm_reciprocal(1 + kvm_exp2(2 * KVM_LOG2E * x * kvm_reciprocal(p.softcap))));
     return row >= c.begin && row < c.end ? kvm_exp2(x * KVM_LOG2E - c.lse) : 0;
 }
 

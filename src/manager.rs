@@ -84,12 +84,6 @@ impl Manager {
         let policy = Pipeline::parse(&config.spec).map_err(|error| error.within("spec"))?;
         let (key, value) = policy.quantizers();
         let open = config.dtype.name();
-        let on_host = config.device.is_none();
-        ensure!(
-            on_host || config.store.is_none(),
-            Unsupported,
-            "a store takes blocks in host memory only, the cache is on a CUDA device"
-        );
         let cache = Cache::new(CacheConfig {
             shape: config.shape,
             block_size: config.block_size,

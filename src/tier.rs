@@ -65,7 +65,7 @@ impl Tier {
         }
         let mut blocks: Vec<Block> = Vec::new();
         cache.allocate(cache.config().num_lanes(), cache.sealed_format(), &mut blocks)?;
-        let result = self.read_into(&blocks, digest);
+        let result = self.read_into(cache, &blocks, digest);
         let ids = || blocks.iter().map(|block| block.id);
         let entry = match result {
             Ok(true) => cache.register(digest, &ids().collect::<Vec<_>>()),
@@ -75,7 +75,7 @@ impl Tier {
         result
     }
 
-    fn read_into(&self, blocks: &[Block], digest: &Digest) -> Result<bool> {
+    fn read_into(&self, cache: &Cache, blocks: &[Block], digest: &Digest) -> Result<bool> {
         let payload: usize = blocks.iter().map(|block| block.view.len()).sum();
         let mut object = vec![0; HEADER + payload];
         if !self.store.get(digest, &mut object)? {
@@ -84,7 +84,10 @@ impl Tier {
         let mut rest = verify(&object, digest)?;
         for block in blocks {
             let (bytes, tail) = rest.split_at(block.view.len());
-            block.view.write(0..bytes.len()).copy_from_slice(bytes);
+            cache.fill_block(&block.view, &mut |target| {
+                target.copy_from_slice(bytes);
+                Ok(())
+            })?;
             rest = tail;
         }
         Ok(true)

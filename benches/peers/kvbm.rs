@@ -150,6 +150,30 @@ pub fn w4() -> Costs {
     ])
 }
 
+pub fn churn() -> Costs {
+    const BLOCKS: usize = 50_000;
+    let cost = |free: usize| {
+        let manager = manager(BLOCKS);
+        let stay: Vec<_> = (0..((BLOCKS - free) / 50) as u64)
+            .map(|i| Sequence::admit(&manager, &tokens(i + 1, 0..50 * BLOCK as u64 - 1)))
+            .collect();
+        let prompts: Vec<_> =
+            (0..2000u64).map(|i| tokens(1_000_000 + i, 0..2 * BLOCK as u64 + 1)).collect();
+        let (cost, ()) = time(prompts.len(), || {
+            for prompt in &prompts {
+                let mut sequence = Sequence::admit(&manager, prompt);
+                (0..2 * BLOCK).for_each(|_| sequence.append(&manager, 7));
+            }
+        });
+        drop(stay);
+        cost
+    };
+    Costs::from([
+        ("short sequence, half full", cost(BLOCKS / 2)),
+        ("short sequence, 99.9 % full", cost(BLOCKS / 1000)),
+    ])
+}
+
 pub fn w5(n: usize) -> Costs {
     let manager = manager(n);
     let hashes: Vec<PositionalLineageHash> = (0..n as u64)
@@ -184,7 +208,9 @@ pub fn w5(n: usize) -> Costs {
     Costs::from([
         ("alloc", alloc),
         ("register, hashes given", register),
-        ("lookup held", lookup),
+        // It has one kind.
+        ("lookup held, shared", lookup),
+        ("lookup held, exclusive", lookup),
         ("release", release),
         ("lookup + release idle", again),
         ("evict + alloc", evict),

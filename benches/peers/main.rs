@@ -113,6 +113,7 @@ fn main() {
     pair(&ours::w1, &kvbm::w1);
     pair(&ours::w3, &kvbm::w3);
     pair(&ours::w4, &kvbm::w4);
+    pair(&ours::churn, &kvbm::churn);
     println!("| W5, 10k blocks | | | |");
     pair(&|| ours::w5(10_000), &|| kvbm::w5(10_000));
     println!("| W5, 1M blocks | | | |");
@@ -123,9 +124,11 @@ fn main() {
         let rate = |blocks| 100.0 * ours::w2(evictor, blocks);
         println!("| {evictor} | {:.1} | {:.1} | {:.1} |", rate(8192), rate(16384), rate(32768));
     }
-    let (one, two) = (ours::lookups(1), ours::lookups(2));
-    println!(
-        "\nlookups at 1M blocks, 1 and 2 threads: {one:.1} and {two:.1} M/s, {:.2}x",
-        two / one
-    );
+    println!("\n| at 1M blocks, million/s | 1 thread | 2 threads | gain | its median |");
+    println!("|---|---|---|---|---|");
+    for (row, (one, two, median)) in
+        ["lookups, shared", "loads of lines at random"].into_iter().zip(ours::two_threads())
+    {
+        println!("| {row} | {one:.1} | {two:.1} | {:.2} | {median:.2} |", two / one);
+    }
 }

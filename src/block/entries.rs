@@ -83,9 +83,11 @@ impl BlockPool {
     /// in `group`, and appends their blocks to `out`. Answers how many.
     pub fn find_run(&self, digests: &[Digest], group: u8, out: &mut Vec<u32>) -> usize {
         let start = out.len();
-        for batch in digests.chunks(BATCH) {
+        let mut tags = self.expect(&digests[..digests.len().min(BATCH)], group);
+        for (i, batch) in digests.chunks(BATCH).enumerate() {
             let found = out.len();
-            let is_whole = self.find_batch(batch, group, out);
+            let is_whole =
+                self.find_batch(batch, &digests[i * BATCH + batch.len()..], group, &mut tags, out);
             out[found..].iter().for_each(|head| self.hold_one(*head));
             if !is_whole {
                 break;
@@ -99,9 +101,11 @@ impl BlockPool {
     pub fn take_run(&mut self, digests: &[Digest], group: u8, out: &mut Vec<u32>) -> usize {
         let start = out.len();
         let mut idle = 0;
-        for batch in digests.chunks(BATCH) {
+        let mut tags = self.expect(&digests[..digests.len().min(BATCH)], group);
+        for (i, batch) in digests.chunks(BATCH).enumerate() {
             let found = out.len();
-            let is_whole = self.find_batch(batch, group, out);
+            let is_whole =
+                self.find_batch(batch, &digests[i * BATCH + batch.len()..], group, &mut tags, out);
             for head in &out[found..] {
                 let record = &mut self.records[*head as usize];
                 idle += usize::from(record.counts.get().refs == 1);
@@ -116,18 +120,34 @@ impl BlockPool {
         out.len() - start
     }
 
-    /// Appends the blocks of the longest known run of at most [`BATCH`] digests; answers whether
-    /// that is all of them. Reads only, so that the misses of all steps overlap.
-    fn find_batch(&self, batch: &[Digest], group: u8, out: &mut Vec<u32>) -> bool {
-        let (mut tags, mut guesses) = ([0; BATCH], [0; BATCH]);
+    /// The tags of at most [`BATCH`] digests, whose places in the index memory is asked for.
+    fn expect(&self, batch: &[Digest], group: u8) -> [u32; BATCH] {
+        let mut tags = [0; BATCH];
         for (digest, tag_of) in batch.iter().zip(&mut tags) {
             *tag_of = tag(digest, group);
             self.index.prefetch(*tag_of);
         }
+        tags
+    }
+
+    /// Appends the blocks of the longest known run of `batch`, whose `tags` come from
+    /// [`Self::expect`]; answers whether that is all of them. Reads only, so that the misses of all
+    /// steps overlap, and those of the next batch, the start of `rest`; `tags` are its tags then.
+    fn find_batch(
+        &self,
+        batch: &[Digest],
+        rest: &[Digest],
+        group: u8,
+        tags: &mut [u32; BATCH],
+        out: &mut Vec<u32>,
+    ) -> bool {
+        let mut guesses = [0; BATCH];
         for (tag, guess) in tags.iter().zip(&mut guesses).take(batch.len()) {
             *guess = self.index.guess(*tag);
             prefetch(&self.records, *guess as usize);
         }
+        let next = self.expect(&rest[..rest.len().min(BATCH)], group);
+        let tags = std::mem::replace(tags, next);
         for (i, digest) in batch.iter().enumerate() {
             if guesses[i] < self.records.len() as u32 && self.is_entry(guesses[i], digest, group) {
                 out.push(guesses[i]);

@@ -16,7 +16,7 @@
 //!
 //! Everything lies in flat arrays made once: for each block a record (64 bytes, one cache
 //! line, the digest included), a place in the index (12), in the free list (4), in the memory of
-//! evicted prefixes (1), and what the evictor keeps (9 to 14).
+//! evicted prefixes (1), and what the evictor keeps (8 to 14).
 //!
 //! Lookups need shared access only: they add to atomic counts (`counts`) and leave the
 //! evictor alone, which therefore may name held blocks; those are passed over when they come up.
@@ -326,11 +326,12 @@ impl BlockPool {
     /// Drops all of `ids` but `u32::MAX`, the last one first, so that leaves are reclaimed before their
     /// parents. Memory works ahead.
     pub fn unshare_run(&mut self, ids: &[u32]) {
-        const BATCH: usize = 32;
+        const BATCH: usize = 8;
+        const AHEAD: usize = 4;
         let mut idle = 0;
         let mut entries = [Idle::default(); BATCH];
         let mut ahead = ids.rchunks(BATCH);
-        self.prefetch(ahead.next());
+        (0..AHEAD).for_each(|_| self.prefetch(ahead.next()));
         for batch in ids.rchunks(BATCH) {
             self.prefetch(ahead.next());
             let mut num_entries = 0;

@@ -93,6 +93,11 @@ impl CacheConfig {
     pub(super) fn scope(&self, formats: &[Format]) -> String {
         let formats: Vec<_> =
             formats.iter().map(|format| (format.key.spec(), format.value.spec())).collect();
-        format!("{:?} {:?} {:?} {:?}", self.shape, self.lane_width, formats, self.rope)
+        let mut scope =
+            format!("{:?} {:?} {:?} {:?}", self.shape, self.lane_width, formats, self.rope);
+        if self.device.is_some() && formats.len() > 1 {
+            scope += " fragments"; // Quantized blocks have another layout on a device.
+        }
+        scope
     }
 }

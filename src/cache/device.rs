@@ -1,12 +1,16 @@
 //! Caches whose blocks are in the memory of a CUDA device. The layout is that of the host: blocks of
 //! cells, K side before V side. Only the device reads and writes them.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::{BlockView, Cache, CacheConfig};
+use super::rows::SIDES;
+use super::{Block, BlockView, Cache, CacheConfig, Format, OPEN};
 use crate::device::cuda::{DeviceMemory, Gpu};
+use crate::device::layout::{self, Sealed};
 use crate::dtype::DType;
-use crate::error::{Result, ensure};
+use crate::error::{Result, bail, ensure};
+use crate::quantizer::{Cell, Side};
 
 /// Blocks on a device start at multiples of this, so that a page table of 32-bit numbers reaches a
 /// terabyte: page `i` starts `i * PAGE_BYTES` bytes behind the start of the memory.
@@ -32,22 +36,63 @@ pub(super) fn check(config: &CacheConfig) -> Result<()> {
         "a KV head has {group} query heads, on a CUDA device it can have at most 16"
     );
     let Some(memory) = &config.memory else { return Ok(()) };
-    let open = memory.open;
+    let open = memory.open.name();
     ensure!(
-        open != DType::F32,
+        memory.open != DType::F32,
         Unsupported,
-        "dtype is {}, must be f16 or bf16 on a CUDA device",
-        open.name()
+        "dtype is {open}, must be f16 or bf16 on a CUDA device"
     );
-    for (side, spec) in [("keys", &memory.key), ("values", &memory.value)] {
-        ensure!(
-            spec == open.name(),
-            Unsupported,
-            "{side} are kept as {spec}, on a CUDA device they must be {}, the dtype of the cache",
-            open.name()
-        );
-    }
     Ok(())
+}
+
+/// How kernels read the sealed blocks; `None` if these are raw.
+pub(super) fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<Sealed>> {
+    let (Some(_), Some(format)) = (&config.device, formats.get(1)) else { return Ok(None) };
+    let dim = config.shape.head_dim;
+    let layouts = [&format.key, &format.value].map(|side| layout_of(&side.spec(), dim));
+    let [Some(key), Some(value)] = layouts else {
+        bail!(
+            Unsupported,
+            "keys are kept as {} and values as {}, on a CUDA device both must be int8, int4, \
+             fp8(e4m3), or kivi with group at least 64 and head_dim, or not be quantized",
+            format.key.spec(),
+            format.value.spec()
+        );
+    };
+    ensure!(
+        key == value,
+        Unsupported,
+        "keys are kept as {} and values as {}, on a CUDA device both must be the same",
+        format.key.spec(),
+        format.value.spec()
+    );
+    ensure!(
+        config.block_size == layout::TOKENS,
+        Unsupported,
+        "block_size is {}, must be {} for quantized blocks on a CUDA device",
+        config.block_size,
+        layout::TOKENS
+    );
+    ensure!(dim <= 128, Unsupported, "head_dim is {dim}, must be 64 or 128 for quantized blocks");
+    Ok(Some(key))
+}
+
+fn layout_of(spec: &str, dim: usize) -> Option<Sealed> {
+    Some(match spec {
+        "int8" => Sealed::Int8,
+        "int4" => Sealed::Int4,
+        "fp8(e4m3)" => Sealed::Fp8E4m3,
+        _ => {
+            let rest = spec.strip_prefix("kivi(bits=")?;
+            let (bits, group) = rest.strip_suffix(')')?.split_once(", group=")?;
+            let group: usize = group.parse().ok()?;
+            match bits {
+                _ if group < dim.max(layout::TOKENS) => return None,
+                "4" => Sealed::Kivi4,
+                _ => Sealed::Kivi2,
+            }
+        }
+    })
 }
 
 /// `bytes` bytes of device memory, ours or the engine's; `None` for a cache on the host.
@@ -73,8 +118,41 @@ impl Cache {
 
     /// The page at which a block on a device starts.
     pub fn page(&self, view: &BlockView) -> u32 {
-        let offset = view.address().addr().get() as u64 - self.device_base();
+        let offset = address(view) - self.device_base();
         (offset / PAGE_BYTES as u64) as u32
+    }
+
+    /// How kernels read the sealed blocks; `None` if these are raw or on the host.
+    pub fn sealed_layout(&self) -> Option<Sealed> {
+        self.layout
+    }
+
+    /// [`Cache::seal`] on a device, by way of the host: waits for the device.
+    pub(super) fn seal_on_device(&self, block: Block, layout: Sealed) -> Option<BlockView> {
+        let memory = self.device.as_ref()?;
+        if self.is_shared(block.id) {
+            return None;
+        }
+        let open = self.block_bytes(&block.view).ok()?;
+        let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
+        let (from, to) = (&self.formats()[OPEN], &self.formats()[self.sealed_format()]);
+        let mut sealed = vec![0; to.block_bytes];
+        let mut rows = vec![0.0; tokens * dim];
+        for cell in 0..self.config().lane_width.cells(&self.config().shape) {
+            for side in SIDES {
+                let bytes = &open[from.range(cell, side, tokens, dim)];
+                let source = Cell { bytes, tokens, dim, rows: 0..tokens, ahead: &[] };
+                from.side(side).decode(&source, &mut rows);
+                let range = to.range(cell, side, tokens, dim);
+                let mut encoded = vec![0; range.len()];
+                to.side(side).encode(&rows, dim, &mut encoded);
+                layout.to_device(dim, side == Side::Key, &encoded, &mut sealed[range]);
+            }
+        }
+        self.replace(block, self.sealed_format(), |target| {
+            // A failure is one of the device, which answers the same to all that follows.
+            _ = memory.write(address(target), &sealed);
+        })
     }
 
     /// Copies the bytes of a block over another of the same format.
@@ -82,10 +160,33 @@ impl Cache {
         match &self.device {
             None => target.write(0..target.len()).copy_from_slice(source.bytes()),
             Some(memory) => {
-                let address = |view: &BlockView| view.address().addr().get() as u64;
                 memory.copy_within(address(source), address(target), target.len())?;
             }
         }
         Ok(())
     }
+
+    /// The bytes of a block; from a device they are fetched, which waits for all queued work.
+    pub fn block_bytes<'a>(&self, view: &'a BlockView) -> Result<Cow<'a, [u8]>> {
+        let Some(memory) = &self.device else { return Ok(Cow::Borrowed(view.bytes())) };
+        let mut bytes = vec![0; view.len()];
+        memory.read(address(view), &mut bytes)?;
+        Ok(Cow::Owned(bytes))
+    }
+
+    /// Lets `fill` write the bytes of a block that nobody else sees yet.
+    pub fn fill_block(
+        &self,
+        view: &BlockView,
+        fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let Some(memory) = &self.device else { return fill(view.write(0..view.len())) };
+        let mut bytes = vec![0; view.len()];
+        fill(&mut bytes)?;
+        memory.write(address(view), &bytes)
+    }
+}
+
+fn address(view: &BlockView) -> u64 {
+    view.address().addr().get() as u64
 }

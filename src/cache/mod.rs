@@ -25,6 +25,7 @@ use self::slab::Slab;
 use crate::block::prefix::{self, Digest};
 use crate::block::{BlockId, BlockPool, EntryId, Released};
 use crate::device::cuda::DeviceMemory;
+use crate::device::layout::Sealed;
 use crate::error::{Result, bail, ensure};
 use crate::evictor;
 use crate::quantizer::{self, Side};
@@ -57,6 +58,8 @@ pub struct Cache {
     offload: Mutex<Option<Arc<dyn Offload>>>,
     /// The memory of the blocks, if it is on a device.
     device: Option<Arc<DeviceMemory>>,
+    /// How the device reads sealed blocks, if they are not raw.
+    layout: Option<Sealed>,
     state: RwLock<State>,
     /// Counters that sequences add to.
     pub counters: Counters,
@@ -119,6 +122,7 @@ impl Cache {
             device::check(&config)?;
         }
         let (formats, sealed) = Self::make_formats(&config)?;
+        let layout = device::sealed_layout(&config, &formats)?;
         let num_blocks = config.num_blocks;
         let evictor = evictor::create(&config.evictor, num_blocks)?;
         let limit = match (config.memory_limit, formats.first()) {
@@ -147,6 +151,7 @@ impl Cache {
             root,
             offload: Mutex::new(None),
             device,
+            layout,
             state: RwLock::new(state),
             counters: Counters::default(),
         }))
@@ -249,8 +254,13 @@ impl Cache {
             let views: Vec<_> = blocks.iter().map(|id| state.views[id.0 as usize]).collect();
             drop(state);
             if let Some(offload) = self.offload.lock().clone() {
-                let bytes: Vec<_> = views.iter().map(BlockView::bytes).collect();
-                offload.offload(&digest, &bytes);
+                // What cannot be fetched from a device is lost, as it would be without a store.
+                let bytes: Result<Vec<_>> =
+                    views.iter().map(|view| self.block_bytes(view)).collect();
+                if let Ok(bytes) = bytes {
+                    offload
+                        .offload(&digest, &bytes.iter().map(|bytes| &**bytes).collect::<Vec<_>>());
+                }
             }
             self.state.write().finish_eviction(&blocks);
         }

@@ -3,4 +3,5 @@
 pub mod blocks;
 pub mod cuda;
 pub mod host;
+pub mod layout;
 pub mod tensor;

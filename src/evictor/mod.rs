@@ -42,7 +42,7 @@ pub trait Evictor: Debug + Send + Sync {
     /// Adds a slot, or says that a slot in the order was used once more. A child is always
     /// inserted before its parent when both become idle at once, so that leaves go first.
     fn insert(&mut self, idle: Idle);
-    /// [`Self::insert`] for each of `list` in its order.
+    /// [`Self::insert`] for each of `list` in its order; no slot occurs twice.
     fn insert_all(&mut self, list: &[Idle]) {
         list.iter().for_each(|idle| self.insert(*idle));
     }

@@ -28,6 +28,16 @@ impl Evictor for Queue {
         self.lists.push(if idle.doomed { DOOMED } else { LIVE }, idle.slot);
     }
 
+    fn insert_all(&mut self, list: &[Idle]) {
+        if self.keeps_places || list.iter().any(|idle| idle.doomed) {
+            return list.iter().for_each(|idle| self.insert(*idle));
+        }
+        for idle in list {
+            self.lists.remove(idle.slot);
+        }
+        self.lists.push_all(LIVE, list.iter().map(|idle| idle.slot));
+    }
+
     fn update(&mut self, idle: Idle) {
         self.lists.redoom(idle, LIVE, DOOMED);
     }

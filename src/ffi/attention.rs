@@ -202,9 +202,9 @@ pub unsafe extern "C" fn kvmgr_attention_append(
 /// Attends for the planned tokens: output = softmax(query . K) V. Token i of n of a sequence sees
 /// all earlier tokens that were kept and itself. A query that sees nothing gets zeros and -inf.
 ///
-/// On a CUDA device Q and O are of the cache's dtype with rows aligned to 4 bytes, LSE is f32 with
-/// neighbouring heads; worker 0 launches one kernel on the cache's stream, as kvmgr_attention_append
-/// does.
+/// On a CUDA device Q and O are of the cache's dtype with rows aligned to 16 bytes, LSE is f32 with
+/// neighbouring heads; worker 0 launches one kernel on the cache's stream, or two if the plan has decode
+/// steps and prompts, as kvmgr_attention_append does.
 ///
 /// @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
 ///        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.

@@ -381,7 +381,11 @@ unsafe fn tensor_parts(tensor: *const kvmgr_tensor, name: &str, ndim: u32) -> Re
 }
 
 fn described_parts(tensor: &kvmgr_tensor, name: &str, ndim: u32) -> Result<Parts> {
-    let dtype = tensor.dtype.parse(&format!("{name}.dtype"))?;
+    let dtype = match tensor.dtype.parse("dtype") {
+        Ok(dtype) => dtype,
+        // The name is made for the message alone: this is a hot path.
+        Err(_) => tensor.dtype.parse(&format!("{name}.dtype"))?,
+    };
     ensure!(tensor.ndim == ndim, InvalidArgument, "{name}.ndim is {}, must be {ndim}", tensor.ndim);
     let mut shape = [1usize; 3];
     for (i, target) in shape.iter_mut().enumerate().take(ndim as usize) {

@@ -10,8 +10,6 @@ impl Sequence {
     pub fn swap_out(&mut self, put: &mut dyn FnMut(usize, &[u8]) -> Result<()>) -> Result<()> {
         self.ensure_present()?;
         ensure!(self.has_memory(), Unsupported, "a sequence of a pool has no bytes to preempt");
-        let is_on_host = self.cache.gpu().is_none();
-        ensure!(is_on_host, Unsupported, "a sequence on a CUDA device cannot be preempted yet");
         ensure!(
             self.reserved == 0,
             InvalidState,
@@ -19,7 +17,7 @@ impl Sequence {
             self.reserved
         );
         for (i, block) in self.lanes.iter().flat_map(Lane::blocks).enumerate() {
-            put(i, block.view.bytes())?;
+            put(i, &self.cache.block_bytes(&block.view)?)?;
         }
         let blocks: Vec<_> = self.blocks().collect();
         let entries = std::mem::take(&mut self.entries);
@@ -72,7 +70,7 @@ impl Sequence {
         for (i, block) in self.lanes.iter().flat_map(Lane::blocks).enumerate() {
             self.cache.allocate(1, block.view.format(), blocks)?;
             let view: BlockView = blocks[i].view;
-            get(i, view.write(0..view.len()))?;
+            self.cache.fill_block(&view, &mut |bytes| get(i, bytes))?;
         }
         Ok(())
     }

@@ -6,7 +6,6 @@
 // Shared memory is full of NaN at the start. What only hardware has is not here: weak memory order,
 // bank conflicts, timing.
 #include <immintrin.h>
-#include <ucontext.h>
 
 #include <cmath>
 #include <cstdio>
@@ -53,15 +52,44 @@ struct EmuCopy {
     bool is_valid;
 };
 
+/// Leaves what a function must keep on this stack, notes where, and goes on on another one. Contexts of
+/// the C library call the system at each switch.
+extern "C" __attribute__((visibility("hidden"))) void emu_switch(void** from, void* to);
+asm(R"(
+    .text
+    .globl emu_switch
+    .hidden emu_switch
+    .type emu_switch, @function
+emu_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
 struct EmuFiber {
-    ucontext_t context;
+    void* stack_pointer;
     std::vector<char> stack = std::vector<char>(256 << 10);
     std::vector<EmuCopy> open;
     std::deque<std::vector<EmuCopy>> groups;
     bool is_ready = true, is_done = false;
 
-    /// Stacks are used again by the next CTA.
-    void start() {
+    /// Begins `entry` on the stack, which is used again by the next CTA.
+    void start(void (*entry)()) {
+        void** top = (void**)((size_t)(stack.data() + stack.size()) & ~(size_t)15) - 2;
+        *top = (void*)entry;     // where the first switch returns to
+        stack_pointer = top - 6; // below it the registers that are taken off
         open.clear();
         groups.clear();
         is_ready = true, is_done = false;
@@ -79,7 +107,7 @@ struct Emu {
     std::vector<EmuFiber> fibers;
     std::vector<EmuWarp> warps;
     std::vector<unsigned char> smem;
-    ucontext_t scheduler;
+    void* scheduler;
     std::mt19937 random;
     const char* error = nullptr;
     u32 current = 0, block = 0, grid = 1, at_barrier = 0;
@@ -87,7 +115,7 @@ struct Emu {
 
     void pause() {
         fibers[current].is_ready = false;
-        swapcontext(&fibers[current].context, &scheduler);
+        emu_switch(&fibers[current].stack_pointer, scheduler);
     }
     void fail(const char* text) {
         error = error ? error : text;
@@ -95,7 +123,7 @@ struct Emu {
     }
     void step(u32 i) {
         current = i;
-        swapcontext(&scheduler, &fibers[i].context);
+        emu_switch(&scheduler, fibers[i].stack_pointer);
     }
     void run_block(u32 threads, size_t smem_bytes);
 };
@@ -115,16 +143,10 @@ inline void emu_entry() {
 
 inline void Emu::run_block(u32 threads, size_t smem_bytes) {
     fibers.resize(threads);
-    for (auto& fiber : fibers) fiber.start();
+    for (auto& fiber : fibers) fiber.start(emu_entry);
     warps.assign(threads / 32, {});
     smem.assign(smem_bytes, 0xff);
     at_barrier = 0;
-    for (auto& fiber : fibers) {
-        getcontext(&fiber.context);
-        fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, emu_entry, 0);
-    }
     u32 starved = random() % warps.size();
     for (;;) {
         if (random() % 64 == 0) starved = random() % warps.size();
@@ -327,7 +349,8 @@ template <bool BF16> inline u32 kvm_pack(float low, float high) {
 }
 inline float kvm_infinity() { return INFINITY; }
 inline float kvm_exp2(float x) { return std::exp2(x); }
-inline float kvm_rcp(float x) { return 1 / x; }
+inline float kvm_max(float x, float y) { return std::fmax(x, y); }
+inline float kvm_reciprocal(float x) { return 1 / x; }
 inline float kvm_log2(float x) { return std::log2(x); }
 inline u32 kvm_prmt(u32 low, u32 high, u32 which) {
     u64 bytes = low | (u64)high << 32;

@@ -10,6 +10,8 @@
 #define KVM_EMU
 #include "append.cu"
 #include "decode_f16.cu"
+#include "decode_q.cu"
+#include "prefill.cu"
 
 #include <sys/mman.h>
 
@@ -159,14 +161,14 @@ template <class T> static T* keep(T* handle) {
 
 extern "C" {
 int cuInit(unsigned flags) { return flags ? INVALID_VALUE : SUCCESS; }
-int cuDriverGetVersion(int* out) { return *out = 12010, SUCCESS; }
+int cuDriverGetVersion(int* out) { return *out = 12030, SUCCESS; }
 int cuDeviceGetCount(int* out) { return *out = 1, SUCCESS; }
 int cuDeviceGet(int* out, int ordinal) {
     if (ordinal != 0) return fail(INVALID_DEVICE, "there is one device");
     return *out = 0, SUCCESS;
 }
 int cuDeviceGetAttribute(int* out, int attribute, int) {
-    std::map<int, int> known{{16, 3}, {75, 8}, {76, 0}};
+    std::map<int, int> known{{16, 3}, {75, 9}, {76, 0}, {97, 227 << 10}};
     if (!known.count(attribute)) return fail(INVALID_VALUE, "an attribute nobody knows");
     return *out = known[attribute], SUCCESS;
 }
@@ -335,27 +337,42 @@ int cuModuleGetFunction(Function** out, Module* module, const char* name) {
     return *out = keep(new Function{module, kernel}), SUCCESS;
 }
 int cuFuncSetAttribute(Function* function, int attribute, int value) {
-    WITH_CONTEXT if (attribute != 8 || value < 0 || value > 99 << 10)
-        return fail(INVALID_VALUE, "no more than 99 KiB of shared memory");
+    WITH_CONTEXT if (attribute != 8 || value < 0 || value > 227 << 10)
+        return fail(INVALID_VALUE, "no more than 227 KiB of shared memory");
     return function->max_shared = (u32)value, SUCCESS;
 }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* out, Function*, int, size_t shared) {
     return *out = (int)std::min<size_t>(2, (227 << 10) / (shared + 1024)), SUCCESS;
 }
-int cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsigned threads,
-                   unsigned ty, unsigned tz, unsigned shared, void* stream, void** params, void**) {
+int cuLaunchKernel(Function* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                   unsigned, void*, void**, void**) {
+    WITH_CONTEXT if (!handles.count(function)) return fail(INVALID_HANDLE, "the kernel is none");
+    return fail(INVALID_VALUE, "only cuLaunchKernelEx is here");
+}
+struct LaunchConfig {
+    unsigned x, y, z, threads, ty, tz, shared;
+    void* stream;
+    const u32* attributes;
+    unsigned num_attributes;
+};
+int cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** params, void**) {
     WITH_CONTEXT if (!handles.count(function) || !function->module->is_live)
         return fail(INVALID_HANDLE, "the kernel is none, or its module is gone");
     if (function->module->context != context)
         return fail(INVALID_CONTEXT, "the kernel is of another context");
     const EmuKernel* kernel = function->kernel;
+    const auto& [x, y, z, threads, ty, tz, shared, stream, attributes, num_attributes] = *config;
     if (x == 0 || y != 1 || z != 1 || ty != 1 || tz != 1 || threads != kernel->threads)
         return fail(INVALID_VALUE, "a grid or CTA of a wrong shape");
     if (shared > function->max_shared) return fail(INVALID_VALUE, "too much shared memory");
+    // 6: it may start while the kernel before ends, which is up to the device.
+    if (num_attributes > 1 || (num_attributes == 1 && attributes[0] != 6))
+        return fail(INVALID_VALUE, "an attribute nobody knows");
     auto bytes = std::make_shared<std::vector<char>>(kernel->params_bytes);
     memcpy(bytes->data(), params[0], bytes->size());
+    u32 grid = x, dynamic = shared;
     return enqueue(stream, context, [=] {
-        const char* error = emulate(kernel, bytes->data(), x, shared);
+        const char* error = emulate(kernel, bytes->data(), grid, dynamic);
         if (!error) return;
         has_failed = true;
         fail(LAUNCH_FAILED, error);

@@ -198,3 +198,46 @@ impl Drop for Stream {
 /// A graph that can be launched.
 #[derive(Debug)]
 pub struct Graph(sys::CUgraphExec);
+
+/// Calls that a driver refuses.
+pub fn misuse() {
+    let context = Context::new();
+    let (stream, kept) = (Stream::new(), Buffer::of(&[1u8; 64]));
+    let freed = Buffer::new(64).address;
+    let (mut address, mut words) = (0, [0u8; 64]);
+    // SAFETY: the mock driver checks every handle and address before it uses it.
+    let refused = unsafe {
+        [
+            sys::cuMemFree_v2(freed),
+            sys::cuMemcpyHtoD_v2(freed, words.as_ptr().cast(), 64),
+            sys::cuMemcpyDtoH_v2(words.as_mut_ptr().cast(), kept.address + 4096, 64),
+            sys::cuStreamSynchronize(ptr::without_provenance_mut(16)),
+            sys::cuLaunchKernel(
+                ptr::without_provenance_mut(16),
+                1,
+                1,
+                1,
+                32,
+                1,
+                1,
+                0,
+                stream.0,
+                ptr::null_mut(),
+                ptr::null_mut(),
+            ),
+        ]
+    };
+    assert!(refused.iter().all(|result| *result != CUresult::CUDA_SUCCESS), "{refused:?}");
+    _ = stream.capture(|| {
+        // SAFETY: as above.
+        let refused = unsafe {
+            [sys::cuMemAlloc_v2(&raw mut address, 64), sys::cuStreamSynchronize(stream.0)]
+        };
+        assert!(refused.iter().all(|result| *result != CUresult::CUDA_SUCCESS), "{refused:?}");
+    });
+    drop((kept, stream));
+    drop(context);
+    // SAFETY: as above.
+    let result = unsafe { sys::cuMemAlloc_v2(&raw mut address, 64) };
+    assert_ne!(result, CUresult::CUDA_SUCCESS, "no context is current");
+}

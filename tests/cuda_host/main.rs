@@ -11,9 +11,11 @@ mod common;
 mod driver;
 #[path = "../common/mock_driver.rs"]
 mod mock_driver;
+mod refused;
 mod twin;
 
-use std::ffi::c_void;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::ptr;
 
 use kvmgr::ffi::attention::*;
@@ -26,6 +28,29 @@ use kvmgr::ffi::version::kvmgr_has_feature;
 use common::Random;
 use driver::{Buffer, Context, Stream, current_context, on_device};
 use twin::{Engine, PLAIN, Pair, Setup, Twin, message, ok, run};
+
+struct Counting;
+
+thread_local! {
+    static COUNT: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: everything is passed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        COUNT.with(|count| count.set(count.get() + 1));
+        // SAFETY: by the caller's contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: by the caller's contract.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 /// A random life of a few sequences: shared prompts, pieces, drafts, forks, truncation, ends.
 fn live(setup: Setup, seed: u64, steps: usize) {
@@ -85,6 +110,84 @@ fn sequences_live_alike() {
         ];
         for (i, setup) in setups.into_iter().enumerate() {
             live(setup, i as u64 + 1, if driver::is_mock() { 16 } else { 200 });
+        }
+        // A device has time for any shape.
+        let mut random = Random(11);
+        for seed in 0..if driver::is_mock() { 2 } else { 60 } {
+            live(any_setup(&mut random), seed, if driver::is_mock() { 6 } else { 60 });
+        }
+    });
+}
+
+fn any_setup(random: &mut Random) -> Setup {
+    Setup {
+        layers: random.within(1, 3),
+        kv_heads: random.within(1, 5),
+        group: random.within(1, 16),
+        dim: random.pick(&[64, 128, 256]),
+        block: random.pick(&[16, 32, 64]),
+        blocks: 2000,
+        lanes: random.pick(&[KVMGR_LANE_SEQUENCE, KVMGR_LANE_LAYER, KVMGR_LANE_HEAD]),
+        dtype: random.pick(&[KVMGR_DTYPE_F16, KVMGR_DTYPE_BF16]),
+        spec: "full",
+        softcap: random.pick(&[0.0, 2.0, 30.0]),
+        window: random.pick(&[0, 1, 20, 100]),
+        has_sinks: random.chance(30),
+    }
+}
+
+/// Blocks that are sealed in few bits: both sides have the same codes.
+#[test]
+fn quantized_sequences_live_alike() {
+    on_device("quantized_sequences_live_alike", || {
+        let _context = Context::new();
+        let specs = [
+            "quant(int8)",
+            "quant(fp8(e4m3))",
+            "quant(int4)",
+            "quant(kivi(bits=4, group=128))",
+            "quant(kivi(bits=2, group=128))",
+        ];
+        for (i, spec) in specs.into_iter().enumerate() {
+            let setup = Setup {
+                spec,
+                block: 64,
+                dim: [64, 128][i % 2],
+                group: [4, 9, 1][i % 3],
+                lanes: [KVMGR_LANE_SEQUENCE, KVMGR_LANE_LAYER, KVMGR_LANE_HEAD][i % 3],
+                dtype: [KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16][i % 2],
+                window: 70,
+                ..PLAIN
+            };
+            live(setup, i as u64 + 1, if driver::is_mock() { 14 } else { 200 });
+        }
+    });
+}
+
+/// Heads whose rows are shared by many CTAs, beside short ones.
+#[test]
+fn long_sequences_are_cut_and_merged() {
+    on_device("long_sequences_are_cut_and_merged", || {
+        let _context = Context::new();
+        let lens: &[usize] =
+            if driver::is_mock() { &[500, 1, 130] } else { &[20_000, 1, 130, 777, 4097] };
+        for (group, dim) in [(4, 64), (16, 128), (1, 256)] {
+            let setup = Setup { group, dim, blocks: 4000, layers: 1, ..PLAIN };
+            let mut twin = Twin::new(setup, 6, |_| {});
+            let mut pairs: Vec<Pair> = Vec::new();
+            for n in lens {
+                let (mut pair, _) = twin.start(&[]);
+                // In pieces, so that the host is not asked for long prompts.
+                for piece in vec![1; *n].chunks(100) {
+                    twin.feed(&mut pair, piece);
+                }
+                pairs.push(pair);
+            }
+            for n in [1, 3, 1] {
+                let feeds: Vec<_> = pairs.iter().map(|_| (vec![2; n], 1)).collect();
+                let mut batch: Vec<&mut Pair> = pairs.iter_mut().collect();
+                twin.step(&mut batch, &feeds);
+            }
         }
     });
 }
@@ -168,6 +271,62 @@ fn a_graph_serves_later_plans() {
     });
 }
 
+/// Plans and runs one after the other without waiting: each run goes by its own plan.
+#[test]
+fn plans_that_follow_each_other_do_not_mix() {
+    on_device("plans_that_follow_each_other_do_not_mix", || {
+        let _context = Context::new();
+        let setup = Setup { layers: 1, ..PLAIN };
+        let mut twin = Twin::new(setup, 9, |_| {});
+        let mut pairs: Vec<Pair> = Vec::new();
+        for n in [3, 70, 17, 40, 64, 1] {
+            let (mut pair, _) = twin.start(&[]);
+            twin.step(&mut [&mut pair], &[(vec![1; n], n)]);
+            pairs.push(pair);
+        }
+        let heads = setup.kv_heads * setup.group;
+        let row = heads * setup.dim;
+        let queries: Vec<_> = pairs.iter().map(|_| setup.random(&mut twin.random, row)).collect();
+        let on_device: Vec<_> = queries.iter().map(|query| Buffer::of(query)).collect();
+        let outputs: Vec<_> = pairs.iter().map(|_| Buffer::new(row * 2)).collect();
+        let options = twin.options(0, ptr::null_mut());
+        let attend = |engine: &Engine, query: kvmgr_tensor, output: kvmgr_tensor| {
+            let (query, output) = (&raw const query, &raw const output);
+            // SAFETY: live handles and tensors that fit the plan.
+            ok(unsafe {
+                let lse = ptr::null();
+                kvmgr_attention_run(
+                    engine.attention,
+                    0,
+                    query,
+                    output,
+                    lse,
+                    &raw const options,
+                    0,
+                    1,
+                )
+            });
+        };
+        for (i, pair) in pairs.iter().enumerate() {
+            twin.device.plan(&[pair.device], &[1]);
+            let query = setup.tensor(on_device[i].pointer(), 1, heads, true);
+            attend(&twin.device, query, setup.tensor(outputs[i].pointer(), 1, heads, true));
+        }
+        for (i, pair) in pairs.iter().enumerate() {
+            let (mut query, mut output) = (queries[i].clone(), vec![f32::NAN; row]);
+            twin.host.plan(&[pair.host], &[1]);
+            let o = kvmgr_tensor {
+                dtype: KVMGR_DTYPE_F32,
+                ..setup.tensor(output.as_mut_ptr().cast(), 1, heads, false)
+            };
+            attend(&twin.host, setup.tensor(query.as_mut_ptr().cast(), 1, heads, false), o);
+            let found: Vec<f32> =
+                outputs[i].read::<u16>().into_iter().map(|x| setup.value(x)).collect();
+            twin.compare(&found, &output, &[], &[]);
+        }
+    });
+}
+
 #[test]
 fn the_engine_brings_memory_and_context_and_keeps_them() {
     on_device("the_engine_brings_memory_and_context_and_keeps_them", || {
@@ -199,140 +358,72 @@ fn the_engine_brings_memory_and_context_and_keeps_them() {
     });
 }
 
-/// Every request that a device cannot serve is refused with what it is and the limit.
 #[test]
-fn what_a_device_cannot_do_is_said() {
-    on_device("what_a_device_cannot_do_is_said", || {
-        let context = Context::new();
-        refuse_configurations();
-        let twin = Twin::new(PLAIN, 3, |_| {});
+fn append_and_run_allocate_nothing() {
+    on_device("append_and_run_allocate_nothing", || {
+        let _context = Context::new();
+        let twin = Twin::new(PLAIN, 8, |_| {});
         let (pair, _) = twin.start(&[]);
-        ok(kvmgr_sequence_reserve(pair.device, 2));
-        twin.device.plan(&[pair.device], &[2]);
-        let buffer = Buffer::new(1 << 16);
-        let good = PLAIN.tensor(buffer.pointer(), 2, 2, true);
-        let host = PLAIN.tensor(buffer.pointer(), 2, 2, false);
-        let moved = |bytes: usize| buffer.pointer().wrapping_byte_add(bytes);
-        let bad = [
-            (host, "key.device_type is CPU, the cache is on CUDA device 0"),
-            (kvmgr_tensor { device_id: 3, ..good }, "key.device_id is 3"),
-            (kvmgr_tensor { data: moved(8), ..good }, "key.data is not aligned to 16 bytes"),
-            (kvmgr_tensor { strides: [130, 65, 1, 0], ..good }, "key.strides[0] is 130"),
-            (kvmgr_tensor { data: ptr::null_mut(), ..good }, "key.data is NULL"),
-        ];
-        for (tensor, text) in bad {
-            // SAFETY: live handles; bad tensors are refused unread.
-            let status = unsafe {
-                kvmgr_attention_append(
-                    twin.device.attention,
-                    0,
-                    &raw const tensor,
-                    &raw const good,
-                    0,
-                    1,
-                )
-            };
-            assert!(status != KVMGR_OK && message().contains(text), "{text}: {}", message());
-        }
-        // SAFETY: live handles; the tensor is refused unread.
-        let status = unsafe {
-            kvmgr_attention_append(twin.host.attention, 0, &raw const good, &raw const good, 0, 1)
-        };
-        assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
-        // SAFETY: live handles and tensors of the right size.
-        unsafe {
-            ok(kvmgr_attention_append(
-                twin.device.attention,
-                0,
-                &raw const good,
-                &raw const good,
-                1,
-                2,
-            ));
-            let run = |options: &kvmgr_attention_options| {
-                let (q, o) =
-                    (PLAIN.tensor(moved(8192), 2, 8, true), PLAIN.tensor(moved(0), 2, 8, true));
-                kvmgr_attention_run(
-                    twin.device.attention,
-                    0,
-                    &raw const q,
-                    &raw const o,
-                    ptr::null(),
-                    options,
-                    0,
-                    1,
-                )
-            };
-            let mut options = twin.options(0, ptr::null_mut());
-            assert_eq!(run(&options), KVMGR_INVALID_STATE, "only worker 0 appends");
-            ok(kvmgr_attention_append(
-                twin.device.attention,
-                0,
-                &raw const good,
-                &raw const good,
-                0,
-                2,
-            ));
-            ok(run(&options));
-            options.alibi_slopes = moved(0).cast();
-            assert_eq!(run(&options), KVMGR_UNSUPPORTED, "{}", message());
-            let status = kvmgr_sequence_append(pair.device, 1, &raw const good, &raw const good);
-            assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
-            let starts = [0u32; 3];
-            let status = kvmgr_attention_select(
-                twin.device.attention,
-                0,
-                starts.as_ptr(),
-                3,
-                ptr::null(),
-                0,
-            );
-            assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
-            assert_eq!(kvmgr_cache_set_stream(twin.host.cache, ptr::null_mut()), KVMGR_UNSUPPORTED);
-            let mut key = 0;
-            let status = kvmgr_attention_graph_key(twin.host.attention, &raw mut key);
-            assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
-        }
-        assert!(context.is_current());
+        ok(kvmgr_sequence_reserve(pair.device, 30));
+        twin.device.plan(&[pair.device], &[30]);
+        let heads = PLAIN.kv_heads * PLAIN.group;
+        let buffer = Buffer::of(&vec![0u16; 30 * heads * PLAIN.dim]);
+        let output = Buffer::new(30 * heads * PLAIN.dim * 2);
+        let kv = PLAIN.tensor(buffer.pointer(), 30, PLAIN.kv_heads, true);
+        let query = PLAIN.tensor(buffer.pointer(), 30, heads, true);
+        let out = PLAIN.tensor(output.pointer(), 30, heads, true);
+        let lse_buffer = Buffer::new(30 * heads * 4);
+        let lse = PLAIN.lse(lse_buffer.pointer(), 30, true);
+        let options = twin.options(0, ptr::null_mut());
+        run(&twin.device, 0, [&kv, &kv, &query, &out, &lse], &options);
+        let before = COUNT.with(Cell::get);
+        assert!(before > 0, "allocations are counted");
+        run(&twin.device, 1, [&kv, &kv, &query, &out, &lse], &options);
+        assert_eq!(COUNT.with(Cell::get) - before, 0);
+        // What was attended: rows of zeros, each as likely as the others.
+        let lse = lse_buffer.read::<f32>();
+        (0..30).for_each(|i| assert!((lse[i * heads] - (i as f32 + 1.0).ln()).abs() < 1e-4));
     });
 }
 
-fn refuse_configurations() {
-    let policy = c"snapkv(w=16) | keep(0.5)";
-    let quant = c"quant(q5_1)";
-    let mut store = ptr::null_mut();
-    // SAFETY: a string and a place for a pointer.
-    ok(unsafe { kvmgr_store_create(c"host".as_ptr(), &raw mut store) });
-    type Edit = Box<dyn FnOnce(&mut kvmgr_cache_config)>;
-    let bad: [(Edit, &str); 11] = [
-        (Box::new(|config| config.head_dim = 80), "head_dim is 80"),
-        (Box::new(|config| config.block_size = 128), "block_size is 128"),
-        (Box::new(|config| config.num_q_heads = 34), "17 query heads"),
-        (Box::new(|config| config.dtype = KVMGR_DTYPE_F32), "dtype is f32"),
-        (Box::new(|config| config.device_id = 7777), "device_id is 7777"),
-        (Box::new(|config| config.device_id = -1), "device_id is -1"),
-        (Box::new(|config| config.spec = policy.as_ptr()), "snapkv"),
-        (Box::new(|config| config.spec = quant.as_ptr()), "q5_1"),
-        (Box::new(move |config| config.store = store), "store"),
-        (Box::new(|config| config.memory = ptr::without_provenance_mut(256)), "memory_limit is 0"),
-        (
-            Box::new(|config| {
-                config.memory = ptr::from_mut(config).cast::<c_void>();
-                config.memory_limit = 1 << 20;
-            }),
-            "memory is not memory of CUDA device 0",
-        ),
-    ];
-    for (edit, text) in bad {
-        PLAIN.config(|mut config| {
-            config.device_type = KVMGR_DEVICE_CUDA;
-            edit(&mut config);
-            let mut cache = ptr::null_mut();
-            // SAFETY: readable settings and a place for a pointer.
-            let status = unsafe { kvmgr_cache_create(&raw const config, &raw mut cache) };
-            assert!(status != KVMGR_OK && cache.is_null(), "{text}");
-            assert!(message().contains(text), "{text}: {}", message());
+/// Blocks leave the device for a store and come back: those of a preempted sequence, and prefixes that
+/// were reclaimed.
+#[test]
+fn blocks_go_to_a_store_and_come_back() {
+    on_device("blocks_go_to_a_store_and_come_back", || {
+        let _context = Context::new();
+        let mut store = ptr::null_mut();
+        // SAFETY: a string and a place for a pointer.
+        ok(unsafe { kvmgr_store_create(c"host".as_ptr(), &raw mut store) });
+        let mut twin = Twin::new(PLAIN, 4, |config| {
+            (config.store, config.num_blocks) = (store, 8);
         });
-    }
-    kvmgr_store_release(store);
+        let prompts = [1, 2].map(|salt| (0..90).map(|i| i % (3 + salt)).collect::<Vec<i32>>());
+        for prompt in [&prompts[0], &prompts[1], &prompts[0]] {
+            // Six of eight blocks: each prompt reclaims the one before. The host has them all.
+            let (mut pair, matched) = twin.start(prompt);
+            let rest = prompt[matched..].to_vec();
+            let n = rest.len();
+            twin.step(&mut [&mut pair], &[(rest, n)]);
+            for sequence in [pair.host, pair.device] {
+                ok(kvmgr_sequence_preempt(sequence, store));
+                assert_eq!(kvmgr_sequence_reserve(sequence, 1), KVMGR_INVALID_STATE);
+                ok(kvmgr_sequence_resume(sequence));
+            }
+            twin.step(&mut [&mut pair], &[(vec![0], 1)]);
+        }
+        // SAFETY: all bytes zero are valid; a live handle and a struct of this size.
+        let stats = unsafe {
+            let mut stats = kvmgr_cache_stats {
+                struct_size: size_of::<kvmgr_cache_stats>(),
+                ..Default::default()
+            };
+            ok(kvmgr_cache_get_stats(twin.device.cache, &raw mut stats));
+            stats
+        };
+        assert!(stats.store_puts > 0 && stats.store_hits > 0, "{stats:?}");
+        assert_eq!(stats.store_failures, 0);
+        drop(twin);
+        kvmgr_store_release(store);
+    });
 }

@@ -274,6 +274,32 @@ impl Twin {
         }
     }
 
+    /// Appends tokens to a sequence without attending.
+    pub fn feed(&mut self, pair: &mut Pair, ids: &[i32]) {
+        for sequence in pair.both() {
+            ok(kvmgr_sequence_reserve(sequence, ids.len()));
+        }
+        self.host.plan(&[pair.host], &[ids.len() as u32]);
+        self.device.plan(&[pair.device], &[ids.len() as u32]);
+        let (setup, n) = (self.setup, ids.len());
+        for layer in 0..setup.layers as u32 {
+            let rows = |random: &mut Random| setup.random(random, n * setup.kv_heads * setup.dim);
+            let mut kv = [rows(&mut self.random), rows(&mut self.random)];
+            let copies = [Buffer::of(&kv[0]), Buffer::of(&kv[1])];
+            let host =
+                [0, 1].map(|i| setup.tensor(kv[i].as_mut_ptr().cast(), n, setup.kv_heads, false));
+            let device = [0, 1].map(|i| setup.tensor(copies[i].pointer(), n, setup.kv_heads, true));
+            for (engine, [key, value]) in [(&self.host, &host), (&self.device, &device)] {
+                let (key, value) = (ptr::from_ref(key), ptr::from_ref(value));
+                // SAFETY: live handles and tensors that fit the plan.
+                ok(unsafe { kvmgr_attention_append(engine.attention, layer, key, value, 0, 1) });
+            }
+            // The device has read the rows before they go.
+            copies[0].read::<u16>();
+        }
+        self.commit(pair, ids);
+    }
+
     pub fn commit(&self, pair: &mut Pair, ids: &[i32]) {
         for sequence in pair.both() {
             // SAFETY: a live handle and a list of this length.
@@ -366,9 +392,12 @@ impl Twin {
         let error = difference / norm(&mut output.iter().map(|x| f64::from(*x)));
         let pairs = found_lse.iter().zip(lse);
         let lse = pairs.map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
-        let limit = if self.setup.dtype == KVMGR_DTYPE_F16 { 1e-3 } else { 4e-3 };
+        // With few bits both round the queries, in ways of their own.
+        let is_raw = self.setup.spec == "full";
+        let limit = if is_raw && self.setup.dtype == KVMGR_DTYPE_F16 { 1e-3 } else { 4e-3 };
         assert!(error < limit, "O differs by {error:e} from the host's, LSE by {lse:e}");
-        assert!(lse < 2e-3, "LSE differs by {lse:e} from the host's");
+        let limit = if is_raw { 2e-3 } else { 1e-2 };
+        assert!(lse < limit, "LSE differs by {lse:e} from the host's");
         self.worst = [self.worst[0].max(error), self.worst[1].max(lse)];
     }
 }

@@ -4,6 +4,7 @@
 //! plan     block tables -> page tables, shares of all CTAs, places of new rows -> one async copy
 //! append   one launch: K, V -> rows of open blocks
 //! run      one launch: Q -> attend over pages -> merge parts -> O, LSE
+//!          and one more if the batch has both decode steps and prompts, which another kernel does
 //! ```
 //!
 //! `append` and `run` only launch; everything they need from the host was copied by `plan`. The
@@ -12,15 +13,17 @@
 //!
 //! There is one table for all layers, or one for each layer if their lanes differ.
 
+mod kernels;
 mod schedule;
 mod workspace;
 
 use std::sync::Arc;
 
+use self::kernels::{Decoders, Variant, is_prompt, load_prefill, prefill_rows, tile_of};
 use self::schedule::{Schedule, Segment, segments};
 use self::workspace::{Capacity, Workspace};
 use super::{DeviceOptions, check_shape};
-use crate::cache::{Cache, OPEN, PAGE_BYTES};
+use crate::cache::{Cache, Format, OPEN, PAGE_BYTES};
 use crate::device::cuda::params::{Append, Decode, Item};
 use crate::device::cuda::{DeviceTensor, Gpu, Kernel};
 use crate::dtype::DType;
@@ -39,19 +42,22 @@ pub(super) struct Cuda {
     dtype: DType,
     /// For keys and values of each type.
     append: [(DType, Kernel); 3],
-    /// For one column tile of 8 query heads, if a group fits, and for one of 16.
-    narrow: Option<Kernel>,
-    wide: Kernel,
+    decode: Decoders,
+    prefill: Kernel,
     workspace: Workspace,
     schedule: Schedule,
+    prompts: Schedule,
     segments: Vec<Segment>,
     /// The segments of each lane of the table that is being made.
     lanes: Vec<std::ops::Range<usize>>,
     pages: Vec<Vec<u32>>,
     places: Vec<Vec<u32>>,
     items: Vec<Vec<u32>>,
-    /// Whether the plan runs the wide kernel.
-    is_wide: bool,
+    prompt_items: Vec<Vec<u32>>,
+    /// The kernel that the plan runs.
+    variant: Variant,
+    /// Whether there are decode steps, and prompts.
+    has: [bool; 2],
     num_tokens: usize,
 }
 
@@ -64,16 +70,6 @@ impl Cuda {
             return Err(Error::new(Kind::Unsupported, "the cache has no memory to attend to"));
         };
         let dtype = memory.open;
-        let warps = if dim == 256 { 2 } else { 4 };
-        let load = |columns: u32| {
-            let name = format!("kvm_decode_{}_d{dim}_g{columns}", dtype.name());
-            // Two tiles of 16 rows of K and V for each warp, the place where warps meet, and Q where
-            // registers are too few for it.
-            let (dim, tile) = (dim as u32, columns * dim as u32);
-            let (ring, meet) = (warps * 2 * 64 * dim, warps * columns * 68 * 4);
-            let query = if tile >= 4096 { 2 * tile } else { 0 };
-            gpu.kernel(&name, warps * 32, ring + meet + query)
-        };
         let append = |from: DType| -> Result<(DType, Kernel)> {
             let name = format!("kvm_append_{}_{}", from.name(), dtype.name());
             Ok((from, gpu.kernel(&name, APPEND_THREADS as u32, 0)?))
@@ -86,16 +82,22 @@ impl Cuda {
             gpu: gpu.clone(),
             dtype,
             append: [append(DType::F16)?, append(DType::Bf16)?, append(DType::F32)?],
-            narrow: (group <= 8).then(|| load(8)).transpose()?,
-            wide: load(16)?,
+            decode: match cache.sealed_layout() {
+                None => Decoders::load(gpu, dtype, dim, group)?,
+                Some(layout) => Decoders::load_quantized(gpu, layout, dtype, dim, group)?,
+            },
+            prefill: load_prefill(gpu, dtype, dim)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
             schedule: Schedule::default(),
+            prompts: Schedule::default(),
             segments: Vec::new(),
             lanes: Vec::new(),
             pages: vec![Vec::new(); num_tables],
             places: vec![Vec::new(); num_tables],
             items: vec![Vec::new(); num_tables],
-            is_wide: false,
+            prompt_items: vec![Vec::new(); num_tables],
+            variant: Variant::default(),
+            has: [false; 2],
             num_tokens: 0,
         })
     }
@@ -112,12 +114,14 @@ impl Cuda {
         self.gpu.ensure_not_capturing("reserve")?;
         let config = cache.config();
         let heads = config.shape.num_kv_heads;
-        let grid = self.grid_of(false).max(self.grid_of(true)) as usize;
+        let grids = self.decode.kernels.iter().map(|(variant, _)| self.grid_of(*variant));
+        let grid = grids.max().unwrap_or(1) as usize;
         let tiles = num_sequences + num_queries.div_ceil((16 / config.shape.group()).max(1));
         let lists = if config.lane_width == LaneWidth::Head { heads } else { 1 };
         // A cut adds an item, and a head that was cut has two parts more than it has whole shares.
         self.workspace.reserve(&Capacity {
             items: tiles * heads + 2 * grid,
+            prompts: tiles * heads + self.prefill_grid() as usize,
             places: num_queries * lists,
             pages: num_blocks,
             slots: 2 * grid,
@@ -129,23 +133,31 @@ impl Cuda {
     pub(super) fn plan(&mut self, cache: &Cache, batch: &[(&Sequence, usize)]) -> Result<()> {
         let _entered = self.gpu.enter()?;
         self.gpu.ensure_not_capturing("plan")?;
-        let group = cache.config().shape.group();
+        let (group, heads) = (cache.config().shape.group(), cache.config().shape.num_kv_heads);
         let queries = batch.iter().map(|(_, n)| *n);
+        let steps = queries.clone().filter(|n| !is_prompt(*n, group));
         // Tiles of 16 columns read the rows half as often where 8 are too few.
-        self.is_wide = self.narrow.is_none() || queries.clone().any(|n| n > 1 && n * group > 8);
+        let has_16_columns = group > 8 || steps.clone().any(|n| n * group > 8);
+        let tile = tile_of(has_16_columns, group);
+        let tiles = steps.map(|n| n.div_ceil(tile)).sum::<usize>() * heads;
+        let is_wide = tiles < 2 * self.gpu.num_sms() as usize;
+        self.variant = self.decode.choose(Variant { has_16_columns, is_wide });
         self.num_tokens = queries.sum();
+        self.has = [false; 2];
         let mut needed = Capacity::default();
         for table in 0..self.items.len() {
             self.make_table(cache, batch, table);
+            self.make_places(cache, batch, table);
             let schedule = &self.schedule;
             needed.items = needed.items.max(schedule.num_words() / Item::WORDS);
+            needed.prompts = needed.prompts.max(self.prompts.num_words() / Item::WORDS);
             needed.places = needed.places.max(self.places[table].len() / 2);
             needed.pages = needed.pages.max(self.pages[table].len());
             needed.slots = needed.slots.max(schedule.num_slots as usize);
             needed.tickets = needed.tickets.max(schedule.num_tickets as usize);
         }
         self.workspace.reserve(&needed)?;
-        let Self { items, places, pages, workspace, .. } = self;
+        let Self { items, prompt_items, places, pages, workspace, .. } = self;
         let layout = workspace.layout;
         workspace.write(|words| {
             for (i, table) in words.chunks_exact_mut(layout.words).take(items.len()).enumerate() {
@@ -153,6 +165,7 @@ impl Cuda {
                     table[at..][..list.len()].copy_from_slice(list);
                 };
                 put(0, &items[i]);
+                put(layout.prompts, &prompt_items[i]);
                 put(layout.places, &places[i]);
                 put(layout.pages, &pages[i]);
             }
@@ -168,12 +181,14 @@ impl Cuda {
             if config.lane_width == LaneWidth::Head { 1 } else { shape.num_kv_heads };
         let num_lanes = shape.num_kv_heads / heads_per_lane;
         let first_lane = table * num_lanes;
-        let tile = (if self.is_wide { 16 } else { 8 } / shape.group()).max(1);
-        let grid = self.grid_of(self.is_wide);
-        let (pages, places) = (&mut self.pages[table], &mut self.places[table]);
+        let step_tile = tile_of(self.variant.has_16_columns, shape.group());
+        let prompt_tile = prefill_rows(shape.head_dim) / shape.group();
+        let (grid, unit) = (self.grid_of(self.variant), self.decode.rows(self.variant));
+        let prompt_grid = self.prefill_grid();
+        let pages = &mut self.pages[table];
         pages.clear();
-        places.clear();
         self.schedule.clear();
+        self.prompts.clear();
         let page_of =
             |block: &crate::cache::Block| (cache.page(&block.view), block.view.format() != OPEN);
         let mut token = 0;
@@ -189,17 +204,42 @@ impl Cuda {
                 let lane = head / heads_per_lane;
                 let len = sequence.lanes()[first_lane + lane].len() as i64;
                 let segments = &self.segments[self.lanes[lane].clone()];
+                // Parts are only merged by the kernel of decode steps.
+                let is_prompt = is_prompt(*n, shape.group())
+                    && segments.len() == 1
+                    && segments[0].sealed_end == 0;
+                let (tile, schedule) = match is_prompt {
+                    true => (prompt_tile, &mut self.prompts),
+                    false => (step_tile, &mut self.schedule),
+                };
                 for first in (0..*n).step_by(tile) {
                     let count = tile.min(n - first);
                     let seen = len - (n - first - count) as i64;
                     let queries = ((token + first) as u32, count as u32, head as u32);
-                    self.schedule.push(queries, segments, seen, config.block_size as u32);
+                    schedule.push(queries, segments, seen, config.block_size as u32);
                 }
             }
             token += n;
         }
-        self.schedule.cut(grid);
-        // [lane, token]
+        self.has[0] |= !self.schedule.is_empty();
+        self.has[1] |= !self.prompts.is_empty();
+        self.schedule.cut(grid, unit);
+        self.prompts.deal(prompt_grid);
+        let lists = [&mut self.items[table], &mut self.prompt_items[table]];
+        for (items, schedule) in lists.into_iter().zip([&self.schedule, &self.prompts]) {
+            items.resize(schedule.num_words(), 0);
+            schedule.write(items);
+        }
+    }
+
+    /// Fills the places of the new rows of one table, `[lane, token]`.
+    fn make_places(&mut self, cache: &Cache, batch: &[(&Sequence, usize)], table: usize) {
+        let config = cache.config();
+        let num_lanes =
+            if config.lane_width == LaneWidth::Head { config.shape.num_kv_heads } else { 1 };
+        let first_lane = table * num_lanes;
+        let places = &mut self.places[table];
+        places.clear();
         for lane in first_lane..first_lane + num_lanes {
             for (sequence, n) in batch {
                 for (span, first, count) in Lane::tail(&sequence.lanes()[lane].spans, *n) {
@@ -208,18 +248,15 @@ impl Cuda {
                 }
             }
         }
-        let items = &mut self.items[table];
-        items.resize(self.schedule.num_words(), 0);
-        self.schedule.write(items);
     }
 
-    fn decode_kernel(&self, is_wide: bool) -> &Kernel {
-        self.narrow.as_ref().filter(|_| !is_wide).unwrap_or(&self.wide)
+    fn prefill_grid(&self) -> u32 {
+        self.gpu.num_sms() * self.prefill.ctas_per_sm
     }
 
     /// CTAs of a decode kernel: as many as the device holds at a time.
-    fn grid_of(&self, is_wide: bool) -> u32 {
-        self.gpu.num_sms() * self.decode_kernel(is_wide).ctas_per_sm
+    fn grid_of(&self, variant: Variant) -> u32 {
+        self.gpu.num_sms() * self.decode.kernel(variant).ctas_per_sm
     }
 
     /// Queues the append of a layer. The rows of the plan are reserved.
@@ -282,7 +319,7 @@ impl Cuda {
         let expected = [self.num_tokens, shape.num_q_heads, shape.head_dim];
         for (name, tensor) in [("query", query), ("output", output)] {
             check_shape(name, tensor.shape, expected)?;
-            tensor.check(name, self.dtype, 4)?;
+            tensor.check(name, self.dtype, 16)?;
         }
         if let Some(lse) = lse {
             check_shape("lse", lse.shape, [self.num_tokens, shape.num_q_heads, 1])?;
@@ -307,8 +344,8 @@ impl Cuda {
             tickets: workspace.tickets(),
             k: blocks.k,
             v: blocks.v,
-            sealed_k: 0,
-            sealed_v: 0,
+            sealed_k: blocks.sealed[0],
+            sealed_v: blocks.sealed[1],
             q_token: query.strides[0] as i64,
             q_head: query.strides[1] as i64,
             o_token: output.strides[0] as i64,
@@ -317,8 +354,8 @@ impl Cuda {
             kv_block: blocks.block_stride,
             kv_head: blocks.head_stride,
             kv_token: shape.head_dim as i64,
-            sealed_block: 0,
-            sealed_head: 0,
+            sealed_block: PAGE_BYTES as i64,
+            sealed_head: blocks.sealed_head,
             scale: options.common.scale_for(shape.head_dim),
             softcap: options.common.softcap,
             window: options.common.sliding_window,
@@ -326,13 +363,24 @@ impl Cuda {
             block_size: cache.config().block_size as u32,
         };
         let _entered = self.gpu.enter()?;
-        self.gpu.launch(self.decode_kernel(self.is_wide), self.grid_of(self.is_wide), &params)
+        let [has_steps, has_prompts] = self.has;
+        if has_steps {
+            let kernel = self.decode.kernel(self.variant);
+            self.gpu.launch(kernel, self.grid_of(self.variant), &params)?;
+        }
+        if has_prompts {
+            let items = workspace.address(blocks.table, layout.prompts);
+            self.gpu.launch(&self.prefill, self.prefill_grid(), &Decode { items, ..params })?;
+        }
+        Ok(())
     }
 
     /// Equal for two plans if a graph captured under one is right for the other.
     pub(super) fn graph_key(&self) -> u64 {
-        let generation = u64::from(self.workspace.generation);
-        generation << 33 | u64::from(self.is_wide) << 32 | self.num_tokens as u64
+        let Variant { has_16_columns, is_wide } = self.variant;
+        let bits = [has_16_columns, is_wide, self.has[0], self.has[1]];
+        let launches = bits.into_iter().fold(0, |launches, bit| launches << 1 | u64::from(bit));
+        u64::from(self.workspace.generation) << 36 | launches << 32 | self.num_tokens as u64
     }
 
     /// Where the rows of a layer are.
@@ -341,18 +389,21 @@ impl Cuda {
         let (shape, format) = (&config.shape, &cache.formats()[OPEN]);
         let (_, cell) = config.lane_width.locate(shape, layer, 0);
         let (tokens, dim, size) = (config.block_size, shape.head_dim, self.dtype.size());
-        let start =
-            |side: Side| cache.device_base() + format.range(cell, side, tokens, dim).start as u64;
+        let sealed = &cache.formats()[cache.sealed_format()];
+        let is_per_head = config.lane_width == LaneWidth::Head;
+        let start = |format: &Format, side: Side| {
+            cache.device_base() + format.range(cell, side, tokens, dim).start as u64
+        };
+        let sealed_head = if is_per_head { 0 } else { sealed.key_bytes + sealed.value_bytes };
         let cell_stride = (format.key_bytes + format.value_bytes) / size;
         Blocks {
-            k: start(Side::Key),
-            v: start(Side::Value),
+            k: start(format, Side::Key),
+            v: start(format, Side::Value),
+            sealed: [start(sealed, Side::Key), start(sealed, Side::Value)],
+            sealed_head: sealed_head as i64,
             block_stride: (PAGE_BYTES / size) as i64,
             // Heads with a lane of their own are told apart by their pages.
-            head_stride: match config.lane_width {
-                LaneWidth::Head => 0,
-                LaneWidth::Sequence | LaneWidth::Layer => cell_stride as i64,
-            },
+            head_stride: if is_per_head { 0 } else { cell_stride as i64 },
             table: if self.items.len() == 1 { 0 } else { layer },
         }
     }
@@ -363,6 +414,9 @@ impl Cuda {
 struct Blocks {
     k: u64,
     v: u64,
+    /// K and V of sealed blocks, and bytes from head to head there.
+    sealed: [u64; 2],
+    sealed_head: i64,
     block_stride: i64,
     head_stride: i64,
     table: usize,

@@ -6,16 +6,18 @@
 //! items      0.0    0.1,1.0 1.1,2.0  2.1..                             head.part
 //! ```
 //!
-//! Every CTA reads as many rows as every other, whatever the lengths are. A head that was cut has
-//! parts; the CTA that finishes its last part merges them.
+//! Every CTA reads about as many rows as every other, whatever the lengths are. A head that was cut has
+//! parts; the CTA that finishes its last part merges them. Where heads are few, parts are equal and each
+//! CTA has one, which is quicker to merge.
 
 use std::ops::Range;
 
 use crate::device::cuda::params::Item;
 use crate::sequence::Lane;
 
-/// Rows of a CTA's turn: its warps take 16 each. Heads are cut at multiples of it.
-const UNIT: u32 = 64;
+/// What a part costs besides its rows, in units of the rows that a CTA does at a time. Shorter parts
+/// are not cut off.
+const OVERHEAD: u64 = 2;
 
 /// Rows of a lane whose blocks follow each other without a gap. Row numbers count from the start of
 /// the first block.
@@ -81,6 +83,8 @@ pub(super) struct Schedule {
     pub(super) num_tickets: u32,
     /// Whole heads, one item for each segment, before they are cut.
     whole: Vec<Item>,
+    /// Segments and units of each head.
+    heads: Vec<(Range<usize>, u64)>,
 }
 
 impl Schedule {
@@ -88,6 +92,7 @@ impl Schedule {
         self.items.clear();
         self.starts.clear();
         self.whole.clear();
+        self.heads.clear();
         (self.num_slots, self.num_tickets) = (0, 0);
     }
 
@@ -118,42 +123,108 @@ impl Schedule {
                 begin: segment.rows.start,
                 end,
                 sealed_end,
-                // Until it is cut: whether it goes on with the head before.
-                part: u32::from(self.whole.len() > before),
                 ..Item::default()
             });
         }
+        self.heads.push((before..self.whole.len(), 0));
     }
 
-    /// Cuts what was pushed into shares for `grid` CTAs.
-    pub(super) fn cut(&mut self, grid: u32) {
-        let units = |item: &Item| u64::from(item.end.div_ceil(UNIT) - item.begin / UNIT);
-        let total: u64 = self.whole.iter().map(units).sum();
-        let limit = |cta: u32| total * u64::from(cta + 1) / u64::from(grid);
-        let (mut cta, mut done, mut first) = (0, 0, 0);
-        self.starts.push(0);
-        for i in 0..self.whole.len() {
-            let mut rest = self.whole[i];
-            if rest.part == 0 {
-                self.finish_head(first);
-                first = self.items.len();
-            }
-            while rest.begin < rest.end {
-                while limit(cta) <= done {
-                    cta += 1;
-                    self.starts.push(self.items.len() as u32);
-                }
-                let take = units(&rest).min(limit(cta) - done);
-                // Cuts are at multiples of a unit, wherever the segment starts.
-                let end = (rest.begin / UNIT + take as u32) * UNIT;
-                let end = if take == units(&rest) { rest.end } else { end };
-                self.items.push(Item { end, ..rest });
-                rest.begin = end;
-                done += take;
-            }
+    /// Cuts what was pushed into shares for `grid` CTAs, which do `unit` rows at a time.
+    pub(super) fn cut(&mut self, grid: u32, unit: u32) {
+        let mut heads = std::mem::take(&mut self.heads);
+        for (segments, units) in &mut heads {
+            *units = self.whole[segments.clone()].iter().map(|item| units_of(item, unit)).sum();
         }
-        self.finish_head(first);
+        let grid = u64::from(grid);
+        let total: u64 = heads.iter().map(|(_, units)| units + OVERHEAD).sum();
+        self.starts.push(0);
+        match chunk_of(&heads, grid) {
+            Some(chunk) if chunk <= total / grid + 1 => {
+                let mut cta = 0;
+                for (segments, units) in &heads {
+                    let (first, num) = (self.items.len(), units.div_ceil(chunk).max(1));
+                    for i in 0..num {
+                        let part = units * i / num..units * (i + 1) / num;
+                        self.push_part(segments.clone(), part, unit, cta);
+                        cta += 1;
+                    }
+                    self.finish_head(first);
+                }
+            }
+            _ => self.cut_shares(&heads, total, grid, unit),
+        }
         self.starts.resize(grid as usize + 1, self.items.len() as u32);
+        self.heads = heads;
+    }
+
+    /// Cuts heads that lie end to end at the ends of equal shares.
+    fn cut_shares(&mut self, heads: &[(Range<usize>, u64)], total: u64, grid: u64, unit: u32) {
+        let limit = |cta: u64| (cta + 1) as f64 * total as f64 / grid as f64;
+        let (mut start, mut cta) = (0, 0);
+        for (segments, units) in heads {
+            let (units, first) = (*units, self.items.len());
+            let end = start + units + OVERHEAD;
+            let mut from = 0;
+            while cta + 1 < grid && limit(cta) < end as f64 {
+                let cut = (limit(cta) - (start + OVERHEAD) as f64).round().max(0.0) as u64;
+                let is_short = |part: u64| part < OVERHEAD && units > OVERHEAD;
+                let cut = if is_short(cut) { 0 } else { cut.min(units) };
+                let cut = if is_short(units - cut) { units } else { cut }.max(from);
+                self.push_part(segments.clone(), from..cut, unit, cta);
+                from = cut;
+                cta += 1;
+            }
+            self.push_part(segments.clone(), from..units, unit, cta);
+            self.finish_head(first);
+            start = end;
+        }
+    }
+
+    /// Gives units `part` of a head to a CTA that is not before the last that got some.
+    fn push_part(&mut self, segments: Range<usize>, part: Range<u64>, unit: u32, cta: u64) {
+        if part.is_empty() {
+            return;
+        }
+        while self.starts.len() as u64 <= cta {
+            self.starts.push(self.items.len() as u32);
+        }
+        let mut before = 0;
+        for i in segments {
+            let item = self.whole[i];
+            let units = units_of(&item, unit);
+            let (from, to) = (part.start.max(before), part.end.min(before + units));
+            if from < to {
+                // Cuts are at multiples of a unit, wherever the segment starts.
+                let row = |at: u64| (item.begin / unit + (at - before) as u32) * unit;
+                let (begin, end) = (row(from).max(item.begin), row(to).min(item.end));
+                self.items.push(Item { begin, end, ..item });
+            }
+            before += units;
+        }
+    }
+
+    /// Deals whole heads out to `grid` CTAs, the longest first and there and back again, so that all have
+    /// about as much to do. For kernels that do not merge parts; each head has one segment.
+    pub(super) fn deal(&mut self, grid: u32) {
+        let cost = |item: &Item| u64::from(item.end) * u64::from(item.num_queries);
+        self.whole.sort_by_key(|item| std::cmp::Reverse(cost(item)));
+        let (grid, n) = (grid as usize, self.whole.len());
+        self.starts.push(0);
+        for cta in 0..grid {
+            for first in (0..n).step_by(grid) {
+                let is_back = first / grid % 2 == 1;
+                let at = first + if is_back { grid - 1 - cta } else { cta };
+                if at < n {
+                    self.items.push(Item { num_parts: 1, ..self.whole[at] });
+                }
+            }
+            self.starts.push(self.items.len() as u32);
+        }
+    }
+
+    /// Whether there is nothing to do.
+    pub(super) fn is_empty(&self) -> bool {
+        self.whole.is_empty()
     }
 
     /// Words of [`Self::write`].
@@ -204,9 +275,30 @@ impl Schedule {
     }
 }
 
+fn units_of(item: &Item, unit: u32) -> u64 {
+    u64::from(item.end.div_ceil(unit) - item.begin / unit)
+}
+
+/// The smallest number of units such that parts of this size have a CTA each; `None` if even whole
+/// heads are too many.
+fn chunk_of(heads: &[(Range<usize>, u64)], grid: u64) -> Option<u64> {
+    if heads.len() as u64 > grid {
+        return None;
+    }
+    let parts = |chunk: u64| heads.iter().map(|(_, n)| n.div_ceil(chunk).max(1)).sum::<u64>();
+    let (mut low, mut high) = (1, heads.iter().map(|(_, n)| *n).max().unwrap_or(1).max(1));
+    while low < high {
+        let middle = low.midpoint(high);
+        if parts(middle) <= grid { high = middle } else { low = middle + 1 }
+    }
+    Some(low)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const UNIT: u32 = 64;
 
     fn whole(rows: Range<u32>, shift: i64) -> Segment {
         Segment { first_page: 0, rows, sealed_end: 0, shift }
@@ -216,7 +308,7 @@ mod tests {
     fn check(schedule: &Schedule, heads: &[u32], grid: u32) {
         let mut seen: Vec<Vec<bool>> = heads.iter().map(|len| vec![false; *len as usize]).collect();
         for item in &schedule.items {
-            assert!(item.begin < item.end && (item.begin == 0 || item.begin % UNIT == 0));
+            assert!(item.begin < item.end && item.begin.is_multiple_of(UNIT));
             assert!(item.part < item.num_parts);
             for row in item.begin..item.end {
                 let row = &mut seen[item.token as usize][row as usize];
@@ -227,13 +319,14 @@ mod tests {
         assert_eq!(schedule.starts.len(), grid as usize + 1);
         assert!(schedule.starts.windows(2).all(|pair| pair[0] <= pair[1]));
         assert_eq!(*schedule.starts.last().unwrap() as usize, schedule.items.len());
-        let share = |cta: usize| -> u32 {
+        let share = |cta: usize| -> u64 {
             let items = schedule.starts[cta] as usize..schedule.starts[cta + 1] as usize;
-            schedule.items[items].iter().map(|item| (item.end - item.begin).div_ceil(UNIT)).sum()
+            schedule.items[items].iter().map(|item| units_of(item, UNIT)).sum()
         };
-        let shares: Vec<u32> = (0..grid as usize).map(share).collect();
-        let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
-        assert!(most - least <= 1, "{shares:?}");
+        let most = (0..grid as usize).map(share).max().unwrap();
+        let units: u64 = heads.iter().map(|len| u64::from(len.div_ceil(UNIT)) + OVERHEAD).sum();
+        let fair = units.div_ceil(u64::from(grid)) + 2 * OVERHEAD;
+        assert!(most <= fair, "a CTA has {most} units, {fair} would be fair");
     }
 
     /// Following the links of every CTA gives its items.
@@ -264,7 +357,7 @@ mod tests {
                     let segment = whole(0..*len, 0);
                     schedule.push((i as u32, 1, 0), &[segment], i64::from(*len), 16);
                 }
-                schedule.cut(grid);
+                schedule.cut(grid, UNIT);
                 check(&schedule, &heads, grid);
                 check_links(&schedule, grid as usize);
                 let cut: Vec<_> = schedule.items.iter().filter(|item| item.num_parts > 1).collect();
@@ -278,6 +371,33 @@ mod tests {
     }
 
     #[test]
+    fn whole_heads_are_dealt_out_evenly() {
+        for (n, grid) in [(0, 3), (1, 3), (7, 3), (100, 8)] {
+            let mut schedule = Schedule::default();
+            for i in 0..n {
+                let len = 100 + 10 * i;
+                schedule.push((i, 4, 0), &[whole(0..len, 0)], i64::from(len), 16);
+            }
+            schedule.deal(grid);
+            check_links(&schedule, grid as usize);
+            let mut seen: Vec<u32> = schedule.items.iter().map(|item| item.token).collect();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..n).collect::<Vec<_>>());
+            let loads: Vec<u32> = schedule
+                .starts
+                .windows(2)
+                .map(|pair| {
+                    let items = pair[0] as usize..pair[1] as usize;
+                    schedule.items[items].iter().map(|item| item.end).sum()
+                })
+                .collect();
+            let (least, most) = (loads.iter().min().unwrap(), loads.iter().max().unwrap());
+            let longest = if n == 0 { 0 } else { 100 + 10 * n };
+            assert!(most - least <= longest, "{loads:?}");
+        }
+    }
+
+    #[test]
     fn a_lane_with_a_gap_has_one_part_for_each_side_of_it() {
         let mut schedule = Schedule::default();
         // 20 rows in blocks of 16 of which the second lost 12; then 10 rows in a new block.
@@ -285,7 +405,7 @@ mod tests {
         // Two queries see 29 and 30 rows, two before them 27 and 28: none or a part of the second.
         schedule.push((0, 2, 0), &[whole(0..20, 0), second.clone()], 30, 16);
         schedule.push((2, 1, 0), &[whole(0..20, 0), second], 20, 16);
-        schedule.cut(1);
+        schedule.cut(1, UNIT);
         let rows: Vec<_> = schedule
             .items
             .iter()

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table 0 .. table n-1 | tickets | partial results
-//! table = items | places (page, row) | pages
+//! table = items | items of prompts | places (page, row) | pages
 //! ```
 //!
 //! Where things are depends on the capacities alone. So the addresses that kernels are given stay the
@@ -19,6 +19,8 @@ use crate::error::Result;
 pub(super) struct Capacity {
     /// Items of a table.
     pub(super) items: usize,
+    /// Items of prompts of a table.
+    pub(super) prompts: usize,
     /// Rows that are appended, over all heads that have a list of their own.
     pub(super) places: usize,
     /// Blocks of a table.
@@ -32,6 +34,7 @@ pub(super) struct Capacity {
 impl Capacity {
     fn fits_in(&self, other: &Self) -> bool {
         self.items <= other.items
+            && self.prompts <= other.prompts
             && self.places <= other.places
             && self.pages <= other.pages
             && self.slots <= other.slots
@@ -43,6 +46,7 @@ impl Capacity {
         let grow = |a: usize, b: usize| a.max(b).max(64).next_power_of_two();
         Self {
             items: grow(self.items, other.items),
+            prompts: grow(self.prompts, other.prompts),
             places: grow(self.places, other.places),
             pages: grow(self.pages, other.pages),
             slots: grow(self.slots, other.slots),
@@ -54,6 +58,7 @@ impl Capacity {
 /// Words of 32 bits from the start of a table.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Layout {
+    pub(super) prompts: usize,
     pub(super) places: usize,
     pub(super) pages: usize,
     /// Words of a table.
@@ -88,9 +93,10 @@ impl Workspace {
         }
         let capacity = self.capacity.grown(needed);
         let align = |words: usize| words.next_multiple_of(4);
-        let places = capacity.items * Item::WORDS;
+        let prompts = capacity.items * Item::WORDS;
+        let places = prompts + capacity.prompts * Item::WORDS;
         let pages = places + align(capacity.places * 2);
-        let layout = Layout { places, pages, words: pages + align(capacity.pages) };
+        let layout = Layout { prompts, places, pages, words: pages + align(capacity.pages) };
         let table_bytes = layout.words * 4 * self.num_tables;
         let tickets = (capacity.tickets * 4).next_multiple_of(16);
         let bytes = table_bytes + tickets + capacity.slots * self.slot_bytes;

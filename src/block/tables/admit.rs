@@ -57,6 +57,9 @@ impl Tables {
         let sequence = &mut self.sequences[slot];
         (sequence.root, sequence.digest) = (request.root, request.root);
         sequence.blocks.clear();
+        // Room for what is generated, so that the table does not grow step by step.
+        let chunks = request.tokens.len().div_ceil(size) + 1;
+        sequence.blocks.reserve((chunks * self.config.groups.len()).next_power_of_two());
         let (chunks, miss) = if self.config.prefix {
             self.hash(request);
             self.take_prefix(pool, slot, (request.tokens.len() - 1) / size)
@@ -81,6 +84,8 @@ impl Tables {
         sequence.pending.extend_from_slice(self.digests.get(chunks..).unwrap_or(&[]));
         sequence.pending_from = chunks as u32;
         sequence.ids.clear();
+        // Room for what is generated, so that the first token does not copy the prompt.
+        sequence.ids.reserve((request.tokens.len() + 1).next_power_of_two());
         sequence.ids.extend_from_slice(request.tokens);
         (sequence.committed, sequence.reserved) = ((chunks * size) as u32, (chunks * size) as u32);
         (sequence.live, sequence.parked, sequence.tail_shared) = (true, false, false);

@@ -73,7 +73,7 @@ impl Tables {
 
     /// The digests of the chunks that became full in `slots`, two sequences at a time, into
     /// `self.digests`: as many as slots, zeros for those whose chunk is still open.
-    pub(super) fn hash_filled(&mut self, pool: &BlockPool, slots: &[u32]) {
+    pub(super) fn hash_filled(&mut self, slots: &[u32]) {
         self.digests.clear();
         let mut rest = slots;
         while let [first, tail @ ..] = rest {
@@ -94,8 +94,12 @@ impl Tables {
                 }
             }
         }
+    }
+
+    /// Asks memory for the places of the entries that closing the open chunks of `slots` makes.
+    pub(super) fn expect_entries(&self, pool: &BlockPool, slots: &[u32], digests: &[Digest]) {
         let (size, groups) = (self.config.block_size, self.config.groups.len());
-        for (slot, digest) in slots.iter().zip(&self.digests) {
+        for (slot, digest) in slots.iter().zip(digests) {
             let sequence = &self.sequences[*slot as usize];
             if self.is_full(sequence.committed) {
                 let chunk = sequence.committed as usize / size - 1;

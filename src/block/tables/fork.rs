@@ -111,7 +111,10 @@ impl Tables {
     /// Ends `ids`, or none of them. Full blocks stay cached until they are reclaimed.
     pub fn release(&mut self, pool: &mut BlockPool, ids: &[SequenceId]) -> Result<()> {
         self.begin_batch(ids)?;
-        for id in ids {
+        for (i, id) in ids.iter().enumerate() {
+            if let Some(next) = ids.get(i + 1) {
+                self.sequences[next.0 as u32 as usize].expect_drop();
+            }
             let slot = id.0 as u32;
             let sequence = &mut self.sequences[slot as usize];
             if sequence.parked {

@@ -18,6 +18,7 @@
 //! [`NO_BLOCK`] where a group needs none ([`super::groups`]).
 
 mod admit;
+mod append;
 mod digest;
 mod fork;
 mod step;
@@ -27,6 +28,7 @@ use super::keys::{Keys, Range};
 use super::pool::{BlockId, BlockPool};
 use super::prefix::{Digest, Hash};
 use crate::error::{Result, bail, ensure};
+use crate::simd::prefetch;
 
 pub use admit::{Admission, Request};
 pub use fork::Placement;
@@ -86,7 +88,10 @@ pub struct Tables {
     sequences: Vec<Sequence>,
     free: Vec<u32>,
     copies: Vec<Copy>,
+    /// The batch at hand: an even number that grows.
     batch: u64,
+    /// Whether a group gives up blocks or moves them.
+    slides: bool,
     /// 2^64 / block_size, rounded up: see [`Tables::is_full`].
     inverse: u64,
     /// Digests of the prompt at hand, or of the chunks that are being closed.
@@ -94,6 +99,9 @@ pub struct Tables {
     /// Slots of the sequences whose open chunk a step has filled.
     filled: Vec<u32>,
 }
+
+/// The bit of [`Sequence::batch`] that says that the batch reserved a token.
+const RESERVED: u64 = 1;
 
 /// The first cache line is all that a token touches unless it fills a block.
 #[derive(Debug, Default)]
@@ -109,7 +117,7 @@ struct Sequence {
     committed: u32,
     /// Tokens with slots, committed ones included.
     reserved: u32,
-    /// The last batch that named this sequence.
+    /// The last batch that named this sequence, and [`RESERVED`].
     batch: u64,
     /// Every token that is known: at least the committed ones, more while a prompt is computed.
     ids: Vec<i32>,
@@ -139,7 +147,11 @@ impl Tables {
         let (sequences, free) = (Vec::new(), Vec::new());
         let (copies, digests, filled) = (Vec::new(), Vec::new(), Vec::new());
         let inverse = (u64::MAX / config.block_size as u64).wrapping_add(1);
-        Ok(Self { config, sequences, free, copies, batch: 0, inverse, digests, filled })
+        let slides = config
+            .groups
+            .iter()
+            .any(|group| matches!(group, Group::Window(_) | Group::Recurrent(_)));
+        Ok(Self { config, sequences, free, copies, batch: 0, slides, inverse, digests, filled })
     }
 
     /// What they were made from.
@@ -283,16 +295,18 @@ impl Tables {
         SequenceId(u64::from(self.sequences[slot].generation) << 32 | slot as u64)
     }
 
-    /// Whether `num_tokens` end at the end of a block, without a division.
-    ///
-    /// Paper: Lemire, Kaser, Kurz, "Faster remainder by direct computation", 2019.
+    /// Whether `num_tokens` end at the end of a block.
     fn is_full(&self, num_tokens: u32) -> bool {
-        u64::from(num_tokens).wrapping_mul(self.inverse) <= self.inverse.wrapping_sub(1)
+        is_full(num_tokens, self.inverse)
+    }
+
+    fn open_batch(&mut self) {
+        self.batch += 2;
     }
 
     /// Starts a batch: no sequence may occur twice, and each must be there.
     fn begin_batch(&mut self, ids: &[SequenceId]) -> Result<()> {
-        self.batch += 1;
+        self.open_batch();
         ids.iter().try_for_each(|id| self.join_batch(*id).map(|_| ()))
     }
 
@@ -302,7 +316,7 @@ impl Tables {
         let slot = self.slot(id)?;
         let sequence = &mut self.sequences[slot];
         ensure!(
-            sequence.batch != self.batch,
+            sequence.batch < self.batch,
             InvalidArgument,
             "sequence {:#x} occurs twice in the batch",
             id.0
@@ -329,10 +343,24 @@ impl Tables {
 }
 
 impl Sequence {
+    /// Asks memory for the end of the table, from where it is given up.
+    fn expect_drop(&self) {
+        const LINE: usize = 16;
+        (1..=4).for_each(|i| prefetch(&self.blocks, self.blocks.len().wrapping_sub(i * LINE)));
+    }
+
     /// Gives up the blocks from index `first` on, the last one first, so that leaves are
     /// reclaimed before their parents.
     fn drop_blocks(&mut self, pool: &mut BlockPool, first: usize) {
         pool.unshare_run(&self.blocks[first..]);
         self.blocks.truncate(first);
     }
+}
+
+/// Whether `num_tokens` end at the end of a block, of whose size `inverse` is the [`Tables::inverse`]:
+/// without a division.
+///
+/// Paper: Lemire, Kaser, Kurz, "Faster remainder by direct computation", 2019.
+fn is_full(num_tokens: u32, inverse: u64) -> bool {
+    u64::from(num_tokens).wrapping_mul(inverse) <= inverse.wrapping_sub(1)
 }

@@ -1,6 +1,6 @@
-//! A step: reserve slots, commit what was written, append one token to each of many, truncate.
+//! A step: reserve slots, commit what was written, truncate.
 
-use super::{Copy, NO_BLOCK, SequenceId, Tables};
+use super::{Copy, NO_BLOCK, Sequence, SequenceId, Tables};
 use crate::block::events::Stored;
 use crate::block::groups::Group;
 use crate::block::pool::{BlockId, BlockPool, DEFAULT_PRIORITY};
@@ -77,85 +77,6 @@ impl Tables {
             self.advance(pool, slot, end);
         }
         Ok(())
-    }
-
-    /// Says that the reserved token of each of `ids` has been written and was `tokens[i]`, and
-    /// reserves the next one; or does nothing at all. A sequence may not occur twice.
-    pub fn append(
-        &mut self,
-        pool: &mut BlockPool,
-        ids: &[SequenceId],
-        tokens: &[i32],
-    ) -> Result<()> {
-        check_len("tokens", tokens.len(), ids.len())?;
-        let needed = self.check_append(pool, ids)?;
-        ensure_available(pool, needed)?;
-        self.filled.clear();
-        for (id, token) in ids.iter().zip(tokens) {
-            let sequence = &mut self.sequences[id.0 as u32 as usize];
-            sequence.ids.push(*token);
-            sequence.committed += 1;
-            let (committed, is_last) =
-                (sequence.committed, sequence.committed == sequence.reserved);
-            let is_shared = is_last && sequence.tail_shared;
-            if is_shared || self.is_full(committed) {
-                self.filled.push(id.0 as u32);
-            } else if is_last {
-                self.sequences[id.0 as u32 as usize].reserved += 1;
-            }
-        }
-        self.finish_append(pool)
-    }
-
-    /// What an append does beyond counting: closes the chunks that became full, and finds blocks
-    /// for tokens that have no row.
-    fn finish_append(&mut self, pool: &mut BlockPool) -> Result<()> {
-        let filled = std::mem::take(&mut self.filled);
-        if self.config.prefix {
-            self.hash_filled(pool, &filled);
-        }
-        let size = self.config.block_size;
-        for (i, slot) in filled.iter().enumerate() {
-            let slot = *slot as usize;
-            let committed = self.sequences[slot].committed;
-            if self.is_full(committed) {
-                let committed = committed as usize;
-                if self.config.prefix {
-                    let digest = self.digests[i];
-                    self.close(pool, slot, committed / size - 1, &digest);
-                }
-                self.slide(pool, slot, committed - size, committed);
-            }
-            if self.sequences[slot].reserved == committed {
-                self.grow(pool, slot, committed as usize + 1)?;
-            }
-        }
-        self.filled = filled;
-        Ok(())
-    }
-
-    /// Checks a batch of sequences that are to grow by one token each. Answers the blocks it takes.
-    fn check_append(&mut self, pool: &BlockPool, ids: &[SequenceId]) -> Result<usize> {
-        self.batch += 1;
-        let mut needed = 0;
-        for id in ids {
-            let slot = self.join_batch(*id)?;
-            let sequence = &self.sequences[slot];
-            ensure!(!sequence.parked, InvalidState, "sequence {:#x} is parked", id.0);
-            let (committed, reserved) = (sequence.committed, sequence.reserved);
-            ensure!(
-                committed < reserved && sequence.ids.len() == committed as usize,
-                InvalidState,
-                "sequence {:#x} has {committed} tokens of {} committed and {reserved} reserved: \
-                 commit the prompt and reserve a token first",
-                id.0,
-                sequence.ids.len()
-            );
-            if committed + 1 == reserved && (self.is_full(reserved) || sequence.tail_shared) {
-                needed += self.needed(pool, slot, reserved as usize, reserved as usize + 1);
-            }
-        }
-        Ok(needed)
     }
 
     /// Forgets the committed tokens from `num_tokens` on and every reservation. A recurrent group
@@ -363,7 +284,13 @@ impl Tables {
     }
 
     /// A chunk is full: names it and makes its blocks entries.
-    fn close(&mut self, pool: &mut BlockPool, slot: usize, chunk: usize, digest: &Digest) {
+    pub(super) fn close(
+        &mut self,
+        pool: &mut BlockPool,
+        slot: usize,
+        chunk: usize,
+        digest: &Digest,
+    ) {
         let size = self.config.block_size;
         let groups = self.config.groups.len();
         let sequence = &mut self.sequences[slot];
@@ -409,13 +336,8 @@ impl Tables {
     }
 
     /// Gives up blocks that the token at `from` needed and the one at `end` does not.
-    fn slide(&mut self, pool: &mut BlockPool, slot: usize, from: usize, end: usize) {
-        if !self
-            .config
-            .groups
-            .iter()
-            .any(|group| matches!(group, Group::Window(_) | Group::Recurrent(_)))
-        {
+    pub(super) fn slide(&mut self, pool: &mut BlockPool, slot: usize, from: usize, end: usize) {
+        if !self.slides {
             return;
         }
         let size = self.config.block_size;
@@ -432,7 +354,7 @@ impl Tables {
     }
 }
 
-impl super::Sequence {
+impl Sequence {
     /// Tokens that a commit of `count` must name.
     fn unknown(&self, count: u32) -> usize {
         ((self.committed + count) as usize).saturating_sub(self.ids.len())
@@ -483,13 +405,13 @@ fn take_or_move(
     pool.take().map(|block| block.0)
 }
 
-fn ensure_available(pool: &BlockPool, needed: usize) -> Result<()> {
+pub(super) fn ensure_available(pool: &BlockPool, needed: usize) -> Result<()> {
     let available = pool.num_available();
     ensure!(needed <= available, OutOfBlocks, "need {needed} blocks, {available} are available");
     Ok(())
 }
 
-fn check_len(name: &str, found: usize, expected: usize) -> Result<()> {
+pub(super) fn check_len(name: &str, found: usize, expected: usize) -> Result<()> {
     ensure!(found == expected, InvalidArgument, "num_{name} is {found}, must be {expected}");
     Ok(())
 }

@@ -1,18 +1,17 @@
 //! One device: the context that work is done in, the stream it is queued on, its kernels.
 
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, Ordering};
 
-use cudarc::driver::sys::{self, CUresult};
-use parking_lot::Mutex;
-
+use super::kernels::{Kernel, Loaded};
 use super::params::Params;
-use super::{images, probe};
+use super::probe;
 use crate::error::{Error, Kind, Result, bail, ensure};
+use cudarc::driver::sys::{self, CUresult};
 
 /// A device, used in one context. All work is queued on one stream, so what the host does first
 /// happens first: memory that the host has given to somebody else is written after its last reader
@@ -24,31 +23,19 @@ pub struct Gpu {
     /// Whether the context is the primary one and was retained.
     is_primary: bool,
     num_sms: u32,
+    /// Compute capability, 10 * major + minor.
+    sm: u32,
+    max_shared_bytes: u32,
+    /// Whether kernels may start while the one before ends.
+    has_early_starts: bool,
     stream: AtomicPtr<c_void>,
-    kernels: Mutex<Vec<(String, Kernel)>>,
-    modules: Mutex<Vec<sys::CUmodule>>,
-    launches: AtomicU64,
+    loaded: Arc<Loaded>,
 }
 
 // SAFETY: contexts, streams and modules are handles that any thread may use.
 unsafe impl Send for Gpu {}
 // SAFETY: as above; what changes is behind locks or atomic.
 unsafe impl Sync for Gpu {}
-
-/// A kernel that can be launched.
-#[derive(Debug, Clone, Copy)]
-pub struct Kernel {
-    function: sys::CUfunction,
-    threads: u32,
-    shared_bytes: u32,
-    /// How many of its CTAs a multiprocessor holds at a time.
-    pub ctas_per_sm: u32,
-}
-
-// SAFETY: a function is a handle that any thread may launch.
-unsafe impl Send for Kernel {}
-// SAFETY: as above.
-unsafe impl Sync for Kernel {}
 
 /// Every function of the driver that is called after a device was opened.
 const FUNCTIONS: &[&str] = &[
@@ -65,12 +52,13 @@ const FUNCTIONS: &[&str] = &[
     "cuEventRecord",
     "cuEventSynchronize",
     "cuFuncSetAttribute",
-    "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuMemAlloc_v2",
     "cuMemFreeHost",
     "cuMemFree_v2",
     "cuMemHostAlloc",
     "cuMemcpyDtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
     "cuModuleGetFunction",
@@ -79,6 +67,7 @@ const FUNCTIONS: &[&str] = &[
     "cuOccupancyMaxActiveBlocksPerMultiprocessor",
     "cuPointerGetAttribute",
     "cuStreamIsCapturing",
+    "cuStreamSynchronize",
 ];
 
 impl Gpu {
@@ -99,32 +88,46 @@ impl Gpu {
                     unsafe { sys::culib().get::<unsafe extern "C" fn()>(function.as_bytes()) };
                 ensure!(found.is_ok(), NoDevice, "the libcuda.so that was found lacks {function}");
             }
-            Self::open_known(id as i32)
+            Self::open_known(id as i32, driver.version)
         };
         // The driver's bindings panic where they could answer.
         catch_unwind(AssertUnwindSafe(open))
             .unwrap_or_else(|_| bail!(NoDevice, "the libcuda.so that was found does not work"))
     }
 
-    fn open_known(id: i32) -> Result<Arc<Self>> {
-        let (mut device, mut num_sms) = (0, 0);
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        // SAFETY: the driver is initialised; it writes one number each.
-        unsafe {
-            check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, id))?;
-            let result = sys::cuDeviceGetAttribute(&raw mut num_sms, attribute, device);
+    fn open_known(id: i32, driver_version: i32) -> Result<Arc<Self>> {
+        use sys::CUdevice_attribute::*;
+        let mut device = 0;
+        // SAFETY: the driver is initialised; it writes one number.
+        check("cuDeviceGet", unsafe { sys::cuDeviceGet(&raw mut device, id) })?;
+        let attribute = |which| -> Result<u32> {
+            let mut value = 0;
+            // SAFETY: as above.
+            let result = unsafe { sys::cuDeviceGetAttribute(&raw mut value, which, device) };
             check("cuDeviceGetAttribute", result)?;
-        }
+            Ok(value.max(0) as u32)
+        };
+        let sm = 10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?
+            + attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        ensure!(
+            sm >= 80,
+            Unsupported,
+            "device {id} has compute capability {}.{}, must be 8.0 or newer",
+            sm / 10,
+            sm % 10
+        );
         let mut gpu = Self {
             id,
             device,
             context: current_context()?,
             is_primary: false,
-            num_sms: num_sms.max(1) as u32,
+            num_sms: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
+            sm,
+            max_shared_bytes: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            // Older drivers cannot capture such launches.
+            has_early_starts: sm >= 90 && driver_version >= 12_030,
             stream: AtomicPtr::default(),
-            kernels: Mutex::default(),
-            modules: Mutex::default(),
-            launches: AtomicU64::new(0),
+            loaded: Loaded::none(),
         };
         let mut current = -1;
         // SAFETY: writes one number; needs a current context, which is asked for first.
@@ -137,6 +140,7 @@ impl Gpu {
             check("cuDevicePrimaryCtxRetain", result)?;
             gpu.is_primary = true;
         }
+        gpu.loaded = Loaded::of(gpu.context);
         Ok(Arc::new(gpu))
     }
 
@@ -150,9 +154,9 @@ impl Gpu {
         self.num_sms
     }
 
-    /// Kernels launched so far; for tests.
-    pub fn num_launches(&self) -> u64 {
-        self.launches.load(Ordering::Relaxed)
+    /// The most shared memory that a CTA can have.
+    pub fn max_shared_bytes(&self) -> u32 {
+        self.max_shared_bytes
     }
 
     /// From now on work is queued on `stream`, a `CUstream` of this context; null is the legacy
@@ -191,61 +195,38 @@ impl Gpu {
 
     /// Loads a kernel by its name, with `shared_bytes` of dynamic shared memory. Slow the first time.
     pub fn kernel(&self, name: &str, threads: u32, shared_bytes: u32) -> Result<Kernel> {
-        let mut kernels = self.kernels.lock();
-        if let Some((_, kernel)) = kernels.iter().find(|(known, _)| known == name) {
-            return Ok(*kernel);
-        }
         let _entered = self.enter()?;
-        let kernel = self.load(name, threads, shared_bytes)?;
-        kernels.push((name.to_string(), kernel));
+        let mut kernel = self.loaded.kernel(name, threads, shared_bytes, self.sm)?;
+        kernel.starts_early &= self.has_early_starts;
         Ok(kernel)
-    }
-
-    fn load(&self, name: &str, threads: u32, shared_bytes: u32) -> Result<Kernel> {
-        let image = images::find(name)?;
-        let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: PTX text that ends in NUL; the driver copies it.
-        let result = unsafe { sys::cuModuleLoadData(&raw mut module, image.as_ptr().cast()) };
-        check("cuModuleLoadData", result).map_err(|error| error.within(name))?;
-        self.modules.lock().push(module);
-        let c_name = CString::new(name).unwrap_or_default();
-        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let mut ctas = 0;
-        // SAFETY: handles that the driver has just made; it writes one handle and one number.
-        unsafe {
-            let result = sys::cuModuleGetFunction(&raw mut function, module, c_name.as_ptr());
-            check("cuModuleGetFunction", result).map_err(|error| error.within(name))?;
-            let result = sys::cuFuncSetAttribute(function, attribute, shared_bytes as i32);
-            check("cuFuncSetAttribute", result).map_err(|error| error.within(name))?;
-            let result = sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                &raw mut ctas,
-                function,
-                threads as i32,
-                shared_bytes as usize,
-            );
-            check("cuOccupancyMaxActiveBlocksPerMultiprocessor", result)?;
-        }
-        ensure!(ctas > 0, Unsupported, "the device has no room for a CTA of {name}");
-        Ok(Kernel { function, threads, shared_bytes, ctas_per_sm: ctas as u32 })
     }
 
     /// Queues `grid` CTAs of a kernel. The context is current: see [`Self::enter`]. A wrong
     /// address in `params` is an error of the device, not of this process.
     pub fn launch<P: Params>(&self, kernel: &Kernel, grid: u32, params: &P) -> Result<()> {
         let mut arguments = [ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        self.launches.fetch_add(1, Ordering::Relaxed);
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: kernel.shared_bytes,
+            hStream: self.stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(kernel.starts_early),
+        };
         // SAFETY: every kernel takes one struct by value, which the driver copies before it returns.
-        check("cuLaunchKernel", unsafe {
-            sys::cuLaunchKernel(
+        check("cuLaunchKernelEx", unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 kernel.function,
-                grid,
-                1,
-                1,
-                kernel.threads,
-                1,
-                1,
-                kernel.shared_bytes,
-                self.stream(),
                 arguments.as_mut_ptr(),
                 ptr::null_mut(),
             )
@@ -255,13 +236,9 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        // The last user of the context unloads the kernels in it.
         let entered = self.enter();
-        if entered.is_ok() {
-            for module in self.modules.get_mut().drain(..) {
-                // SAFETY: our own modules, which nobody launches from any more.
-                unsafe { sys::cuModuleUnload(module) };
-            }
-        }
+        self.loaded = Loaded::none();
         drop(entered);
         if self.is_primary {
             // SAFETY: gives back what `open` retained.

@@ -1,5 +1,5 @@
 //! The kernels that are part of this library: PTX made from `kernels/*.cu`, which the driver
-//! compiles for its device when it is loaded.
+//! compiles for its device when it is loaded, and cubins if the build was told to make some.
 //!
 //! A file holds many kernels, and compiling all of them would take seconds. Only the one that is
 //! wanted is handed to the driver.
@@ -24,18 +24,47 @@ pub fn has_kernels() -> bool {
     !embedded::FILES.is_empty()
 }
 
-/// PTX text with the kernel `name` and no other.
-pub(super) fn find(name: &str) -> Result<CString> {
+/// What the driver loads.
+#[derive(Debug)]
+pub(super) struct Image {
+    /// A cubin, or PTX text that ends in NUL.
+    pub(super) bytes: Cow<'static, [u8]>,
+    /// Whether the kernel waits by itself for the results of the one before.
+    pub(super) starts_early: bool,
+}
+
+/// An image with the kernel `name` for a device of compute capability `sm / 10`.`sm % 10`: a cubin for
+/// this very device if the build made one, else PTX of this kernel and no other.
+pub(super) fn find(name: &str, sm: u32) -> Result<Image> {
     let from_folder = std::env::var_os(FOLDER).map(PathBuf::from);
     let from_folder = from_folder.as_deref().map(read_folder).transpose()?.unwrap_or_default();
-    let sources = from_folder.iter().map(|text| Cow::Borrowed(text.as_str()));
-    let embedded = embedded().iter().map(|text| Cow::Borrowed(text.as_str()));
-    for text in sources.chain(embedded) {
-        if let Some(image) = only(&text, name) {
-            return Ok(CString::new(image).unwrap_or_default());
-        }
+    let is_own = |text: &&String| from_folder.iter().any(|own| std::ptr::eq(own, *text));
+    for text in from_folder.iter().chain(embedded()) {
+        let Some(ptx) = only(text, name) else { continue };
+        let ptx = for_device(ptx, sm);
+        let starts_early = ptx.contains("\tgriddepcontrol.wait");
+        let bytes = match cubin(name, sm).filter(|_| !is_own(&text)) {
+            Some(cubin) => Cow::Borrowed(cubin),
+            None => Cow::Owned(CString::new(ptx).unwrap_or_default().into_bytes_with_nul()),
+        };
+        return Ok(Image { bytes, starts_early });
     }
     bail!(Unsupported, "this build has no CUDA kernel {name}")
+}
+
+/// A cubin for this architecture that has the kernel.
+fn cubin(name: &str, sm: u32) -> Option<&'static [u8]> {
+    let section = format!(".text.{name}\0");
+    let has = |bytes: &[u8]| bytes.windows(section.len()).any(|part| part == section.as_bytes());
+    embedded::CUBINS.iter().find(|(own, bytes)| *own == sm && has(bytes)).map(|(_, bytes)| *bytes)
+}
+
+/// Instructions that older devices lack stand in comments; build.rs does the same for cubins.
+fn for_device(image: String, sm: u32) -> String {
+    match sm >= 90 {
+        true => image.replace("//sm_90 ", "").replace(".target sm_80", ".target sm_90"),
+        false => image,
+    }
 }
 
 /// The embedded files, unpacked.
@@ -71,8 +100,10 @@ fn read_folder(folder: &Path) -> Result<Vec<String>> {
 
 /// `ptx` without the kernels that have another name; `None` if it has none of this name.
 fn only(ptx: &str, name: &str) -> Option<String> {
+    if !ptx.contains(&format!(".visible .entry {name}(")) {
+        return None;
+    }
     let mut out = String::new();
-    let mut is_found = false;
     let mut rest = ptx;
     while let Some(start) = rest.find(".visible .entry ") {
         out.push_str(&rest[..start]);
@@ -81,13 +112,12 @@ fn only(ptx: &str, name: &str) -> Option<String> {
         let end = entry.find("\n}").map_or(entry.len(), |end| end + 2);
         let found = entry[".visible .entry ".len()..].split('(').next().unwrap_or("").trim();
         if found == name {
-            is_found = true;
             out.push_str(&entry[..end]);
         }
         rest = &entry[end..];
     }
     out.push_str(rest);
-    is_found.then_some(out)
+    Some(out)
 }
 
 #[cfg(test)]
@@ -109,9 +139,17 @@ mod tests {
     }
 
     #[test]
+    fn newer_devices_get_their_instructions() {
+        let ptx = || "//\n.target sm_80\n//sm_90 griddepcontrol.wait;\n".to_string();
+        assert_eq!(for_device(ptx(), 89), ptx());
+        assert_eq!(for_device(ptx(), 120), "//\n.target sm_90\ngriddepcontrol.wait;\n");
+    }
+
+    #[test]
     fn embedded_files_unpack_to_ptx() {
         for text in embedded() {
-            assert!(text.contains(".version") && text.contains(".visible .entry kvm_"));
+            assert!(text.contains(".version 8.1") && text.contains(".target sm_80"));
+            assert!(text.contains(".visible .entry kvm_"));
         }
     }
 }

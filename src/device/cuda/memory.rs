@@ -80,16 +80,45 @@ impl DeviceMemory {
 
     /// Queues a copy inside the range: `bytes` bytes from the device address `from` to `to`.
     pub fn copy_within(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
-        for address in [from, to] {
-            let is_inside = address >= self.address
-                && address - self.address + bytes as u64 <= self.bytes as u64;
-            assert!(is_inside, "{bytes} bytes at {address:#x} are not in the cache's memory");
-        }
+        self.check(from, bytes);
+        self.check(to, bytes);
         let _entered = self.gpu.enter()?;
         // SAFETY: both ranges were checked.
         check("cuMemcpyDtoDAsync", unsafe {
             sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.gpu.stream())
         })
+    }
+
+    /// Copies the bytes at a device address to the host, once all that is queued has been done.
+    pub fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
+        self.check(address, out.len());
+        let _entered = self.gpu.enter()?;
+        // SAFETY: the range was checked, `out` is that long and stays until the copy is done.
+        unsafe {
+            let (to, bytes) = (out.as_mut_ptr().cast(), out.len());
+            let result = sys::cuMemcpyDtoHAsync_v2(to, address, bytes, self.gpu.stream());
+            check("cuMemcpyDtoHAsync", result)?;
+            check("cuStreamSynchronize", sys::cuStreamSynchronize(self.gpu.stream()))
+        }
+    }
+
+    /// Copies bytes of the host to a device address, after all that is queued.
+    pub fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.check(address, bytes.len());
+        let _entered = self.gpu.enter()?;
+        // SAFETY: the range was checked; `bytes` stays until the copy is done.
+        unsafe {
+            let from = bytes.as_ptr().cast();
+            let result = sys::cuMemcpyHtoDAsync_v2(address, from, bytes.len(), self.gpu.stream());
+            check("cuMemcpyHtoDAsync", result)?;
+            check("cuStreamSynchronize", sys::cuStreamSynchronize(self.gpu.stream()))
+        }
+    }
+
+    fn check(&self, address: u64, bytes: usize) {
+        let is_inside =
+            address >= self.address && address - self.address + bytes as u64 <= self.bytes as u64;
+        assert!(is_inside, "{bytes} bytes at {address:#x} are not in the cache's memory");
     }
 
     fn at(&self, offset: usize, bytes: usize) -> u64 {

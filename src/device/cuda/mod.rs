@@ -8,6 +8,7 @@
 
 mod gpu;
 mod images;
+mod kernels;
 mod memory;
 pub mod params;
 mod tensor;
@@ -17,8 +18,9 @@ use std::panic::catch_unwind;
 
 use cudarc::driver::sys::{self, CUresult};
 
-pub use gpu::{Entered, Gpu, Kernel};
+pub use gpu::{Entered, Gpu};
 pub use images::has_kernels;
+pub use kernels::Kernel;
 pub use memory::{DeviceMemory, Staging};
 pub use tensor::DeviceTensor;
 
