@@ -311,16 +311,17 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const Kvm
         }
 }
 
-/// The larger of the places for sealed chunks and for open tiles.
+/// Bytes of shared memory: the places for sealed chunks, for open tiles and where warps meet are the
+/// same, one after the other, so that three CTAs fit.
 template <class F, int D, int WARPS> KVM_DEVICE constexpr int kvm_quant_bytes() {
     constexpr int SEALED = WARPS * 2 * KvmSealedRing<F, D, WARPS>::BYTES;
     constexpr int OPEN = kvm_ring_bytes(D, 2, WARPS);
+    static_assert(OPEN >= kvm_meet_bytes(2, WARPS));
     return SEALED > OPEN ? SEALED : OPEN;
 }
 
 template <class F, bool BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
-    float* meet = (float*)(smem + kvm_quant_bytes<F, D, WARPS>());
     kvm_let_next_start();
     KvmItem it = p.items[kvm_bid()];
     kvm_wait_for_previous();
@@ -338,22 +339,24 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
             ring.begin(p, it);
             ring.template attend<BF16, NT>(p, it, sight, q, st);
         }
-        kvm_meet<BF16, D, NT, WARPS>(p, it, st, meet);
+        kvm_sync(); // nobody reads tiles or chunks any more
+        kvm_meet<BF16, D, NT, WARPS>(p, it, st, (float*)smem);
         if (!it.next) return;
         it = p.items[it.next];
+        kvm_sync(); // all know whether theirs was the last part
     }
 }
 
-/// Launched with kvm_warps(D) * 32 threads and kvm_quant_bytes + kvm_meet_bytes of shared memory.
+/// Launched with kvm_warps(D) * 32 threads and kvm_quant_bytes of shared memory.
 #define KVM_DECODE_QUANT(name, F, BF16, D, NT, CTAS)                                                    \
     KVM_KERNEL(kvm_warps(D) * 32, CTAS, name, KvmDecode) {                                        \
         KVM_DYN_SMEM(smem);                                                                       \
         kvm_decode_quant<F, BF16, D, NT, kvm_warps(D)>(p, smem);                                  \
     }
 #define KVM_DECODE_QUANTS(format, F, D)                                                                \
-    KVM_DECODE_QUANT(kvm_decode_##format##_f16_d##D##_g8, F, false, D, 1, 2)                            \
+    KVM_DECODE_QUANT(kvm_decode_##format##_f16_d##D##_g8, F, false, D, 1, 3)                            \
     KVM_DECODE_QUANT(kvm_decode_##format##_f16_d##D##_g16, F, false, D, 2, 2)                           \
-    KVM_DECODE_QUANT(kvm_decode_##format##_bf16_d##D##_g8, F, true, D, 1, 2)                            \
+    KVM_DECODE_QUANT(kvm_decode_##format##_bf16_d##D##_g8, F, true, D, 1, 3)                            \
     KVM_DECODE_QUANT(kvm_decode_##format##_bf16_d##D##_g16, F, true, D, 2, 2)
 
 KVM_DECODE_QUANTS(int8, KvmInt8, 64)

@@ -31,6 +31,7 @@ BATCHES, LENGTHS = [1, 4, 16, 64, 256], [1024, 4096, 16384, 65536]
 
 def time_graph(call, count, repeats=5):
     """Microseconds of a call: the median of `repeats` replays of a graph of calls 0 to count - 1."""
+    torch.cuda.synchronize()  # what calls read was made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for i in range(min(count, 3)):
@@ -131,7 +132,7 @@ class Quantized:
     def __init__(self, driver, module, point, name):
         group, heads = point.q_heads // point.kv_heads, point.kv_heads
         columns = 16 if group > 8 else 8
-        self.driver, self.smem = driver, layout.smem_of(name, D, columns)
+        self.driver, self.smem = driver, layout.smem_of(name, D)
         self.function = driver.function(module, f"kvm_decode_{name}_bf16_d{D}_g{columns}", self.smem)
         self.grid = driver.num_sms() * driver.occupancy(self.function, 128, self.smem)
         unit = 4 * layout.FORMATS[name][1]

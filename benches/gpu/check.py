@@ -134,7 +134,7 @@ def run_quant_case(driver, function, random, name, dtype, dim, group, queries, w
                     window=window, group=group, block_size=block)
     params.sealed_v = params.sealed_k + sizes[0]
     for _ in range(2):
-        driver.launch(function, grid, 128, layout.smem_of(name, dim, columns), 0, params, True)
+        driver.launch(function, grid, 128, layout.smem_of(name, dim), 0, params, True)
     driver.download(device["o"], o)
     for pointer in device.values():
         driver.free(pointer)
@@ -158,7 +158,7 @@ def check_quantized(driver, random, folder, is_quick):
             dtype, dim = ("f16", "bf16")[(i + j) % 2], (128, 64)[j // 2]
             columns = 16 if group * queries > 8 else 8
             kernel = f"kvm_decode_{name}_{dtype}_d{dim}_g{columns}"
-            function = driver.function(module, kernel, layout.smem_of(name, dim, columns))
+            function = driver.function(module, kernel, layout.smem_of(name, dim))
             for window, grid in [(0, 3), (90, 64)]:
                 error = run_quant_case(driver, function, random, name, dtype, dim, group, queries,
                                        window, grid)

@@ -56,13 +56,13 @@ impl Decoders {
         group: usize,
     ) -> Result<Self> {
         let (warps, mut kernels) = (4, Vec::new());
-        // Two chunks of K and V for each warp, in units of 512 bytes, or two tiles of open rows; and
-        // the place where warps meet: as in kernels/decode_q.cu.
+        // Two chunks of K and V for each warp, in units of 512 bytes, or two tiles of open rows: as in
+        // kernels/decode_q.cu.
         let chunk =
             |is_key| (layout.bytes(dim, is_key) * layout.chunk() / TOKENS).next_multiple_of(512);
         let ring = 2 * (chunk(true) + chunk(false)).max(64 * dim);
         for columns in [8, 16].into_iter().filter(|columns| group <= *columns) {
-            let shared = warps * (ring + columns * 68 * 4);
+            let shared = warps * ring;
             let name = format!("kvm_decode_{}_{}_d{dim}_g{columns}", layout.name(), dtype.name());
             let variant = Variant { has_16_columns: columns == 16, is_wide: false };
             kernels.push((variant, gpu.kernel(&name, warps as u32 * 32, shared as u32)?));
