@@ -5,9 +5,9 @@
     kernels/generate.py            writes what is stale
     kernels/generate.py --check    fails if the committed files differ from what the sources give
     kernels/generate.py --spills   assembles the committed PTX for every architecture and fails if
-                                   a kernel spills registers
+                                   a kernel spills registers or has instructions that no device runs
 
-Needs no GPU and no CUDA toolkit: only libnvrtc, and ptxas for --spills, from the wheels in
+Needs no GPU and no CUDA toolkit: only libnvrtc, and ptxas and nvdisasm for --spills, from the wheels in
 kernels/requirements.txt. NVRTC 12.1 writes PTX ISA 8.1, which every driver since CUDA 12.1 reads.
 """
 
@@ -114,6 +114,16 @@ def generate(check):
     return not bad
 
 
+def is_illegal(cubin):
+    """Whether ptxas has put a 64-bit descriptor into an odd uniform register, as 13.0 and the driver
+    of the same age do with some cp.async that have a cache hint: an illegal instruction on a device."""
+    nvdisasm = os.environ.get("KVMGR_NVDISASM") or wheel_file("cu13", "bin", "nvdisasm")
+    if not nvdisasm:
+        return False
+    listing = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True)
+    return re.search(r"desc\[UR\d*[13579]\]", listing.stdout) is not None
+
+
 def spills():
     ptxas = os.environ.get("KVMGR_PTXAS") or wheel_file("cu13", "bin", "ptxas")
     if not ptxas:
@@ -130,7 +140,8 @@ def spills():
         ok = True
         for ptx, architecture in jobs:
             # Two processes at a time would be quicker; the order of the output matters more.
-            result = subprocess.run([ptxas, "-arch=" + architecture, "-v", "-o", "/dev/null", ptx],
+            cubin = ptx[:-len("ptx")] + "cubin"
+            result = subprocess.run([ptxas, "-arch=" + architecture, "-v", "-o", cubin, ptx],
                                     capture_output=True, text=True)
             report = result.stderr + result.stdout
             if result.returncode != 0:
@@ -145,6 +156,9 @@ def spills():
                     if int(stored) > 0:
                         ok = False
                         print(f"{kernel} on {architecture} spills {stored} bytes")
+            if architecture == "sm_90" and is_illegal(cubin):
+                ok = False
+                print(f"{os.path.basename(ptx)}: a descriptor in an odd register; cp.async with a cache hint?")
             print(f"{os.path.basename(ptx)}: at most {most} registers")
     return ok
 
