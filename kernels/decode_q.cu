@@ -79,7 +79,9 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
 
     KVM_DEVICE KvmSealedRing(unsigned char* smem) : places(smem + kvm_tid() / 32 * 2 * BYTES) {}
 
-    KVM_DEVICE static u32 first(const KvmItem& it) { return it.begin + kvm_tid() / 32 * F::TOKENS; }
+    KVM_DEVICE static u32 first(const KvmDecode& p, const KvmItem& it) {
+        return kvm_first_row(p, it, F::TOKENS) + kvm_tid() / 32 * F::TOKENS;
+    }
     KVM_DEVICE static u32 end(const KvmItem& it) { return it.end < it.sealed_end ? it.end : it.sealed_end; }
 
     /// Asks for the chunk that starts at a row, if the part has it.
@@ -278,7 +280,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const Kvm
     using Ring = KvmSealedRing<F, D, WARPS>;
     Ring ring(smem);
     KvmQueries<D, NT> q;
-    u32 row = Ring::first(it);
+    u32 row = Ring::first(p, it);
     ring.load(p, it, row, 0);
     kvm_cp_commit();
     kvm_prepare_q<BF16>(p, it, q);

@@ -77,6 +77,14 @@ template <int NT> KVM_DEVICE KvmSight<NT> kvm_sight(const KvmDecode& p, const Kv
     return sight;
 }
 
+/// The first row of a part that a query of it sees, rounded down to a multiple of `step` rows.
+KVM_DEVICE u32 kvm_first_row(const KvmDecode& p, const KvmItem& it, u32 step) {
+    u32 hidden = p.window + it.num_queries - 1;
+    if (p.window == 0 || it.len <= hidden) return it.begin;
+    u32 row = (it.len - hidden) & ~(step - 1);
+    return row > it.begin ? row : it.begin;
+}
+
 /// The address of a column of Q or O, whose strides are `by_token` and `by_head`.
 KVM_DEVICE i64 kvm_column(const KvmDecode& p, const KvmItem& it, u32 column, i64 by_token,
                           i64 by_head) {
@@ -246,13 +254,14 @@ template <int D, int STAGES, int WARPS = kvm_warps(D), bool IS_HINTED = true> st
     KVM_DEVICE KvmRing(unsigned char* smem)
         : tiles((u16*)smem + kvm_tid() / 32 * STAGES * TILE) {}
 
-    KVM_DEVICE u32 first(const KvmItem& it) const {
-        return (it.begin > it.sealed_end ? it.begin : it.sealed_end) + kvm_tid() / 32 * 16;
+    KVM_DEVICE u32 first(const KvmDecode& p, const KvmItem& it) const {
+        u32 begin = kvm_first_row(p, it, 16);
+        return (begin > it.sealed_end ? begin : it.sealed_end) + kvm_tid() / 32 * 16;
     }
 
     /// Asks for the first tiles of a part.
     KVM_DEVICE void begin(const KvmDecode& p, const KvmItem& it) const {
-        u32 row = first(it), pages[STAGES];
+        u32 row = first(p, it), pages[STAGES];
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) pages[i] = kvm_page(p, it, row + i * STEP);
 #pragma unroll
@@ -266,7 +275,7 @@ template <int D, int STAGES, int WARPS = kvm_warps(D), bool IS_HINTED = true> st
     template <bool BF16, int NT, class Q>
     KVM_DEVICE void attend(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
                            const Q& q, KvmState<D, NT>& st) const {
-        u32 row = first(it), page = kvm_page(p, it, row + (STAGES - 1) * STEP);
+        u32 row = first(p, it), page = kvm_page(p, it, row + (STAGES - 1) * STEP);
         for (int i = 0; row < it.end; i = i + 1 == STAGES ? 0 : i + 1, row += STEP) {
             kvm_cp_wait<STAGES - 2>();
             kvm_syncwarp(); // all lanes' copies have landed, all lanes have left the oldest tile
