@@ -16,7 +16,8 @@ template <int D, int NT> struct KvmQueries {
 };
 
 /// Sums of the columns of a right operand, exactly as the tensor cores see it.
-template <int KS, int NT> KVM_DEVICE void kvm_column_sums(const u32 (&b)[KS][NT][2], float (&sum)[NT][2]) {
+template <int KS, int NT>
+KVM_DEVICE void kvm_column_sums(const u32 (&b)[KS][NT][2], float (&sum)[NT][2]) {
     const u32 ones[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
 #pragma unroll
     for (int n = 0; n < NT; n++) {
@@ -57,7 +58,8 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
             kvm_unpack<BF16>(q.b[i / 2][n][i % 2], x);
             q.b[i / 2][n][i % 2] = kvm_pack<false>(x[0] * scale, x[1] * scale);
         }
-        for (int c = 0; c < 2; c++) q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4));
+        for (int c = 0; c < 2; c++)
+            q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4));
     }
     kvm_column_sums(q.b, q.sum);
 }
@@ -82,7 +84,9 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
     KVM_DEVICE static u32 first(const KvmDecode& p, const KvmItem& it) {
         return kvm_first_row(p, it, F::TOKENS) + kvm_tid() / 32 * F::TOKENS;
     }
-    KVM_DEVICE static u32 end(const KvmItem& it) { return it.end < it.sealed_end ? it.end : it.sealed_end; }
+    KVM_DEVICE static u32 end(const KvmItem& it) {
+        return it.end < it.sealed_end ? it.end : it.sealed_end;
+    }
 
     /// Asks for the chunk that starts at a row, if the part has it.
     KVM_DEVICE void load(const KvmDecode& p, const KvmItem& it, u32 row, int place) const {
@@ -162,7 +166,8 @@ KVM_DEVICE void kvm_chunk_logits(const KvmQueries<D, NT>& q, const unsigned char
                                                               : token[F::TOKENS] - F::OFFSET * s;
 #pragma unroll
             for (int n = 0; n < NT; n++)
-                x[tile][n][r] = (s * acc[n][r] + shift * sum[n][r % 2]) * q.gain[n][r % 2] + minimum[n][r % 2];
+                x[tile][n][r] = (s * acc[n][r] + shift * sum[n][r % 2]) * q.gain[n][r % 2] +
+                                minimum[n][r % 2];
         }
     }
 }
@@ -201,7 +206,8 @@ KVM_DEVICE void kvm_chunk_softmax(const KvmDecode& p, const KvmSight<NT>& sight,
 }
 
 /// Scale and minimum of the values of a token of a chunk.
-template <class F> KVM_DEVICE void kvm_value_scale(const unsigned char* meta, u32 token, float& s, float& m) {
+template <class F>
+KVM_DEVICE void kvm_value_scale(const unsigned char* meta, u32 token, float& s, float& m) {
     if constexpr (F::IS_PER_CHANNEL) {
         u32 pair = ((const u32*)meta)[token];
         s = kvm_half_to_float(pair & 0xffff), m = kvm_half_to_float(pair >> 16);
