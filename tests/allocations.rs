@@ -3,11 +3,11 @@
 #![expect(unsafe_code, reason = "an allocator that counts")]
 
 mod common;
-
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+#[path = "common/counting.rs"]
+mod counting;
 
 use common::Random;
+use counting::allocations;
 use kvmgr::device::tensor::{Tensor, TensorMut};
 use kvmgr::quantizer::Side;
 use kvmgr::slots::{Masked, Meeting, Options, Slots, SlotsConfig};
@@ -16,35 +16,6 @@ const Q_HEADS: usize = 8;
 const KV_HEADS: usize = 2;
 const DIM: usize = 64;
 const ROWS: usize = 4096;
-
-struct Counting;
-
-thread_local! {
-    static COUNT: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: everything is passed on to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        COUNT.with(|count| count.set(count.get() + 1));
-        // SAFETY: by the caller's contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: by the caller's contract.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        COUNT.with(|count| count.set(count.get() + 1));
-        // SAFETY: by the caller's contract.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn a_steady_state_allocates_nothing() {
@@ -82,13 +53,13 @@ fn a_steady_state_allocates_nothing() {
                 options: Options { meeting: Some(&meeting), ..Options::default() },
             };
             let run = || {
-                let before = COUNT.with(Cell::get);
+                let before = allocations();
                 (0..2).for_each(|worker| slots.attend(0, &call, worker, 2).unwrap());
-                COUNT.with(Cell::get) - before
+                allocations() - before
             };
             run();
             assert_eq!(run(), 0, "{spec}, {n} queries");
         }
     }
-    assert!(COUNT.with(Cell::get) > 0, "allocations are counted");
+    assert!(allocations() > 0, "allocations are counted");
 }

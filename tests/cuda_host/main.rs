@@ -8,14 +8,14 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/counting.rs"]
+mod counting;
 mod driver;
 #[path = "../common/mock_driver.rs"]
 mod mock_driver;
 mod refused;
 mod twin;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::ptr;
 
 use kvmgr::ffi::attention::*;
@@ -26,31 +26,9 @@ use kvmgr::ffi::types::*;
 use kvmgr::ffi::version::kvmgr_has_feature;
 
 use common::Random;
+use counting::allocations;
 use driver::{Buffer, Context, Stream, current_context, on_device};
 use twin::{Engine, PLAIN, Pair, Setup, Twin, message, ok, run};
-
-struct Counting;
-
-thread_local! {
-    static COUNT: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: everything is passed on to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        COUNT.with(|count| count.set(count.get() + 1));
-        // SAFETY: by the caller's contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: by the caller's contract.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// A random life of a few sequences: shared prompts, pieces, drafts, forks, truncation, ends.
 fn live(setup: Setup, seed: u64, steps: usize) {
@@ -376,10 +354,10 @@ fn append_and_run_allocate_nothing() {
         let lse = PLAIN.lse(lse_buffer.pointer(), 30, true);
         let options = twin.options(0, ptr::null_mut());
         run(&twin.device, 0, [&kv, &kv, &query, &out, &lse], &options);
-        let before = COUNT.with(Cell::get);
+        let before = allocations();
         assert!(before > 0, "allocations are counted");
         run(&twin.device, 1, [&kv, &kv, &query, &out, &lse], &options);
-        assert_eq!(COUNT.with(Cell::get) - before, 0);
+        assert_eq!(allocations() - before, 0);
         // What was attended: rows of zeros, each as likely as the others.
         let lse = lse_buffer.read::<f32>();
         (0..30).for_each(|i| assert!((lse[i * heads] - (i as f32 + 1.0).ln()).abs() < 1e-4));
