@@ -11,7 +11,8 @@ mod emulator;
 use std::ptr;
 
 use common::Random;
-use emulator::{Element, Grid, Half, Kernels};
+use emulator::{Element, Grid, Half, Kernels, address, address_mut};
+use kvmgr::device::cuda::params::Append;
 use kvmgr::simd;
 
 const NAN: u16 = 0x7fff;
@@ -28,23 +29,6 @@ fn strides(random: &mut Random, outer: usize, inner: usize, dim: usize) -> ([i64
         false => (row, outer * row + 8 * random.below(3)),
     };
     ([by_outer as i64, by_inner as i64], outer * by_outer + inner * by_inner + dim)
-}
-
-/// `KvmAppend` of the kernels.
-#[repr(C)]
-struct Append {
-    from: [*const u8; 2],
-    to: [*mut u16; 2],
-    places: *const [u32; 2],
-    /// Of K and V.
-    from_strides: [[i64; 2]; 2],
-    /// Block, head, row.
-    to_strides: [i64; 3],
-    /// Token, head.
-    place_strides: [i64; 2],
-    num_tokens: u32,
-    num_kv_heads: u32,
-    dim: u32,
 }
 
 #[test]
@@ -96,13 +80,23 @@ fn appended_rows_are_where_the_list_says() {
             }
         }
         let [k, v] = &mut pools;
+        let [place_token, place_head] = if by_head { [heads as i64, 1] } else { [1, 0] };
+        let [kv_block, kv_head, kv_token] = to_strides.map(|x| x as i64);
         let params = Append {
-            from: [sides[0].1.as_ptr(), sides[1].1.as_ptr()],
-            to: [k.as_mut_ptr(), v.as_mut_ptr()],
-            places: places.as_ptr(),
-            from_strides: [sides[0].0, sides[1].0],
-            to_strides: to_strides.map(|x| x as i64),
-            place_strides: if by_head { [heads as i64, 1] } else { [1, 0] },
+            k: address(&sides[0].1),
+            v: address(&sides[1].1),
+            to_k: address_mut(k),
+            to_v: address_mut(v),
+            places: address(&places),
+            k_token: sides[0].0[0],
+            k_head: sides[0].0[1],
+            v_token: sides[1].0[0],
+            v_head: sides[1].0[1],
+            kv_block,
+            kv_head,
+            kv_token,
+            place_token,
+            place_head,
             num_tokens: num_tokens as u32,
             num_kv_heads: heads as u32,
             dim: dim as u32,

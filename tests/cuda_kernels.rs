@@ -9,53 +9,12 @@ mod common;
 mod emulator;
 
 use std::cell::Cell;
-use std::ptr;
 
 use common::Random;
-use emulator::{Grid, Half, Kernels};
+use emulator::{Grid, Half, Kernels, address, address_mut};
+use kvmgr::device::cuda::params::{Decode, Item};
 
 const SOURCE: &str = "decode_f16.cu";
-
-/// `KvmItem` of the kernels.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-struct Item {
-    token: u32,
-    num_queries: u32,
-    kv_head: u32,
-    first_page: u32,
-    len: u32,
-    begin: u32,
-    end: u32,
-    sealed_end: u32,
-    slot: u32,
-    part: u32,
-    num_parts: u32,
-    ticket: u32,
-    next: u32,
-    unused: [u32; 3],
-}
-
-/// `KvmDecode` of the kernels.
-#[repr(C)]
-struct Params {
-    q: *const u16,
-    o: *mut u16,
-    lse: *mut f32,
-    sinks: *const f32,
-    pages: *const u32,
-    items: *const Item,
-    partials: *mut f32,
-    tickets: *mut u32,
-    open: [*const u16; 2],
-    sealed: [*const u8; 2],
-    strides: [i64; 10],
-    scale: f32,
-    softcap: f32,
-    window: u32,
-    group: u32,
-    block_size: u32,
-}
 
 #[derive(Debug, Clone, Copy)]
 struct Case {
@@ -155,18 +114,29 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
     let mut tickets = vec![0u32; lens.len()];
     let [bd, hd] = [block * dim, heads * dim].map(|x| x as i64);
     let d = dim as i64;
-    let params = Params {
-        q: q.as_ptr(),
-        o: o.as_mut_ptr(),
-        lse: lse.as_mut_ptr(),
-        sinks: if case.has_sinks { sinks.as_ptr() } else { ptr::null() },
-        pages: pages.as_ptr(),
-        items: items.as_ptr(),
-        partials: partials.as_mut_ptr().cast(),
-        tickets: tickets.as_mut_ptr(),
-        open: [pool[0].as_ptr(), pool[1].as_ptr()],
-        sealed: [ptr::null(); 2],
-        strides: [hd, d, hd, d, heads as i64, KV_HEADS as i64 * bd, bd, d, 0, 0],
+    let params = Decode {
+        q: address(&q),
+        o: address_mut(&mut o),
+        lse: address_mut(&mut lse),
+        sinks: if case.has_sinks { address(&sinks) } else { 0 },
+        pages: address(&pages),
+        items: address(&items),
+        partials: address_mut(&mut partials),
+        tickets: address_mut(&mut tickets),
+        k: address(&pool[0]),
+        v: address(&pool[1]),
+        sealed_k: 0,
+        sealed_v: 0,
+        q_token: hd,
+        q_head: d,
+        o_token: hd,
+        o_head: d,
+        lse_token: heads as i64,
+        kv_block: KV_HEADS as i64 * bd,
+        kv_head: bd,
+        kv_token: d,
+        sealed_block: 0,
+        sealed_head: 0,
         scale: 1.0 / (dim as f32).sqrt(),
         softcap: case.softcap as f32,
         window: case.window as u32,

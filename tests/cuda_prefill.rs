@@ -5,17 +5,14 @@
 #![expect(unsafe_code, reason = "calls kernels as a driver does")]
 
 mod common;
-#[path = "common/decode.rs"]
-mod decode;
 #[path = "common/emulator.rs"]
 mod emulator;
 
 use std::cell::Cell;
-use std::ptr;
 
 use common::Random;
-use decode::{Item, Params};
-use emulator::{Grid, Half, Kernels};
+use emulator::{Grid, Half, Kernels, address, address_mut};
+use kvmgr::device::cuda::params::{Decode, Item};
 
 const SOURCE: &str = "prefill.cu";
 const NAN: u16 = 0x7fff;
@@ -152,18 +149,31 @@ impl World {
         let mut o = vec![NAN; tokens * self.strides[2]];
         let mut lse = vec![f32::NAN; tokens * self.strides[4]];
         let items = self.items();
-        let params = Params {
-            q: self.q.as_ptr(),
-            o: o.as_mut_ptr(),
-            lse: lse.as_mut_ptr(),
-            sinks: if has_sinks { self.sinks.as_ptr() } else { ptr::null() },
-            pages: self.pages.as_ptr(),
-            items: items.as_ptr(),
-            partials: ptr::null_mut(),
-            tickets: ptr::null_mut(),
-            open: [self.pools[0].as_ptr(), self.pools[1].as_ptr()],
-            sealed: [ptr::null(); 2],
-            strides: self.strides.map(|x| x as i64),
+        let [q_token, q_head, o_token, o_head, lse_token, kv_block, kv_head, kv_token, _, _] =
+            self.strides.map(|x| x as i64);
+        let params = Decode {
+            q: address(&self.q),
+            o: address_mut(&mut o),
+            lse: address_mut(&mut lse),
+            sinks: if has_sinks { address(&self.sinks) } else { 0 },
+            pages: address(&self.pages),
+            items: address(&items),
+            partials: 0,
+            tickets: 0,
+            k: address(&self.pools[0]),
+            v: address(&self.pools[1]),
+            sealed_k: 0,
+            sealed_v: 0,
+            q_token,
+            q_head,
+            o_token,
+            o_head,
+            lse_token,
+            kv_block,
+            kv_head,
+            kv_token,
+            sealed_block: 0,
+            sealed_head: 0,
             scale: 1.0 / (dim as f32).sqrt(),
             softcap: softcap as f32,
             window: window as u32,

@@ -95,6 +95,16 @@ impl Kernels {
     }
 }
 
+/// Where a slice is, as kernels are told.
+pub fn address<T>(list: &[T]) -> u64 {
+    list.as_ptr().expose_provenance() as u64
+}
+
+/// Where a slice is that kernels write.
+pub fn address_mut<T>(list: &mut [T]) -> u64 {
+    list.as_mut_ptr().expose_provenance() as u64
+}
+
 /// A 16-bit type of the kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Half {
