@@ -23,7 +23,7 @@ use self::kernels::{Decoders, Variant, is_prompt, load_prefill, prefill_rows, ti
 use self::schedule::{Schedule, Segment, segments};
 use self::workspace::{Capacity, Workspace};
 use super::{DeviceOptions, check_shape};
-use crate::cache::{Cache, Format, OPEN, PAGE_BYTES};
+use crate::cache::{Cache, CacheConfig, Format, OPEN, PAGE_BYTES};
 use crate::device::cuda::params::{Append, Decode, Item};
 use crate::device::cuda::{DeviceTensor, Gpu, Kernel};
 use crate::dtype::DType;
@@ -117,7 +117,7 @@ impl Cuda {
         let grids = self.decode.kernels.iter().map(|(variant, _)| self.grid_of(*variant));
         let grid = grids.max().unwrap_or(1) as usize;
         let tiles = num_sequences + num_queries.div_ceil((16 / config.shape.group()).max(1));
-        let lists = if config.lane_width == LaneWidth::Head { heads } else { 1 };
+        let lists = lanes_of_table(config);
         // A cut adds an item, and a head that was cut has two parts more than it has whole shares.
         self.workspace.reserve(&Capacity {
             items: tiles * heads + 2 * grid,
@@ -177,9 +177,8 @@ impl Cuda {
     fn make_table(&mut self, cache: &Cache, batch: &[(&Sequence, usize)], table: usize) {
         let config = cache.config();
         let shape = &config.shape;
-        let heads_per_lane =
-            if config.lane_width == LaneWidth::Head { 1 } else { shape.num_kv_heads };
-        let num_lanes = shape.num_kv_heads / heads_per_lane;
+        let num_lanes = lanes_of_table(config);
+        let heads_per_lane = shape.num_kv_heads / num_lanes;
         let first_lane = table * num_lanes;
         let step_tile = tile_of(self.variant.has_16_columns, shape.group());
         let prompt_tile = prefill_rows(shape.head_dim) / shape.group();
@@ -234,9 +233,7 @@ impl Cuda {
 
     /// Fills the places of the new rows of one table, `[lane, token]`.
     fn make_places(&mut self, cache: &Cache, batch: &[(&Sequence, usize)], table: usize) {
-        let config = cache.config();
-        let num_lanes =
-            if config.lane_width == LaneWidth::Head { config.shape.num_kv_heads } else { 1 };
+        let num_lanes = lanes_of_table(cache.config());
         let first_lane = table * num_lanes;
         let places = &mut self.places[table];
         places.clear();
@@ -420,4 +417,9 @@ struct Blocks {
     block_stride: i64,
     head_stride: i64,
     table: usize,
+}
+
+/// Lanes whose blocks a table lists: one, or one for each KV head of a layer.
+fn lanes_of_table(config: &CacheConfig) -> usize {
+    if config.lane_width == LaneWidth::Head { config.shape.num_kv_heads } else { 1 }
 }
