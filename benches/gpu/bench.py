@@ -89,7 +89,19 @@ class Point:
         return tensor[i * self.batch:(i + 1) * self.batch]
 
 
-class Ours:
+class Launched:
+    """A kernel with the parameters of each of its buffers; call `i` uses buffer `i`."""
+
+    is_dependent, threads = True, 128
+
+    def __call__(self, i):
+        stream = torch.cuda.current_stream().cuda_stream
+        params = self.params[i % len(self.params)]
+        self.driver.launch(self.function, self.grid, self.threads, self.smem, stream, params,
+                           self.is_dependent)
+
+
+class Ours(Launched):
     """A decode kernel with its plan for a point."""
 
     def __init__(self, driver, module, point, is_wide=None, is_dependent=True):
@@ -119,14 +131,8 @@ class Ours:
                 kv_block=point.kv_heads * BLOCK * D, kv_head=BLOCK * D, kv_token=D,
                 scale=1 / math.sqrt(D), group=group, block_size=BLOCK))
 
-    def __call__(self, i):
-        stream = torch.cuda.current_stream().cuda_stream
-        params = self.params[i % len(self.params)]
-        self.driver.launch(self.function, self.grid, self.threads, self.smem, stream, params,
-                           self.is_dependent)
 
-
-class Quantized:
+class Quantized(Launched):
     """The same over sealed blocks, which repeat a few random ones: their content costs no time."""
 
     def __init__(self, driver, module, point, name):
@@ -161,11 +167,6 @@ class Quantized:
                 sealed_v=self.pool.data_ptr() + k_bytes, q_token=point.q_heads * D, q_head=D,
                 o_token=point.q_heads * D, o_head=D, sealed_block=some.shape[1],
                 sealed_head=k_bytes + v_bytes, scale=1 / math.sqrt(D), group=group, block_size=64))
-
-    def __call__(self, i):
-        stream = torch.cuda.current_stream().cuda_stream
-        params = self.params[i % len(self.params)]
-        self.driver.launch(self.function, self.grid, 128, self.smem, stream, params, True)
 
 
 def sdpa(point, backend):
