@@ -38,16 +38,13 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
             float x[2];
-            kvm_unpack<BF16>(q.b[i / 2][n][i % 2], x);
+            kvm_unpack_pair<BF16>(q.b[i / 2][n][i % 2], x);
             for (int j = 0; j < 2; j++) {
                 float size = x[j] < 0 ? -x[j] : x[j];
                 top = size > top ? size : top;
             }
         }
-        for (int mask = 1; mask < 4; mask *= 2) {
-            float other = kvm_shfl_xor(top, mask);
-            top = other > top ? other : top;
-        }
+        top = kvm_max_over<1, 4>(top); // the lanes of a column
         // 2^e of the largest element; where that is 0, or not finite, nothing is gained.
         u32 e = kvm_bits(top) >> 23;
         e = e == 0 || e >= 254 ? 127 : e;
@@ -55,7 +52,7 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
             float x[2];
-            kvm_unpack<BF16>(q.b[i / 2][n][i % 2], x);
+            kvm_unpack_pair<BF16>(q.b[i / 2][n][i % 2], x);
             q.b[i / 2][n][i % 2] = kvm_pack<false>(x[0] * scale, x[1] * scale);
         }
         for (int c = 0; c < 2; c++)

@@ -324,7 +324,7 @@ KVM_DEVICE void kvm_finish(const KvmDecode& p, const KvmItem& it, u32 column, u3
 
 /// By the CTA that finishes a head last: makes one result of its parts.
 template <bool BF16, int D, int NT, int WARPS>
-KVM_DEVICE void kvm_merge_parts(const KvmDecode& p, const KvmItem& it, u32 columns) {
+KVM_DEVICE void kvm_merge_head(const KvmDecode& p, const KvmItem& it, u32 columns) {
     constexpr int ROW = D + 4;
     for (u32 i = kvm_tid(); i < columns * D / 4; i += WARPS * 32) {
         u32 column = i / (D / 4), d = i % (D / 4) * 4;
@@ -397,7 +397,7 @@ KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D
         }
         kvm_sync();
         if (*done + 1 == it.num_parts) {
-            kvm_merge_parts<BF16, D, NT, WARPS>(p, it, columns);
+            kvm_merge_head<BF16, D, NT, WARPS>(p, it, columns);
             if (kvm_tid() == 0) p.tickets[it.ticket] = 0;
         }
     }

@@ -29,7 +29,8 @@ KVM_DEVICE u32 kvm_bid() { return blockIdx.x; }
 KVM_DEVICE u32 kvm_grid() { return gridDim.x; }
 KVM_DEVICE void kvm_sync() { __syncthreads(); }
 KVM_DEVICE void kvm_syncwarp() { __syncwarp(); }
-/// Orders memory for all CTAs; __threadfence would order it for all of time, and takes longer.
+/// What this thread has seen and written before is seen by who sees what it writes after. Acquire and
+/// release only: __threadfence is sequentially consistent, which takes longer and nobody needs.
 KVM_DEVICE void kvm_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 KVM_DEVICE u32 kvm_atomic_add(u32* p, u32 x) { return atomicAdd(p, x); }
 
@@ -171,26 +172,22 @@ KVM_DEVICE float kvm_log2(float x) {
 }
 #endif
 
+/// The maximum over lanes whose numbers differ in the bits FROM to END / 2.
+template <int FROM, int END> KVM_DEVICE float kvm_max_over(float x) {
+#pragma unroll
+    for (int mask = FROM; mask < END; mask *= 2) {
+        float other = kvm_shfl_xor(x, mask);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
 /// The sum and the maximum over the 8 lanes that hold the same columns of a result.
 KVM_DEVICE float kvm_sum_rows(float x) {
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) x += kvm_shfl_xor(x, mask);
     return x;
 }
-KVM_DEVICE float kvm_max_rows(float x) {
-#pragma unroll
-    for (int mask = 4; mask < 32; mask *= 2) {
-        float other = kvm_shfl_xor(x, mask);
-        x = other > x ? other : x;
-    }
-    return x;
-}
+KVM_DEVICE float kvm_max_rows(float x) { return kvm_max_over<4, 32>(x); }
 /// The maximum over the lanes of a warp.
-KVM_DEVICE float kvm_max_lanes(float x) {
-#pragma unroll
-    for (int mask = 1; mask < 4; mask *= 2) {
-        float other = kvm_shfl_xor(x, mask);
-        x = other > x ? other : x;
-    }
-    return kvm_max_rows(x);
-}
+KVM_DEVICE float kvm_max_lanes(float x) { return kvm_max_rows(kvm_max_over<1, 4>(x)); }

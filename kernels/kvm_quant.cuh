@@ -103,7 +103,7 @@ template <class F, int D> struct KvmChunk {
 };
 
 /// Two 16-bit elements as floats.
-template <bool BF16> KVM_DEVICE void kvm_unpack(u32 pair, float (&x)[2]) {
+template <bool BF16> KVM_DEVICE void kvm_unpack_pair(u32 pair, float (&x)[2]) {
     x[0] = BF16 ? kvm_float(pair << 16) : kvm_half_to_float(pair & 0xffff);
     x[1] = BF16 ? kvm_float(pair & 0xffff0000) : kvm_half_to_float(pair >> 16);
 }
