@@ -1004,7 +1004,7 @@ typedef struct {
    */
   uint32_t num_threads;
   /**
-   * Blocks, over all lanes of all sequences; at least 1.
+   * Blocks, over all lanes of all sequences; 1 to 2^31.
    */
   uint64_t num_blocks;
   /**

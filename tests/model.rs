@@ -357,6 +357,8 @@ fn bad_configurations_are_refused_by_name() {
     refuse(&|c| c.num_q_heads = 3, KVMGR_INVALID_ARGUMENT, "num_q_heads is 3");
     refuse(&|c| c.head_dim = 5000, KVMGR_INVALID_ARGUMENT, "head_dim is 5000");
     refuse(&|c| c.num_blocks = 0, KVMGR_INVALID_ARGUMENT, "num_blocks is 0");
+    let text = "num_blocks is 2147483649, must be in 1..=2147483648";
+    refuse(&|c| c.num_blocks = (1 << 31) + 1, KVMGR_INVALID_ARGUMENT, text);
     refuse(&|c| c.block_size = 5000, KVMGR_INVALID_ARGUMENT, "block_size is 5000");
     refuse(&|c| c.dtype = kvmgr_dtype(9), KVMGR_INVALID_ARGUMENT, "dtype is 9");
     refuse(&|c| c.lane_width = kvmgr_lane_width(9), KVMGR_INVALID_ARGUMENT, "lane_width is 9");

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::device::cuda::Gpu;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
+use crate::evictor;
 use crate::shape::{LaneWidth, MAX_BLOCK_SIZE, ModelShape, Rope};
 
 use super::Format;
@@ -18,7 +19,7 @@ pub struct CacheConfig {
     pub block_size: usize,
     /// What one block table covers.
     pub lane_width: LaneWidth,
-    /// Blocks, 1 to 2^32 - 2.
+    /// Blocks, 1 to [`evictor::MAX_SLOTS`].
     pub num_blocks: usize,
     /// Bytes of block memory; 0 for `num_blocks` open blocks.
     pub memory_limit: usize,
@@ -72,11 +73,11 @@ impl CacheConfig {
             self.block_size
         );
         ensure!(
-            (1..u32::MAX as usize).contains(&self.num_blocks),
+            (1..=evictor::MAX_SLOTS).contains(&self.num_blocks),
             InvalidArgument,
-            "num_blocks is {}, must be in 1..{}",
+            "num_blocks is {}, must be in 1..={}",
             self.num_blocks,
-            u32::MAX
+            evictor::MAX_SLOTS
         );
         if let Some(rope) = &self.rope {
             let (dims, head_dim) = (2 * rope.inv_freq.len(), self.shape.head_dim);

@@ -74,6 +74,9 @@ pub trait Evictor: Debug + Send + Sync {
     }
 }
 
+/// The largest capacity of an evictor: a link has room for 31 bits of a slot. So it is the largest pool.
+pub const MAX_SLOTS: usize = 1 << 31;
+
 /// How the registry describes an evictor.
 #[derive(Debug)]
 pub struct Entry {
@@ -83,11 +86,11 @@ pub struct Entry {
     pub summary: &'static str,
     /// Parameters in positional order.
     pub params: &'static [Param],
-    /// Makes an evictor over the slots `0..capacity`.
+    /// Makes an evictor over the slots `0..capacity`, at most [`MAX_SLOTS`].
     pub create: fn(&Args, usize) -> Box<dyn Evictor>,
 }
 
-/// Makes the evictor that `text` names over the slots `0..capacity`.
+/// Makes the evictor that `text` names over the slots `0..capacity`, at most [`MAX_SLOTS`].
 pub fn create(text: &str, capacity: usize) -> Result<Box<dyn Evictor>> {
     let stage = spec::parse_stage(text)?;
     let entry = crate::registry::find("evictor", EVICTORS, &stage)?;

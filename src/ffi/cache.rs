@@ -66,7 +66,7 @@ pub struct kvmgr_cache_config {
     pub dtype: kvmgr_dtype,
     /// Workers of the library for calls with num_workers 0; 0 means one for each core.
     pub num_threads: u32,
-    /// Blocks, over all lanes of all sequences; at least 1.
+    /// Blocks, over all lanes of all sequences; 1 to 2^31.
     pub num_blocks: u64,
     /// Bytes of block memory; 0 means num_blocks unquantized blocks. Addresses are reserved at
     /// once, memory is taken as blocks are used.

@@ -76,12 +76,12 @@ pub struct BlockManager {
 impl BlockManager {
     /// Every block free, nothing known.
     pub fn new(config: BlockConfig) -> Result<Self> {
-        let limit = 1 << 31;
         ensure!(
-            (1..=limit).contains(&config.num_blocks),
+            (1..=evictor::MAX_SLOTS).contains(&config.num_blocks),
             InvalidArgument,
-            "num_blocks is {}, must be in 1..={limit}",
-            config.num_blocks
+            "num_blocks is {}, must be in 1..={}",
+            config.num_blocks,
+            evictor::MAX_SLOTS
         );
         let evictor = evictor::create(&config.evictor, config.num_blocks)?;
         let mut pool = BlockPool::new(config.num_blocks, evictor);
