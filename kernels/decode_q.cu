@@ -9,7 +9,8 @@
 // for each column, p s by one for all, which follows the largest scale of a chunk.
 #include "kvm_quant.cuh"
 
-/// Q as f16, with what brings it back, for the columns that this lane has of results.
+/// Q as f16, for the columns that this lane has of results: the sums of what is in `b`, and what turns a
+/// product with `b` into a logit in units of log2.
 template <int D, int NT> struct KvmQueries {
     u32 b[D / 16][NT][2];
     float gain[NT][2], sum[NT][2];
@@ -56,7 +57,8 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
             q.b[i / 2][n][i % 2] = kvm_pack<false>(x[0] * scale, x[1] * scale);
         }
         for (int c = 0; c < 2; c++)
-            q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4));
+            q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4)) *
+                           (p.scale * KVM_LOG2E);
     }
     kvm_column_sums(q.b, q.sum);
 }
@@ -66,6 +68,10 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
 template <int NT> struct KvmSealedState {
     float unit, minimum[NT][2];
 };
+
+/// Weights are up to 2^KVM_SLACK and scales of values in `unit`s up to KVM_TOP_SCALE: f16 holds their
+/// product, and what it loses below is 2^-24 / 16 of the largest term.
+static constexpr float KVM_SLACK = 8, KVM_TOP_SCALE = 128;
 
 /// Chunks of the sealed rows of a part.
 template <class F, int D, int WARPS> struct KvmSealedRing {
@@ -85,121 +91,120 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
         return it.end < it.sealed_end ? it.end : it.sealed_end;
     }
 
-    /// Asks for the chunk that starts at a row, if the part has it.
-    KVM_DEVICE void load(const KvmDecode& p, const KvmItem& it, u32 row, int place) const {
-        if (row >= end(it)) return;
-        i64 at = p.pages[it.first_page + row / 64] * p.sealed_block + it.kv_head * p.sealed_head;
-        u32 chunk = row % 64 / F::TOKENS;
-        copy<Chunk::K>(places + place * BYTES, p.sealed_k + at + chunk * Chunk::K);
-        copy<Chunk::V>(places + place * BYTES + V_PLACE, p.sealed_v + at + chunk * Chunk::V);
+    /// The number of the block that holds a row, 0 if the part has no such sealed row.
+    KVM_DEVICE static u32 page(const KvmDecode& p, const KvmItem& it, u32 row) {
+        return row < end(it) ? p.pages[it.first_page + row / 64] : 0;
     }
 
-    /// Without the hint that memory is read once: with it ptxas (13.0, and the driver's) makes illegal
-    /// instructions of these copies, and of those of the open rows behind.
-    template <int N> KVM_DEVICE static void copy(unsigned char* to, const unsigned char* from) {
-        u32 lane = kvm_tid() % 32;
-#pragma unroll
-        for (int i = 0; i < N; i += 512) {
-            u32 at = i + lane * 16;
-            kvm_cp_async16(to + at, from + (at < N ? at : 0), at < N);
+    /// Asks for the chunk that starts at a row of the block `page`, if the part has it.
+    KVM_DEVICE void load(const KvmDecode& p, const KvmItem& it, u32 row, u32 page, int place) const {
+        if (row >= end(it)) return;
+        i64 at = page * p.sealed_block + it.kv_head * p.sealed_head + kvm_tid() % 32 * 16;
+        u32 chunk = row % 64 / F::TOKENS;
+        unsigned char* to = places + place * BYTES + kvm_tid() % 32 * 16;
+        copy<Chunk::K>(to, p.sealed_k + at + chunk * Chunk::K);
+        copy<Chunk::V>(to + V_PLACE, p.sealed_v + at + chunk * Chunk::V);
+    }
+
+    /// 512 bytes at a time, 16 of each lane. Without the hint that memory is read once: with it ptxas
+    /// (13.0, and the driver's) makes illegal instructions of these copies, and of those of the open
+    /// rows behind.
+    template <int N, int FIRST = 0>
+    KVM_DEVICE static void copy(unsigned char* to, const unsigned char* from) {
+        if constexpr (FIRST + 512 <= N) {
+            kvm_cp_async16_at<FIRST>(to, from);
+            copy<N, FIRST + 512>(to, from);
+        } else if constexpr (FIRST < N) {
+            if (FIRST + kvm_tid() % 32 * 16 < N) kvm_cp_async16_at<FIRST>(to, from);
         }
     }
 };
 
-/// Logits of a chunk in units of log2, from what the tensor cores give.
+/// Keys scaled by channel: the right operand takes the scales of the channels. Answers it with the sums of
+/// its columns and what the minima of the channels add.
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_scale_queries(const KvmQueries<D, NT>& q, const u32* meta,
+                                  u32 (&scaled)[D / 16][NT][2], float (&sum)[NT][2],
+                                  float (&minimum)[NT][2]) {
+    float all[NT][4] = {};
+#pragma unroll
+    for (int ks = 0; ks < D / 16; ks++) {
+        const u32* s = meta + ks * 8 + kvm_tid() % 4;
+        const u32 m[4] = {s[D / 2], s[D / 2], s[D / 2 + 4], s[D / 2 + 4]};
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            kvm_mma<false>(all[n], m, q.b[ks][n]);
+            for (int r = 0; r < 2; r++) {
+                u32 y = kvm_mul2(q.b[ks][n][r], s[r * 4]);
+                scaled[ks][n][r] = F::SECOND != 1 && ks % 2 ? kvm_mul2(y, 0x2c002c00) : y;
+            }
+        }
+    }
+    kvm_column_sums(scaled, sum);
+    for (int n = 0; n < NT; n++)
+        for (int c = 0; c < 2; c++) minimum[n][c] = all[n][c];
+}
+
+/// Products of the codes of a tile of 16 tokens with a right operand.
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_tile_products(const unsigned char* k, int tile, const u32 (&b)[D / 16][NT][2],
+                                  float (&acc)[NT][4]) {
+    u32 w[KvmChunk<F, D>::K_WORDS];
+    kvm_words(k, tile, w);
+#pragma unroll
+    for (int ks = 0; ks < D / 16; ks++) {
+        u32 a[4];
+        F::fragment(w, ks, a);
+#pragma unroll
+        for (int n = 0; n < NT; n++) kvm_mma<false>(acc[n], a, b[ks][n]);
+    }
+}
+
+/// Logits of a chunk in units of log2, none hidden and without a soft cap.
 template <class F, int D, int NT>
 KVM_DEVICE void kvm_chunk_logits(const KvmQueries<D, NT>& q, const unsigned char* k,
                                  float (&x)[F::TOKENS / 16][NT][4]) {
-    using Chunk = KvmChunk<F, D>;
-    constexpr int TILES = F::TOKENS / 16;
-    u32 lane = kvm_tid() % 32;
-    const unsigned char* meta = k + Chunk::CODES;
+    const unsigned char* meta = k + KvmChunk<F, D>::CODES;
     u32 scaled[F::IS_PER_CHANNEL ? D / 16 : 1][NT][2];
     float sum[NT][2], minimum[NT][2];
-    if constexpr (F::IS_PER_CHANNEL) {
-        float all[NT][4] = {};
+    if constexpr (F::IS_PER_CHANNEL)
+        kvm_scale_queries<F, D, NT>(q, (const u32*)meta, scaled, sum, minimum);
 #pragma unroll
-        for (int ks = 0; ks < D / 16; ks++) {
-            u32 at = ks * 8 + lane % 4;
-            const u32* s = (const u32*)meta + at;
-            const u32 m[4] = {s[D / 2], s[D / 2], s[D / 2 + 4], s[D / 2 + 4]};
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                kvm_mma<false>(all[n], m, q.b[ks][n]);
-                for (int r = 0; r < 2; r++) {
-                    u32 y = kvm_mul2(q.b[ks][n][r], s[r * 4]);
-                    scaled[ks][n][r] = F::SECOND != 1 && ks % 2 ? kvm_mul2(y, 0x2c002c00) : y;
-                }
-            }
-        }
-        kvm_column_sums(scaled, sum);
-        for (int n = 0; n < NT; n++)
-            for (int c = 0; c < 2; c++) minimum[n][c] = all[n][c] * q.gain[n][c];
-    } else {
-        for (int n = 0; n < NT; n++)
-            for (int c = 0; c < 2; c++) sum[n][c] = q.sum[n][c], minimum[n][c] = 0;
-    }
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        u32 w[Chunk::K_WORDS];
-        kvm_words(k, tile, w);
+    for (int tile = 0; tile < F::TOKENS / 16; tile++) {
         float acc[NT][4] = {};
-#pragma unroll
-        for (int ks = 0; ks < D / 16; ks++) {
-            u32 a[4];
-            F::fragment(w, ks, a);
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                if constexpr (F::IS_PER_CHANNEL) kvm_mma<false>(acc[n], a, scaled[ks][n]);
-                else kvm_mma<false>(acc[n], a, q.b[ks][n]);
-            }
-        }
+        if constexpr (F::IS_PER_CHANNEL) kvm_tile_products<F, D, NT>(k, tile, scaled, acc);
+        else kvm_tile_products<F, D, NT>(k, tile, q.b, acc);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-            const float* token = (const float*)meta + tile * 16 + lane / 4 + r / 2 * 8;
-            float high = r < 2 ? 1 : 1 / F::HIGH_ROW;
-            float s = F::IS_PER_CHANNEL ? high : token[0] * (F::GAIN * high);
-            float shift = F::IS_PER_CHANNEL || F::FLOATS == 1 ? -F::OFFSET * s
-                                                              : token[F::TOKENS] - F::OFFSET * s;
+            constexpr float HIGH = 1 / F::HIGH_ROW;
+            const float* token = (const float*)meta + tile * 16 + kvm_tid() % 32 / 4 + r / 2 * 8;
+            float s = F::IS_PER_CHANNEL ? r < 2 ? 1 : HIGH : token[0] * (r < 2 ? F::GAIN : F::GAIN * HIGH);
+            float m = F::IS_PER_CHANNEL || F::FLOATS == 1 ? 0 : token[F::TOKENS];
 #pragma unroll
-            for (int n = 0; n < NT; n++)
-                x[tile][n][r] = (s * acc[n][r] + shift * sum[n][r % 2]) * q.gain[n][r % 2] +
-                                minimum[n][r % 2];
+            for (int n = 0; n < NT; n++) {
+                float rest = F::IS_PER_CHANNEL ? minimum[n][r % 2] - F::OFFSET * s * sum[n][r % 2]
+                                               : (m - F::OFFSET * s) * q.sum[n][r % 2];
+                x[tile][n][r] = (s * acc[n][r] + rest) * q.gain[n][r % 2];
+            }
         }
     }
 }
 
-/// Turns logits into weights, and takes them into the state; alpha is what older outputs are worth.
-template <class F, int D, int NT>
-KVM_DEVICE void kvm_chunk_softmax(const KvmDecode& p, const KvmSight<NT>& sight, u32 row,
-                                  float (&x)[F::TOKENS / 16][NT][4], KvmState<D, NT>& st,
-                                  float (&alpha)[NT][2]) {
-    constexpr int TILES = F::TOKENS / 16;
+/// Caps logits, and hides rows that a column does not see.
+template <class F, int NT>
+KVM_DEVICE void kvm_hide(const KvmDecode& p, const KvmSight<NT>& sight, u32 row,
+                         float (&x)[F::TOKENS / 16][NT][4]) {
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int i = 0; i < F::TOKENS / 8; i++)
 #pragma unroll
-        for (int c = 0; c < 2; c++) {
-            float max = -KVM_INF;
+        for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int i = 0; i < 2 * TILES; i++) {
+            for (int c = 0; c < 2; c++) {
+                float& y = x[i / 2][n][i % 2 * 2 + c];
                 u32 token = row + kvm_tid() % 32 / 4 + i * 8;
-                float& y = x[i / 2][n][i % 2 * 2 + c];
-                y = kvm_logit(p, y, token >= sight.begin[n][c] && token < sight.end[n][c]);
-                max = y > max ? y : max;
+                if (p.softcap > 0) y = kvm_cap(p.softcap, y * KVM_LN2) * KVM_LOG2E;
+                y = token >= sight.begin[n][c] && token < sight.end[n][c] ? y : -KVM_INF;
             }
-            max = kvm_max_rows(max);
-            max = st.max[n][c] > max ? st.max[n][c] : max;
-            alpha[n][c] = kvm_weight(st.max[n][c], max);
-            st.max[n][c] = max;
-            float sum = 0;
-#pragma unroll
-            for (int i = 0; i < 2 * TILES; i++) {
-                float& y = x[i / 2][n][i % 2 * 2 + c];
-                y = kvm_weight(y, max);
-                sum += y;
-            }
-            st.sum[n][c] = st.sum[n][c] * alpha[n][c] + sum;
-        }
 }
 
 /// Scale and minimum of the values of a token of a chunk.
@@ -214,35 +219,78 @@ KVM_DEVICE void kvm_value_scale(const unsigned char* meta, u32 token, float& s, 
     }
 }
 
-/// Adds the values of a chunk, weighted by p, to the outputs.
-template <class F, int D, int NT>
-KVM_DEVICE void kvm_chunk_values(const unsigned char* v, float (&x)[F::TOKENS / 16][NT][4],
-                                 const float (&alpha)[NT][2], KvmState<D, NT>& st,
-                                 KvmSealedState<NT>& sealed) {
-    using Chunk = KvmChunk<F, D>;
-    constexpr int TILES = F::TOKENS / 16;
-    u32 lane = kvm_tid() % 32;
-    const unsigned char* meta = v + Chunk::CODES;
-    float s[2 * TILES], m[2 * TILES], top = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * TILES; i++) {
-        kvm_value_scale<F>(meta, lane / 4 + i * 8, s[i], m[i]);
-        top = s[i] > top ? s[i] : top;
-    }
+/// Brings the state to a new maximum of logits and, if need be, a new unit of outputs. `max` is of the
+/// logits of this lane, `top` of its scales of values.
+template <int D, int NT>
+KVM_DEVICE void kvm_rescale(const float (&max)[NT][2], float top, KvmState<D, NT>& st,
+                            KvmSealedState<NT>& sealed) {
     top = kvm_max_rows(top);
     float factor = 1;
-    if (sealed.unit == 0 ? top > 0 : top * sealed.unit > 4096) {
-        // From here on the largest scale is 64 to 128. Smaller ones later lose nothing that counts.
+    if (sealed.unit == 0 ? top > 0 : top * sealed.unit > KVM_TOP_SCALE) {
+        // From here on the largest scale is 16 to 32. Smaller ones later lose nothing that counts.
         u32 e = kvm_bits(top) >> 23;
-        float unit = kvm_float((e > 240 ? 20 : e < 20 ? 240 : 260 - e) << 23);
+        float unit = kvm_float((e > 240 ? 18 : e < 20 ? 238 : 258 - e) << 23);
         factor = sealed.unit == 0 ? 1 : unit * kvm_reciprocal(sealed.unit);
         sealed.unit = unit;
     }
-    u32 pb[TILES][NT][2];
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int c = 0; c < 2; c++) sealed.minimum[n][c] *= alpha[n][c];
+        for (int c = 0; c < 2; c++) {
+            float now = kvm_max_rows(max[n][c]), old = st.max[n][c];
+            now = old > now ? old : now;
+            float alpha = kvm_weight(old, now);
+            st.max[n][c] = now;
+            st.sum[n][c] *= alpha;
+            sealed.minimum[n][c] *= alpha;
+#pragma unroll
+            for (int d = 0; d < D / 16; d++)
+#pragma unroll
+                for (int r = c; r < 4; r += 2) st.o[d][n][r] *= alpha * factor;
+        }
+}
+
+/// Turns logits into weights p, and takes them into the state. The state's maximum may be exceeded by
+/// 2^KVM_SLACK, so that lanes seldom have to agree on a new one.
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_chunk_softmax(float (&x)[F::TOKENS / 16][NT][4], float top, KvmState<D, NT>& st,
+                                  KvmSealedState<NT>& sealed) {
+    float max[NT][2];
+    bool is_over = sealed.unit == 0 ? top > 0 : top * sealed.unit > KVM_TOP_SCALE;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            max[n][c] = -KVM_INF;
+#pragma unroll
+            for (int i = 0; i < F::TOKENS / 8; i++)
+                max[n][c] = kvm_max(max[n][c], x[i / 2][n][i % 2 * 2 + c]);
+            is_over |= max[n][c] > st.max[n][c] + KVM_SLACK;
+        }
+    if (kvm_ballot(is_over)) kvm_rescale(max, top, st, sealed);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            float base = st.max[n][c] == -KVM_INF ? 0 : st.max[n][c];
+#pragma unroll
+            for (int i = 0; i < F::TOKENS / 8; i++) {
+                float& y = x[i / 2][n][i % 2 * 2 + c];
+                y = kvm_exp2(y - base);
+                st.sum[n][c] += y;
+            }
+        }
+}
+
+/// Adds the values of a chunk, weighted by p, to the outputs.
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_chunk_values(const unsigned char* v, const float (&s)[F::TOKENS / 8],
+                                 const float (&m)[F::TOKENS / 8],
+                                 const float (&x)[F::TOKENS / 16][NT][4], KvmState<D, NT>& st,
+                                 KvmSealedState<NT>& sealed) {
+    using Chunk = KvmChunk<F, D>;
+    constexpr int TILES = F::TOKENS / 16;
+    u32 pb[TILES][NT][2];
 #pragma unroll
     for (int i = 0; i < 2 * TILES; i++) {
         float scale = s[i] * sealed.unit * (F::SECOND != 1 && i / 2 % 2 ? F::SECOND : 1);
@@ -253,19 +301,20 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, float (&x)[F::TOKENS / 
             pb[i / 2][n][i % 2] = kvm_movm(kvm_pack<false>(p0 * scale, p1 * scale));
         }
     }
-    float sum[NT][2];
-    if (F::OFFSET != 0) kvm_column_sums(pb, sum);
+    if constexpr (F::OFFSET != 0) {
+        float sum[NT][2];
+        kvm_column_sums(pb, sum);
+#pragma unroll
+        for (int d = 0; d < D / 16; d++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int r = 0; r < 4; r++) st.o[d][n][r] -= F::OFFSET * sum[n][r % 2];
+    }
 #pragma unroll
     for (int d = 0; d < D / 16; d++) {
         u32 w[Chunk::V_WORDS];
         kvm_words(v, d, w);
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                float offset = F::OFFSET != 0 ? F::OFFSET * sum[n][r % 2] : 0;
-                st.o[d][n][r] = st.o[d][n][r] * (alpha[n][r % 2] * factor) - offset;
-            }
 #pragma unroll
         for (int step = 0; step < TILES; step++) {
             u32 a[4];
@@ -276,6 +325,23 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, float (&x)[F::TOKENS / 
     }
 }
 
+/// Attends to a chunk; all its rows are seen and there is no soft cap, unless `is_partial`.
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_chunk(const KvmDecode& p, const KvmSight<NT>& sight, u32 row, bool is_partial,
+                          const KvmQueries<D, NT>& q, const unsigned char* k, const unsigned char* v,
+                          KvmState<D, NT>& st, KvmSealedState<NT>& sealed) {
+    float x[F::TOKENS / 16][NT][4], s[F::TOKENS / 8], m[F::TOKENS / 8], top = 0;
+    kvm_chunk_logits<F>(q, k, x);
+    if (is_partial) kvm_hide<F>(p, sight, row, x);
+#pragma unroll
+    for (int i = 0; i < F::TOKENS / 8; i++) {
+        kvm_value_scale<F>(v + KvmChunk<F, D>::CODES, kvm_tid() % 32 / 4 + i * 8, s[i], m[i]);
+        top = kvm_max(top, s[i]);
+    }
+    kvm_chunk_softmax<F>(x, top, st, sealed);
+    kvm_chunk_values<F>(v, s, m, x, st, sealed);
+}
+
 /// Attends to the sealed rows of a part.
 template <class F, bool BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
@@ -283,21 +349,25 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const Kvm
     using Ring = KvmSealedRing<F, D, WARPS>;
     Ring ring(smem);
     KvmQueries<D, NT> q;
-    u32 row = Ring::first(p, it);
-    ring.load(p, it, row, 0);
+    u32 row = Ring::first(p, it), page = Ring::page(p, it, row);
+    u32 next_page = Ring::page(p, it, row + Ring::STEP); // known when it is needed
+    ring.load(p, it, row, page, 0);
     kvm_cp_commit();
     kvm_prepare_q<BF16>(p, it, q);
     KvmSealedState<NT> sealed = {0, {}};
+    // The rows that all queries see, those of the first and of the last query.
+    u32 seen_end = it.len + 1 > it.num_queries ? it.len + 1 - it.num_queries : 0;
+    u32 seen_begin = p.window > 0 && it.len > p.window ? it.len - p.window : 0;
     for (int place = 0; row < Ring::end(it); place ^= 1, row += Ring::STEP) {
-        ring.load(p, it, row + Ring::STEP, place ^ 1);
+        ring.load(p, it, row + Ring::STEP, next_page, place ^ 1);
         kvm_cp_commit();
+        next_page = Ring::page(p, it, row + 2 * Ring::STEP);
         kvm_cp_wait<1>();
         kvm_syncwarp(); // the copies of all lanes have landed
-        float x[F::TOKENS / 16][NT][4], alpha[NT][2];
+        bool is_partial = p.softcap > 0 || row < seen_begin || row + F::TOKENS > seen_end ||
+                          row + F::TOKENS > it.end;
         const unsigned char* chunk = ring.places + place * Ring::BYTES;
-        kvm_chunk_logits<F>(q, chunk, x);
-        kvm_chunk_softmax<F>(p, sight, row, x, st, alpha);
-        kvm_chunk_values<F>(chunk + Ring::V_PLACE, x, alpha, st, sealed);
+        kvm_chunk<F>(p, sight, row, is_partial, q, chunk, chunk + Ring::V_PLACE, st, sealed);
         kvm_syncwarp(); // all lanes have left the place that is filled next
     }
     kvm_cp_wait<0>();

@@ -136,13 +136,16 @@ KVM_DEVICE void kvm_share_q(const KvmDecode& p, const KvmItem& it, KvmSharedQ<NT
                 shared.words[((ks * NT + n) * 2 + r) * 32 + kvm_tid() % 32] = q[ks][n][r];
 }
 
+/// cap tanh(x / cap)
+KVM_DEVICE float kvm_cap(float cap, float x) {
+    float y = kvm_exp2(2 * KVM_LOG2E * x * kvm_reciprocal(cap));
+    return cap * (1 - 2 * kvm_reciprocal(1 + y));
+}
+
 /// A logit in units of log2; -inf if the row is hidden.
 KVM_DEVICE float kvm_logit(const KvmDecode& p, float dot, bool is_seen) {
     float x = dot * p.scale;
-    if (p.softcap > 0) {
-        float y = kvm_exp2(2 * KVM_LOG2E * x * kvm_reciprocal(p.softcap));
-        x = p.softcap * (1 - 2 * kvm_reciprocal(1 + y));
-    }
+    if (p.softcap > 0) x = kvm_cap(p.softcap, x);
     return is_seen ? x * KVM_LOG2E : -KVM_INF;
 }
 

@@ -37,9 +37,9 @@ struct KvmInt4 {
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
         u32 x = words[step];
-        a[0] = (x & 0x000f000f) | 0x64006400, a[1] = (x & 0x00f000f0) | 0x64006400;
+        a[0] = kvm_and_or(x, 0x000f000f, 0x64006400), a[1] = kvm_and_or(x, 0x00f000f0, 0x64006400);
         x >>= 8;
-        a[2] = (x & 0x000f000f) | 0x64006400, a[3] = (x & 0x00f000f0) | 0x64006400;
+        a[2] = kvm_and_or(x, 0x000f000f, 0x64006400), a[3] = kvm_and_or(x, 0x00f000f0, 0x64006400);
     }
 };
 
@@ -87,9 +87,9 @@ struct KvmKivi2 {
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
         u32 x = words[step / 2], first = step % 2 ? 0x00300030 : 0x00030003, second = first << 2;
-        a[0] = (x & first) | 0x64006400, a[1] = (x & second) | 0x64006400;
+        a[0] = kvm_and_or(x, first, 0x64006400), a[1] = kvm_and_or(x, second, 0x64006400);
         x >>= 8;
-        a[2] = (x & first) | 0x64006400, a[3] = (x & second) | 0x64006400;
+        a[2] = kvm_and_or(x, first, 0x64006400), a[3] = kvm_and_or(x, second, 0x64006400);
     }
 };
 
