@@ -5,7 +5,8 @@
 //   O[channel, column] = sum of code (s p) + sum of m p
 //
 // A warp owns every WARPS-th chunk of tokens of its item (kvm_quant.cuh) and two places for chunks in
-// shared memory, which it fills ahead. Right operands are f16: Q is brought to about 1 by a power of two
+// shared memory, which it fills ahead: while warps meet in the one, the first chunk of the next item is on
+// its way to the other. Right operands are f16: Q is brought to about 1 by a power of two
 // for each column, p s by one for all, which follows the largest scale of a chunk.
 #include "kvm_quant.cuh"
 
@@ -30,16 +31,16 @@ KVM_DEVICE void kvm_column_sums(const u32 (&b)[KS][NT][2], float (&sum)[NT][2]) 
 }
 
 template <bool BF16, int D, int NT>
-KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<D, NT>& q) {
+KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const u32 (&raw)[D / 16][NT][2],
+                              KvmQueries<D, NT>& q) {
     u32 lane = kvm_tid() % 32;
-    kvm_load_q<D, NT>(p, it, q.b);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         float top = 0;
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
             float x[2];
-            kvm_unpack_pair<BF16>(q.b[i / 2][n][i % 2], x);
+            kvm_unpack_pair<BF16>(raw[i / 2][n][i % 2], x);
             for (int j = 0; j < 2; j++) {
                 float size = x[j] < 0 ? -x[j] : x[j];
                 top = size > top ? size : top;
@@ -53,7 +54,7 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
             float x[2];
-            kvm_unpack_pair<BF16>(q.b[i / 2][n][i % 2], x);
+            kvm_unpack_pair<BF16>(raw[i / 2][n][i % 2], x);
             q.b[i / 2][n][i % 2] = kvm_pack<false>(x[0] * scale, x[1] * scale);
         }
         for (int c = 0; c < 2; c++)
@@ -342,35 +343,50 @@ KVM_DEVICE void kvm_chunk(const KvmDecode& p, const KvmSight<NT>& sight, u32 row
     kvm_chunk_values<F>(v, s, m, x, st, sealed);
 }
 
-/// Attends to the sealed rows of a part.
+/// What a warp has asked for when it comes to an item: its first chunk, if `is_asked`, goes to `place`.
+struct KvmAhead {
+    int place;
+    bool is_asked;
+};
+
+/// Attends to the sealed rows of a part; asks for the first chunk of the next item, if there is one.
 template <class F, bool BF16, int D, int NT, int WARPS>
-KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
-                                unsigned char* smem, KvmState<D, NT>& st) {
+KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const KvmItem* next,
+                                const KvmSight<NT>& sight, const u32 (&raw)[D / 16][NT][2],
+                                const KvmSealedRing<F, D, WARPS>& ring, KvmAhead& ahead,
+                                KvmState<D, NT>& st) {
     using Ring = KvmSealedRing<F, D, WARPS>;
-    Ring ring(smem);
+    u32 row = Ring::first(p, it), end = Ring::end(it), next_row = next ? Ring::first(p, *next) : 0;
+    // The page of a chunk is asked for a chunk before it is needed.
+    auto page_of = [&](u32 row) {
+        return row < end ? Ring::page(p, it, row) : next ? Ring::page(p, *next, next_row) : 0;
+    };
+    auto ask = [&](u32 row, u32 page, int place) {
+        if (row < end) ring.load(p, it, row, page, place);
+        else if (next) ring.load(p, *next, next_row, page, place);
+        kvm_cp_commit();
+    };
+    u32 page = page_of(row + Ring::STEP);
+    if (!ahead.is_asked || row >= end) ask(row, page_of(row), ahead.place);
     KvmQueries<D, NT> q;
-    u32 row = Ring::first(p, it), page = Ring::page(p, it, row);
-    u32 next_page = Ring::page(p, it, row + Ring::STEP); // known when it is needed
-    ring.load(p, it, row, page, 0);
-    kvm_cp_commit();
-    kvm_prepare_q<BF16>(p, it, q);
+    kvm_prepare_q<BF16>(p, raw, q);
     KvmSealedState<NT> sealed = {0, {}};
     // The rows that all queries see, those of the first and of the last query.
     u32 seen_end = it.len + 1 > it.num_queries ? it.len + 1 - it.num_queries : 0;
     u32 seen_begin = p.window > 0 && it.len > p.window ? it.len - p.window : 0;
-    for (int place = 0; row < Ring::end(it); place ^= 1, row += Ring::STEP) {
-        ring.load(p, it, row + Ring::STEP, next_page, place ^ 1);
-        kvm_cp_commit();
-        next_page = Ring::page(p, it, row + 2 * Ring::STEP);
+    for (; row < end; ahead.place ^= 1, row += Ring::STEP) {
+        ask(row + Ring::STEP, page, ahead.place ^ 1);
+        page = page_of(row + 2 * Ring::STEP);
         kvm_cp_wait<1>();
         kvm_syncwarp(); // the copies of all lanes have landed
         bool is_partial = p.softcap > 0 || row < seen_begin || row + F::TOKENS > seen_end ||
                           row + F::TOKENS > it.end;
-        const unsigned char* chunk = ring.places + place * Ring::BYTES;
+        const unsigned char* chunk = ring.places + ahead.place * Ring::BYTES;
         kvm_chunk<F>(p, sight, row, is_partial, q, chunk, chunk + Ring::V_PLACE, st, sealed);
         kvm_syncwarp(); // all lanes have left the place that is filled next
     }
-    kvm_cp_wait<0>();
+    ahead.is_asked = next != nullptr;
+    if (!next) kvm_cp_wait<0>();
     float inverse = sealed.unit > 0 ? kvm_reciprocal(sealed.unit) : 0;
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -395,29 +411,65 @@ template <class F, int D, int WARPS> KVM_DEVICE constexpr int kvm_quant_bytes() 
     return SEALED > OPEN ? SEALED : OPEN;
 }
 
+/// Where warps meet: each in the place that it fills next. `places` has a bit for each warp.
+template <class F, int D, int WARPS> struct KvmPlaceMeeting {
+    unsigned char* smem;
+    u32 places;
+
+    KVM_DEVICE float* of(u32 warp) const {
+        return (float*)(smem + (warp * 2 + (~places >> warp & 1)) * KvmSealedRing<F, D, WARPS>::BYTES);
+    }
+
+    /// Warps go on to other places if they have an odd number of chunks of an item.
+    KVM_DEVICE void pass(const KvmDecode& p, const KvmItem& it) {
+        u32 begin = kvm_first_row(p, it, F::TOKENS), end = KvmSealedRing<F, D, WARPS>::end(it);
+        u32 chunks = begin < end ? (end - begin + F::TOKENS - 1) / F::TOKENS : 0;
+#pragma unroll
+        for (u32 w = 0; w < WARPS; w++) places ^= ((chunks + WARPS - 1 - w) / WARPS & 1) << w;
+    }
+};
+
 template <class F, bool BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
+    // With 16 columns there is no room, and registers are too few, to look ahead to the next item.
+    constexpr bool LOOKS_AHEAD = NT == 1;
+    KvmSealedRing<F, D, WARPS> ring(smem);
+    static_assert(!LOOKS_AHEAD || ring.BYTES >= kvm_meet_bytes(NT, 1));
+    KvmPlaceMeeting<F, D, WARPS> meeting = {smem, 0};
+    KvmAhead ahead = {0, false};
     kvm_let_next_start();
     KvmItem it = p.items[kvm_bid()];
     kvm_wait_for_previous();
     if (it.num_queries == 0) return;
+    u32 q[D / 16][NT][2];
+    kvm_load_q<D, NT>(p, it, q);
     for (;;) {
+        KvmItem next;
+        if (LOOKS_AHEAD) next = p.items[it.next];
         KvmState<D, NT> st;
         kvm_clear(st);
         KvmSight<NT> sight = kvm_sight<NT>(p, it);
-        if (it.begin < it.sealed_end) kvm_sealed_rows<F, BF16, D, NT, WARPS>(p, it, sight, smem, st);
+        if (it.begin < it.sealed_end) {
+            bool looks_ahead = LOOKS_AHEAD && it.next && it.end <= it.sealed_end;
+            kvm_sealed_rows<F, BF16>(p, it, looks_ahead ? &next : nullptr, sight, q, ring, ahead, st);
+            meeting.pass(p, it);
+        } else {
+            ahead.is_asked = false; // it had nothing to ask for
+        }
         if (it.end > it.sealed_end) {
-            u32 q[D / 16][NT][2];
             kvm_load_q<D, NT>(p, it, q);
             kvm_sync(); // places of chunks become places of tiles of other warps
-            KvmRing<D, 2, WARPS, false> ring(smem);
-            ring.begin(p, it);
-            ring.template attend<BF16, NT>(p, it, sight, q, st);
+            KvmRing<D, 2, WARPS, false> open(smem);
+            open.begin(p, it);
+            open.template attend<BF16, NT>(p, it, sight, q, st);
         }
-        kvm_sync(); // nobody reads tiles or chunks any more
-        kvm_meet<BF16, D, NT, WARPS>(p, it, st, (float*)smem);
+        if (LOOKS_AHEAD && it.next) kvm_load_q<D, NT>(p, next, q);
+        if (!LOOKS_AHEAD || it.end > it.sealed_end) kvm_sync(); // nobody reads tiles or chunks any more
+        if constexpr (LOOKS_AHEAD) kvm_meet<BF16, D, NT, WARPS>(p, it, st, meeting);
+        else kvm_meet<BF16, D, NT, WARPS>(p, it, st, KvmMeeting<NT>{(float*)smem});
         if (!it.next) return;
-        it = p.items[it.next];
+        it = LOOKS_AHEAD ? next : p.items[it.next];
+        if (!LOOKS_AHEAD) kvm_load_q<D, NT>(p, it, q);
         kvm_sync(); // all know whether theirs was the last part
     }
 }
