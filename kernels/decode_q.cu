@@ -92,16 +92,9 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
         return it.end < it.sealed_end ? it.end : it.sealed_end;
     }
 
-    /// The number of the block that holds a row, 0 if the part has no such sealed row.
-    KVM_DEVICE static u32 page(const KvmDecode& p, const KvmItem& it, u32 row) {
-        return row < end(it) ? p.pages[it.first_page + row / 64] : 0;
-    }
-
-    /// Asks for the chunk that starts at a row of the block `page`, if the part has it.
-    KVM_DEVICE void load(const KvmDecode& p, const KvmItem& it, u32 row, u32 page, int place) const {
-        if (row >= end(it)) return;
-        i64 at = page * p.sealed_block + it.kv_head * p.sealed_head + kvm_tid() % 32 * 16;
-        u32 chunk = row % 64 / F::TOKENS;
+    /// Asks for a chunk of a block of a head.
+    KVM_DEVICE void load(const KvmDecode& p, u32 kv_head, u32 page, u32 chunk, int place) const {
+        i64 at = page * p.sealed_block + kv_head * p.sealed_head + kvm_tid() % 32 * 16;
         unsigned char* to = places + place * BYTES + kvm_tid() % 32 * 16;
         copy<Chunk::K>(to, p.sealed_k + at + chunk * Chunk::K);
         copy<Chunk::V>(to + V_PLACE, p.sealed_v + at + chunk * Chunk::V);
@@ -195,16 +188,22 @@ KVM_DEVICE void kvm_chunk_logits(const KvmQueries<D, NT>& q, const unsigned char
 template <class F, int NT>
 KVM_DEVICE void kvm_hide(const KvmDecode& p, const KvmSight<NT>& sight, u32 row,
                          float (&x)[F::TOKENS / 16][NT][4]) {
+    if (p.softcap > 0) {
+#pragma unroll
+        for (int i = 0; i < F::TOKENS / 16 * NT * 4; i++) {
+            float& y = x[i / 4 / NT][i / 4 % NT][i % 4];
+            y = kvm_cap(p.softcap, y * KVM_LN2) * KVM_LOG2E;
+        }
+    }
 #pragma unroll
     for (int i = 0; i < F::TOKENS / 8; i++)
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                float& y = x[i / 2][n][i % 2 * 2 + c];
                 u32 token = row + kvm_tid() % 32 / 4 + i * 8;
-                if (p.softcap > 0) y = kvm_cap(p.softcap, y * KVM_LN2) * KVM_LOG2E;
-                y = token >= sight.begin[n][c] && token < sight.end[n][c] ? y : -KVM_INF;
+                bool is_seen = token >= sight.begin[n][c] && token < sight.end[n][c];
+                if (!is_seen) x[i / 2][n][i % 2 * 2 + c] = -KVM_INF;
             }
 }
 
@@ -349,27 +348,44 @@ struct KvmAhead {
     bool is_asked;
 };
 
+/// A chunk of some head: its number in the block `pages[index]`.
+struct KvmChunkAt {
+    u32 kv_head, index, chunk;
+    bool is_there;
+};
+
+/// The first chunk of this warp in an item.
+template <class F, class Ring> KVM_DEVICE KvmChunkAt kvm_first_chunk(const KvmDecode& p, const KvmItem& it) {
+    u32 row = Ring::first(p, it);
+    return {it.kv_head, it.first_page + row / 64, row % 64 / F::TOKENS, row < Ring::end(it)};
+}
+
 /// Attends to the sealed rows of a part; asks for the first chunk of the next item, if there is one.
 template <class F, bool BF16, int D, int NT, int WARPS>
-KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const KvmItem* next,
-                                const KvmSight<NT>& sight, const u32 (&raw)[D / 16][NT][2],
+KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const KvmChunkAt& next,
+                                bool looks_ahead, const KvmSight<NT>& sight,
+                                const u32 (&raw)[D / 16][NT][2],
                                 const KvmSealedRing<F, D, WARPS>& ring, KvmAhead& ahead,
                                 KvmState<D, NT>& st) {
     using Ring = KvmSealedRing<F, D, WARPS>;
-    u32 row = Ring::first(p, it), end = Ring::end(it), next_row = next ? Ring::first(p, *next) : 0;
-    // The page of a chunk is asked for a chunk before it is needed.
+    u32 row = Ring::first(p, it), end = Ring::end(it);
     auto page_of = [&](u32 row) {
-        return row < end ? Ring::page(p, it, row) : next ? Ring::page(p, *next, next_row) : 0;
+        return row < end || next.is_there ? p.pages[row < end ? it.first_page + row / 64 : next.index] : 0;
     };
     auto ask = [&](u32 row, u32 page, int place) {
-        if (row < end) ring.load(p, it, row, page, place);
-        else if (next) ring.load(p, *next, next_row, page, place);
+        bool is_here = row < end;
+        if (is_here || next.is_there)
+            ring.load(p, is_here ? it.kv_head : next.kv_head, page,
+                      is_here ? row % 64 / F::TOKENS : next.chunk, place);
         kvm_cp_commit();
     };
-    u32 page = page_of(row + Ring::STEP);
+    // The page of a chunk is asked for a chunk before it is needed, and `next` may be on its way too.
+    bool is_last = row + Ring::STEP >= end;
+    u32 page = is_last ? 0 : page_of(row + Ring::STEP);
     if (!ahead.is_asked || row >= end) ask(row, page_of(row), ahead.place);
     KvmQueries<D, NT> q;
     kvm_prepare_q<BF16>(p, raw, q);
+    if (is_last) page = page_of(end);
     KvmSealedState<NT> sealed = {0, {}};
     // The rows that all queries see, those of the first and of the last query.
     u32 seen_end = it.len + 1 > it.num_queries ? it.len + 1 - it.num_queries : 0;
@@ -385,8 +401,8 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const Kvm
         kvm_chunk<F>(p, sight, row, is_partial, q, chunk, chunk + Ring::V_PLACE, st, sealed);
         kvm_syncwarp(); // all lanes have left the place that is filled next
     }
-    ahead.is_asked = next != nullptr;
-    if (!next) kvm_cp_wait<0>();
+    ahead.is_asked = looks_ahead;
+    if (!looks_ahead) kvm_cp_wait<0>();
     float inverse = sealed.unit > 0 ? kvm_reciprocal(sealed.unit) : 0;
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -438,20 +454,23 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
     KvmPlaceMeeting<F, D, WARPS> meeting = {smem, 0};
     KvmAhead ahead = {0, false};
     kvm_let_next_start();
-    KvmItem it = p.items[kvm_bid()];
+    u32 me = kvm_bid();
+    KvmItem it = p.items[me];
     kvm_wait_for_previous();
     if (it.num_queries == 0) return;
     u32 q[D / 16][NT][2];
     kvm_load_q<D, NT>(p, it, q);
     for (;;) {
-        KvmItem next;
-        if (LOOKS_AHEAD) next = p.items[it.next];
         KvmState<D, NT> st;
         kvm_clear(st);
         KvmSight<NT> sight = kvm_sight<NT>(p, it);
         if (it.begin < it.sealed_end) {
             bool looks_ahead = LOOKS_AHEAD && it.next && it.end <= it.sealed_end;
-            kvm_sealed_rows<F, BF16>(p, it, looks_ahead ? &next : nullptr, sight, q, ring, ahead, st);
+            KvmChunkAt next = {};
+            if (looks_ahead)
+                next = kvm_first_chunk<F, KvmSealedRing<F, D, WARPS>>(p, p.items[it.next]);
+            kvm_sealed_rows<F, BF16>(p, it, next, looks_ahead, sight, q, ring, ahead, st);
+            it = p.items[me]; // again, so that it needs no registers meanwhile
             meeting.pass(p, it);
         } else {
             ahead.is_asked = false; // it had nothing to ask for
@@ -463,12 +482,14 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
             open.begin(p, it);
             open.template attend<BF16, NT>(p, it, sight, q, st);
         }
+        KvmItem next = p.items[it.next];
         if (LOOKS_AHEAD && it.next) kvm_load_q<D, NT>(p, next, q);
         if (!LOOKS_AHEAD || it.end > it.sealed_end) kvm_sync(); // nobody reads tiles or chunks any more
         if constexpr (LOOKS_AHEAD) kvm_meet<BF16, D, NT, WARPS>(p, it, st, meeting);
         else kvm_meet<BF16, D, NT, WARPS>(p, it, st, KvmMeeting<NT>{(float*)smem});
         if (!it.next) return;
-        it = LOOKS_AHEAD ? next : p.items[it.next];
+        me = it.next;
+        it = next;
         if (!LOOKS_AHEAD) kvm_load_q<D, NT>(p, it, q);
         kvm_sync(); // all know whether theirs was the last part
     }
