@@ -15,26 +15,22 @@ KVM_DEVICE void kvm_decode(const KvmDecode& p, unsigned char* smem) {
     kvm_wait_for_previous();
     if (it.num_queries == 0) return;
     ring.begin(p, it);
-    constexpr bool IS_SHARED = kvm_q_bytes(D, NT) > 0;
-    u32 own[IS_SHARED ? 1 : D / 16][NT][2];
-    if constexpr (!IS_SHARED) kvm_load_q<D, NT>(p, it, own);
     for (;;) {
         KvmItem next = p.items[it.next];
         KvmState<D, NT> st;
         kvm_clear(st);
-        if constexpr (IS_SHARED) {
+        if constexpr (kvm_q_bytes(D, NT) > 0) {
             KvmSharedQ<NT> q = {(u32*)(meet + kvm_meet_bytes(NT, WARPS) / 4)};
             if (kvm_tid() < 32) kvm_share_q<D>(p, it, q);
             kvm_sync();
             ring.template attend<BF16, NT>(p, it, kvm_sight<NT>(p, it), q, st);
         } else {
-            ring.template attend<BF16, NT>(p, it, kvm_sight<NT>(p, it), own, st);
+            u32 q[D / 16][NT][2];
+            kvm_load_q<D, NT>(p, it, q);
+            ring.template attend<BF16, NT>(p, it, kvm_sight<NT>(p, it), q, st);
         }
-        if (it.next) {
-            ring.begin(p, next);
-            if constexpr (!IS_SHARED) kvm_load_q<D, NT>(p, next, own);
-        }
-        kvm_meet<BF16, D, NT, WARPS>(p, it, st, KvmMeeting<NT>{meet});
+        if (it.next) ring.begin(p, next);
+        kvm_meet<BF16, D, NT, WARPS>(p, it, st, meet);
         if (!it.next) return;
         it = next;
     }

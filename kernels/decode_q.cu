@@ -5,42 +5,50 @@
 //   O[channel, column] = sum of code (s p) + sum of m p
 //
 // A warp owns every WARPS-th chunk of tokens of its item (kvm_quant.cuh) and two places for chunks in
-// shared memory, which it fills ahead: while warps meet in the one, the first chunk of the next item is on
-// its way to the other. Right operands are f16: Q is brought to about 1 by a power of two
+// shared memory, which it fills ahead. Right operands are f16: Q is brought to about 1 by a power of two
 // for each column, p s by one for all, which follows the largest scale of a chunk.
 #include "kvm_quant.cuh"
 
-/// Q as f16, for the columns that this lane has of results: the sums of what is in `b`, and what turns a
-/// product with `b` into a logit in units of log2.
-template <int D, int NT> struct KvmQueries {
-    u32 b[D / 16][NT][2];
-    float gain[NT][2], sum[NT][2];
-};
-
-/// Sums of the columns of a right operand, exactly as the tensor cores see it.
-template <int KS, int NT>
-KVM_DEVICE void kvm_column_sums(const u32 (&b)[KS][NT][2], float (&sum)[NT][2]) {
-    const u32 ones[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
+/// What a right operand gives with codes 0, exactly as the tensor cores see it: sums of its columns, times
+/// what fragments add.
+template <class F, int STEPS, int NT>
+KVM_DEVICE void kvm_zero_products(const u32 (&b)[STEPS][NT][2], float (&acc)[NT][4]) {
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        float all[4] = {};
+        for (int r = 0; r < 4; r++) acc[n][r] = 0;
 #pragma unroll
-        for (int ks = 0; ks < KS; ks++) kvm_mma<false>(all, ones, b[ks][n]);
-        sum[n][0] = all[0], sum[n][1] = all[1];
+        for (int step = 0; step < STEPS; step++) {
+            const u32 a[4] = {F::zero(step, 0), F::zero(step, 1), F::zero(step, 2), F::zero(step, 3)};
+            kvm_mma<false>(acc[n], a, b[step][n]);
+        }
     }
 }
 
-template <bool BF16, int D, int NT>
-KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const u32 (&raw)[D / 16][NT][2],
-                              KvmQueries<D, NT>& q) {
+/// Fragments of 1.
+struct KvmOnes {
+    KVM_DEVICE static constexpr u32 zero(int, int) { return 0x3c003c00; }
+};
+
+/// Q as f16, for the columns that this lane has of results; `gain` turns a product with `b` into a logit
+/// in units of log2.
+template <int D, int NT> struct KvmQueries {
+    u32 b[D / 16][NT][2];
+    float gain[NT][2];
+    /// Where keys are scaled by token: the sums of the columns of `b`, and its products with codes 0.
+    float sum[NT][2], zero[NT][4];
+};
+
+template <class F, bool BF16, int D, int NT>
+KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<D, NT>& q) {
     u32 lane = kvm_tid() % 32;
+    kvm_load_q<D, NT>(p, it, q.b);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         float top = 0;
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
             float x[2];
-            kvm_unpack_pair<BF16>(raw[i / 2][n][i % 2], x);
+            kvm_unpack_pair<BF16>(q.b[i / 2][n][i % 2], x);
             for (int j = 0; j < 2; j++) {
                 float size = x[j] < 0 ? -x[j] : x[j];
                 top = size > top ? size : top;
@@ -54,18 +62,22 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const u32 (&raw)[D / 16][NT][2
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
             float x[2];
-            kvm_unpack_pair<BF16>(raw[i / 2][n][i % 2], x);
+            kvm_unpack_pair<BF16>(q.b[i / 2][n][i % 2], x);
             q.b[i / 2][n][i % 2] = kvm_pack<false>(x[0] * scale, x[1] * scale);
         }
         for (int c = 0; c < 2; c++)
             q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4)) *
                            (p.scale * KVM_LOG2E);
     }
-    kvm_column_sums(q.b, q.sum);
+    if constexpr (F::IS_PER_CHANNEL) return;
+    float sum[NT][4];
+    kvm_zero_products<KvmOnes>(q.b, sum);
+    for (int n = 0; n < NT; n++) q.sum[n][0] = sum[n][0], q.sum[n][1] = sum[n][1];
+    if constexpr (F::HAS_OFFSET) kvm_zero_products<F>(q.b, q.zero);
 }
 
-/// What a warp knows beside KvmState while it is in sealed blocks: outputs are in units of 1 / unit,
-/// rows g+8 in units of HIGH_ROW times that, and lack `minimum`. `unit` is 0 before the first values.
+/// What a warp knows beside KvmState while it is in sealed blocks: outputs are in units of 1 / unit and
+/// lack `minimum`. `unit` is 0 before the first values.
 template <int NT> struct KvmSealedState {
     float unit, minimum[NT][2];
 };
@@ -92,9 +104,16 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
         return it.end < it.sealed_end ? it.end : it.sealed_end;
     }
 
-    /// Asks for a chunk of a block of a head.
-    KVM_DEVICE void load(const KvmDecode& p, u32 kv_head, u32 page, u32 chunk, int place) const {
-        i64 at = page * p.sealed_block + kv_head * p.sealed_head + kvm_tid() % 32 * 16;
+    /// The number of the block that holds a row, 0 if the part has no such sealed row.
+    KVM_DEVICE static u32 page(const KvmDecode& p, const KvmItem& it, u32 row) {
+        return row < end(it) ? p.pages[it.first_page + row / 64] : 0;
+    }
+
+    /// Asks for the chunk that starts at a row of the block `page`, if the part has it.
+    KVM_DEVICE void load(const KvmDecode& p, const KvmItem& it, u32 row, u32 page, int place) const {
+        if (row >= end(it)) return;
+        i64 at = page * p.sealed_block + it.kv_head * p.sealed_head + kvm_tid() % 32 * 16;
+        u32 chunk = row % 64 / F::TOKENS;
         unsigned char* to = places + place * BYTES + kvm_tid() % 32 * 16;
         copy<Chunk::K>(to, p.sealed_k + at + chunk * Chunk::K);
         copy<Chunk::V>(to + V_PLACE, p.sealed_v + at + chunk * Chunk::V);
@@ -114,32 +133,28 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
     }
 };
 
-/// Keys scaled by channel: the right operand takes the scales of the channels. Answers it with the sums of
-/// its columns and what the minima of the channels add.
+/// Keys scaled by channel: the right operand takes the scales of the channels. `start` is what the minima
+/// of the channels add, less its products with codes 0.
 template <class F, int D, int NT>
 KVM_DEVICE void kvm_scale_queries(const KvmQueries<D, NT>& q, const u32* meta,
-                                  u32 (&scaled)[D / 16][NT][2], float (&sum)[NT][2],
-                                  float (&minimum)[NT][2]) {
-    float all[NT][4] = {};
+                                  u32 (&scaled)[D / 16][NT][2], float (&start)[NT][4]) {
+    float minimum[NT][4] = {};
 #pragma unroll
     for (int ks = 0; ks < D / 16; ks++) {
         const u32* s = meta + ks * 8 + kvm_tid() % 4;
         const u32 m[4] = {s[D / 2], s[D / 2], s[D / 2 + 4], s[D / 2 + 4]};
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            kvm_mma<false>(all[n], m, q.b[ks][n]);
-            for (int r = 0; r < 2; r++) {
-                u32 y = kvm_mul2(q.b[ks][n][r], s[r * 4]);
-                scaled[ks][n][r] = F::SECOND != 1 && ks % 2 ? kvm_mul2(y, 0x2c002c00) : y;
-            }
+            kvm_mma<false>(minimum[n], m, q.b[ks][n]);
+            for (int r = 0; r < 2; r++) scaled[ks][n][r] = kvm_mul2(q.b[ks][n][r], s[r * 4]);
         }
     }
-    kvm_column_sums(scaled, sum);
+    kvm_zero_products<F>(scaled, start);
     for (int n = 0; n < NT; n++)
-        for (int c = 0; c < 2; c++) minimum[n][c] = all[n][c];
+        for (int r = 0; r < 4; r++) start[n][r] = minimum[n][r] - start[n][r];
 }
 
-/// Products of the codes of a tile of 16 tokens with a right operand.
+/// Adds the products of the codes of a tile of 16 tokens with a right operand.
 template <class F, int D, int NT>
 KVM_DEVICE void kvm_tile_products(const unsigned char* k, int tile, const u32 (&b)[D / 16][NT][2],
                                   float (&acc)[NT][4]) {
@@ -154,33 +169,44 @@ KVM_DEVICE void kvm_tile_products(const unsigned char* k, int tile, const u32 (&
     }
 }
 
+/// Logits of a tile of keys scaled by token: x = s (code . q) + m sum(q).
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_token_logits(const KvmQueries<D, NT>& q, const unsigned char* k, int tile,
+                                 float (&x)[NT][4]) {
+    for (int n = 0; n < NT; n++)
+        for (int r = 0; r < 4; r++) x[n][r] = F::HAS_OFFSET ? -q.zero[n][r] : 0;
+    kvm_tile_products<F, D, NT>(k, tile, q.b, x);
+    const float* meta = (const float*)(k + KvmChunk<F, D>::CODES) + tile * 16 + kvm_tid() % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        float s = meta[r / 2 * 8] * F::GAIN, m = F::FLOATS == 1 ? 0 : meta[F::TOKENS + r / 2 * 8];
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            float rest = F::FLOATS == 1 ? 0 : m * q.sum[n][r % 2];
+            x[n][r] = (s * x[n][r] + rest) * q.gain[n][r % 2];
+        }
+    }
+}
+
 /// Logits of a chunk in units of log2, none hidden and without a soft cap.
 template <class F, int D, int NT>
 KVM_DEVICE void kvm_chunk_logits(const KvmQueries<D, NT>& q, const unsigned char* k,
                                  float (&x)[F::TOKENS / 16][NT][4]) {
-    const unsigned char* meta = k + KvmChunk<F, D>::CODES;
-    u32 scaled[F::IS_PER_CHANNEL ? D / 16 : 1][NT][2];
-    float sum[NT][2], minimum[NT][2];
-    if constexpr (F::IS_PER_CHANNEL)
-        kvm_scale_queries<F, D, NT>(q, (const u32*)meta, scaled, sum, minimum);
+    if constexpr (F::IS_PER_CHANNEL) {
+        u32 scaled[D / 16][NT][2];
+        float start[NT][4];
+        kvm_scale_queries<F>(q, (const u32*)(k + KvmChunk<F, D>::CODES), scaled, start);
 #pragma unroll
-    for (int tile = 0; tile < F::TOKENS / 16; tile++) {
-        float acc[NT][4] = {};
-        if constexpr (F::IS_PER_CHANNEL) kvm_tile_products<F, D, NT>(k, tile, scaled, acc);
-        else kvm_tile_products<F, D, NT>(k, tile, q.b, acc);
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-            constexpr float HIGH = 1 / F::HIGH_ROW;
-            const float* token = (const float*)meta + tile * 16 + kvm_tid() % 32 / 4 + r / 2 * 8;
-            float s = F::IS_PER_CHANNEL ? r < 2 ? 1 : HIGH : token[0] * (r < 2 ? F::GAIN : F::GAIN * HIGH);
-            float m = F::IS_PER_CHANNEL || F::FLOATS == 1 ? 0 : token[F::TOKENS];
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                float rest = F::IS_PER_CHANNEL ? minimum[n][r % 2] - F::OFFSET * s * sum[n][r % 2]
-                                               : (m - F::OFFSET * s) * q.sum[n][r % 2];
-                x[tile][n][r] = (s * acc[n][r] + rest) * q.gain[n][r % 2];
-            }
+        for (int tile = 0; tile < F::TOKENS / 16; tile++) {
+            for (int n = 0; n < NT; n++)
+                for (int r = 0; r < 4; r++) x[tile][n][r] = start[n][r];
+            kvm_tile_products<F, D, NT>(k, tile, scaled, x[tile]);
+            for (int n = 0; n < NT; n++)
+                for (int r = 0; r < 4; r++) x[tile][n][r] *= q.gain[n][r % 2];
         }
+    } else {
+#pragma unroll
+        for (int tile = 0; tile < F::TOKENS / 16; tile++) kvm_token_logits<F>(q, k, tile, x[tile]);
     }
 }
 
@@ -293,7 +319,7 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, const float (&s)[F::TOK
     u32 pb[TILES][NT][2];
 #pragma unroll
     for (int i = 0; i < 2 * TILES; i++) {
-        float scale = s[i] * sealed.unit * (F::SECOND != 1 && i / 2 % 2 ? F::SECOND : 1);
+        float scale = s[i] * sealed.unit;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             float p0 = x[i / 2][n][i % 2 * 2], p1 = x[i / 2][n][i % 2 * 2 + 1];
@@ -301,15 +327,15 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, const float (&s)[F::TOK
             pb[i / 2][n][i % 2] = kvm_movm(kvm_pack<false>(p0 * scale, p1 * scale));
         }
     }
-    if constexpr (F::OFFSET != 0) {
-        float sum[NT][2];
-        kvm_column_sums(pb, sum);
+    if constexpr (F::HAS_OFFSET) {
+        float zero[NT][4];
+        kvm_zero_products<F>(pb, zero);
 #pragma unroll
         for (int d = 0; d < D / 16; d++)
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int r = 0; r < 4; r++) st.o[d][n][r] -= F::OFFSET * sum[n][r % 2];
+                for (int r = 0; r < 4; r++) st.o[d][n][r] -= zero[n][r];
     }
 #pragma unroll
     for (int d = 0; d < D / 16; d++) {
@@ -342,67 +368,35 @@ KVM_DEVICE void kvm_chunk(const KvmDecode& p, const KvmSight<NT>& sight, u32 row
     kvm_chunk_values<F>(v, s, m, x, st, sealed);
 }
 
-/// What a warp has asked for when it comes to an item: its first chunk, if `is_asked`, goes to `place`.
-struct KvmAhead {
-    int place;
-    bool is_asked;
-};
-
-/// A chunk of some head: its number in the block `pages[index]`.
-struct KvmChunkAt {
-    u32 kv_head, index, chunk;
-    bool is_there;
-};
-
-/// The first chunk of this warp in an item.
-template <class F, class Ring> KVM_DEVICE KvmChunkAt kvm_first_chunk(const KvmDecode& p, const KvmItem& it) {
-    u32 row = Ring::first(p, it);
-    return {it.kv_head, it.first_page + row / 64, row % 64 / F::TOKENS, row < Ring::end(it)};
-}
-
-/// Attends to the sealed rows of a part; asks for the first chunk of the next item, if there is one.
+/// Attends to the sealed rows of a part.
 template <class F, bool BF16, int D, int NT, int WARPS>
-KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const KvmChunkAt& next,
-                                bool looks_ahead, const KvmSight<NT>& sight,
-                                const u32 (&raw)[D / 16][NT][2],
-                                const KvmSealedRing<F, D, WARPS>& ring, KvmAhead& ahead,
-                                KvmState<D, NT>& st) {
+KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
+                                unsigned char* smem, KvmState<D, NT>& st) {
     using Ring = KvmSealedRing<F, D, WARPS>;
-    u32 row = Ring::first(p, it), end = Ring::end(it);
-    auto page_of = [&](u32 row) {
-        return row < end || next.is_there ? p.pages[row < end ? it.first_page + row / 64 : next.index] : 0;
-    };
-    auto ask = [&](u32 row, u32 page, int place) {
-        bool is_here = row < end;
-        if (is_here || next.is_there)
-            ring.load(p, is_here ? it.kv_head : next.kv_head, page,
-                      is_here ? row % 64 / F::TOKENS : next.chunk, place);
-        kvm_cp_commit();
-    };
-    // The page of a chunk is asked for a chunk before it is needed, and `next` may be on its way too.
-    bool is_last = row + Ring::STEP >= end;
-    u32 page = is_last ? 0 : page_of(row + Ring::STEP);
-    if (!ahead.is_asked || row >= end) ask(row, page_of(row), ahead.place);
+    Ring ring(smem);
     KvmQueries<D, NT> q;
-    kvm_prepare_q<BF16>(p, raw, q);
-    if (is_last) page = page_of(end);
+    u32 row = Ring::first(p, it), page = Ring::page(p, it, row);
+    u32 next_page = Ring::page(p, it, row + Ring::STEP); // known when it is needed
+    ring.load(p, it, row, page, 0);
+    kvm_cp_commit();
+    kvm_prepare_q<F, BF16>(p, it, q);
     KvmSealedState<NT> sealed = {0, {}};
     // The rows that all queries see, those of the first and of the last query.
     u32 seen_end = it.len + 1 > it.num_queries ? it.len + 1 - it.num_queries : 0;
     u32 seen_begin = p.window > 0 && it.len > p.window ? it.len - p.window : 0;
-    for (; row < end; ahead.place ^= 1, row += Ring::STEP) {
-        ask(row + Ring::STEP, page, ahead.place ^ 1);
-        page = page_of(row + 2 * Ring::STEP);
+    for (int place = 0; row < Ring::end(it); place ^= 1, row += Ring::STEP) {
+        ring.load(p, it, row + Ring::STEP, next_page, place ^ 1);
+        kvm_cp_commit();
+        next_page = Ring::page(p, it, row + 2 * Ring::STEP);
         kvm_cp_wait<1>();
         kvm_syncwarp(); // the copies of all lanes have landed
         bool is_partial = p.softcap > 0 || row < seen_begin || row + F::TOKENS > seen_end ||
                           row + F::TOKENS > it.end;
-        const unsigned char* chunk = ring.places + ahead.place * Ring::BYTES;
+        const unsigned char* chunk = ring.places + place * Ring::BYTES;
         kvm_chunk<F>(p, sight, row, is_partial, q, chunk, chunk + Ring::V_PLACE, st, sealed);
         kvm_syncwarp(); // all lanes have left the place that is filled next
     }
-    ahead.is_asked = looks_ahead;
-    if (!looks_ahead) kvm_cp_wait<0>();
+    kvm_cp_wait<0>();
     float inverse = sealed.unit > 0 ? kvm_reciprocal(sealed.unit) : 0;
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -413,7 +407,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const Kvm
 #pragma unroll
             for (int d = 0; d < D / 16; d++) {
                 st.o[d][n][c] = st.o[d][n][c] * inverse + minimum;
-                st.o[d][n][c + 2] = st.o[d][n][c + 2] * (inverse / F::HIGH_ROW) + minimum;
+                st.o[d][n][c + 2] = st.o[d][n][c + 2] * inverse + minimum;
             }
         }
 }
@@ -427,70 +421,29 @@ template <class F, int D, int WARPS> KVM_DEVICE constexpr int kvm_quant_bytes() 
     return SEALED > OPEN ? SEALED : OPEN;
 }
 
-/// Where warps meet: each in the place that it fills next. `places` has a bit for each warp.
-template <class F, int D, int WARPS> struct KvmPlaceMeeting {
-    unsigned char* smem;
-    u32 places;
-
-    KVM_DEVICE float* of(u32 warp) const {
-        return (float*)(smem + (warp * 2 + (~places >> warp & 1)) * KvmSealedRing<F, D, WARPS>::BYTES);
-    }
-
-    /// Warps go on to other places if they have an odd number of chunks of an item.
-    KVM_DEVICE void pass(const KvmDecode& p, const KvmItem& it) {
-        u32 begin = kvm_first_row(p, it, F::TOKENS), end = KvmSealedRing<F, D, WARPS>::end(it);
-        u32 chunks = begin < end ? (end - begin + F::TOKENS - 1) / F::TOKENS : 0;
-#pragma unroll
-        for (u32 w = 0; w < WARPS; w++) places ^= ((chunks + WARPS - 1 - w) / WARPS & 1) << w;
-    }
-};
-
 template <class F, bool BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
-    // With 16 columns there is no room, and registers are too few, to look ahead to the next item.
-    constexpr bool LOOKS_AHEAD = NT == 1;
-    KvmSealedRing<F, D, WARPS> ring(smem);
-    static_assert(!LOOKS_AHEAD || ring.BYTES >= kvm_meet_bytes(NT, 1));
-    KvmPlaceMeeting<F, D, WARPS> meeting = {smem, 0};
-    KvmAhead ahead = {0, false};
     kvm_let_next_start();
-    u32 me = kvm_bid();
-    KvmItem it = p.items[me];
+    KvmItem it = p.items[kvm_bid()];
     kvm_wait_for_previous();
     if (it.num_queries == 0) return;
-    u32 q[D / 16][NT][2];
-    kvm_load_q<D, NT>(p, it, q);
     for (;;) {
         KvmState<D, NT> st;
         kvm_clear(st);
         KvmSight<NT> sight = kvm_sight<NT>(p, it);
-        if (it.begin < it.sealed_end) {
-            bool looks_ahead = LOOKS_AHEAD && it.next && it.end <= it.sealed_end;
-            KvmChunkAt next = {};
-            if (looks_ahead)
-                next = kvm_first_chunk<F, KvmSealedRing<F, D, WARPS>>(p, p.items[it.next]);
-            kvm_sealed_rows<F, BF16>(p, it, next, looks_ahead, sight, q, ring, ahead, st);
-            it = p.items[me]; // again, so that it needs no registers meanwhile
-            meeting.pass(p, it);
-        } else {
-            ahead.is_asked = false; // it had nothing to ask for
-        }
+        if (it.begin < it.sealed_end) kvm_sealed_rows<F, BF16, D, NT, WARPS>(p, it, sight, smem, st);
         if (it.end > it.sealed_end) {
+            u32 q[D / 16][NT][2];
             kvm_load_q<D, NT>(p, it, q);
             kvm_sync(); // places of chunks become places of tiles of other warps
-            KvmRing<D, 2, WARPS, false> open(smem);
-            open.begin(p, it);
-            open.template attend<BF16, NT>(p, it, sight, q, st);
+            KvmRing<D, 2, WARPS, false> ring(smem);
+            ring.begin(p, it);
+            ring.template attend<BF16, NT>(p, it, sight, q, st);
         }
-        KvmItem next = p.items[it.next];
-        if (LOOKS_AHEAD && it.next) kvm_load_q<D, NT>(p, next, q);
-        if (!LOOKS_AHEAD || it.end > it.sealed_end) kvm_sync(); // nobody reads tiles or chunks any more
-        if constexpr (LOOKS_AHEAD) kvm_meet<BF16, D, NT, WARPS>(p, it, st, meeting);
-        else kvm_meet<BF16, D, NT, WARPS>(p, it, st, KvmMeeting<NT>{(float*)smem});
+        kvm_sync(); // nobody reads tiles or chunks any more
+        kvm_meet<BF16, D, NT, WARPS>(p, it, st, (float*)smem);
         if (!it.next) return;
-        me = it.next;
-        it = next;
-        if (!LOOKS_AHEAD) kvm_load_q<D, NT>(p, it, q);
+        it = p.items[it.next];
         kvm_sync(); // all know whether theirs was the last part
     }
 }

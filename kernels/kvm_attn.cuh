@@ -344,17 +344,11 @@ KVM_DEVICE void kvm_merge_head(const KvmDecode& p, const KvmItem& it, u32 column
     }
 }
 
-/// Where warps meet: kvm_meet_bytes of shared memory, warp after warp.
-template <int NT> struct KvmMeeting {
-    float* all;
-    KVM_DEVICE float* of(u32 warp) const { return all + warp * 8 * NT * 68; }
-};
-
 /// Makes one result of what the warps have and writes it, 64 channels at a time; the last CTA of a
-/// head that was split merges the parts.
-template <bool BF16, int D, int NT, int WARPS, class Meeting>
+/// head that was split merges the parts. `meet` is shared memory, kvm_meet_bytes.
+template <bool BF16, int D, int NT, int WARPS = kvm_warps(D)>
 KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D, NT>& st,
-                         const Meeting& meeting) {
+                         float* meet) {
     constexpr int ROW = 68;
     u32 lane = kvm_tid() % 32, warp = kvm_tid() / 32, columns = it.num_queries * p.group;
     float* partial = p.partials + ((i64)it.slot + it.part) * 8 * NT * (D + 4);
@@ -369,7 +363,7 @@ KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 u32 column = n * 8 + lane % 4 * 2 + c;
-                float* row = meeting.of(warp) + column * ROW;
+                float* row = meet + (warp * 8 * NT + column) * ROW;
 #pragma unroll
                 for (int d = 0; d < 4; d++) {
                     row[d * 16 + lane / 4] = st.o[first / 16 + d][n][c];
@@ -383,7 +377,7 @@ KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D
             KvmPart r = {-KVM_INF, 0, {}};
 #pragma unroll
             for (int w = 0; w < WARPS; w++) {
-                const float* row = meeting.of(w) + column * ROW;
+                const float* row = meet + (w * 8 * NT + column) * ROW;
                 float o[4] = {row[d], row[d + 1], row[d + 2], row[d + 3]};
                 r.add(row[64], row[65], o);
             }
@@ -398,7 +392,7 @@ KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D
         kvm_sync(); // the place is free for the next channels
     }
     if (it.num_parts > 1) {
-        u32* done = (u32*)meeting.of(0) + 66; // a word that no row uses
+        u32* done = (u32*)meet + 66; // a word that no row uses
         if (kvm_tid() == 0) {
             kvm_fence(); // the CTA's part before its ticket
             *done = kvm_atomic_add(p.tickets + it.ticket, 1);
