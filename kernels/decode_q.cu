@@ -368,16 +368,28 @@ KVM_DEVICE void kvm_chunk(const KvmDecode& p, const KvmSight<NT>& sight, u32 row
     kvm_chunk_values<F>(v, s, m, x, st, sealed);
 }
 
+/// The blocks of the first chunks of a warp in a part.
+struct KvmFirstPages {
+    u32 first, second;
+};
+template <class F, int D, int WARPS>
+KVM_DEVICE KvmFirstPages kvm_first_pages(const KvmDecode& p, const KvmItem& it) {
+    using Ring = KvmSealedRing<F, D, WARPS>;
+    u32 row = Ring::first(p, it);
+    return {Ring::page(p, it, row), Ring::page(p, it, row + Ring::STEP)};
+}
+
 /// Attends to the sealed rows of a part.
 template <class F, bool BF16, int D, int NT, int WARPS>
-KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
-                                unsigned char* smem, KvmState<D, NT>& st) {
+KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstPages pages,
+                                const KvmSight<NT>& sight, unsigned char* smem,
+                                KvmState<D, NT>& st) {
     using Ring = KvmSealedRing<F, D, WARPS>;
     Ring ring(smem);
     KvmQueries<D, NT> q;
-    u32 row = Ring::first(p, it), page = Ring::page(p, it, row);
-    u32 next_page = Ring::page(p, it, row + Ring::STEP); // known when it is needed
-    ring.load(p, it, row, page, 0);
+    u32 row = Ring::first(p, it);
+    ring.load(p, it, row, pages.first, 0);
+    u32 next_page = pages.second;
     kvm_cp_commit();
     kvm_prepare_q<F, BF16>(p, it, q);
     KvmSealedState<NT> sealed = {0, {}};
@@ -425,25 +437,28 @@ template <class F, bool BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
     kvm_let_next_start();
     KvmItem it = p.items[kvm_bid()];
+    auto pages = kvm_first_pages<F, D, WARPS>(p, it); // lists of blocks are older than the kernel before
     kvm_wait_for_previous();
     if (it.num_queries == 0) return;
     for (;;) {
         KvmState<D, NT> st;
         kvm_clear(st);
         KvmSight<NT> sight = kvm_sight<NT>(p, it);
-        if (it.begin < it.sealed_end) kvm_sealed_rows<F, BF16, D, NT, WARPS>(p, it, sight, smem, st);
+        if (it.begin < it.sealed_end)
+            kvm_sealed_rows<F, BF16, D, NT, WARPS>(p, it, pages, sight, smem, st);
         if (it.end > it.sealed_end) {
             u32 q[D / 16][NT][2];
             kvm_load_q<D, NT>(p, it, q);
             kvm_sync(); // places of chunks become places of tiles of other warps
             KvmRing<D, 2, WARPS, false> ring(smem);
-            ring.begin(p, it);
+            ring.begin(p, it, ring.pages(p, it));
             ring.template attend<BF16, NT>(p, it, sight, q, st);
         }
         kvm_sync(); // nobody reads tiles or chunks any more
         kvm_meet<BF16, D, NT, WARPS>(p, it, st, (float*)smem);
         if (!it.next) return;
         it = p.items[it.next];
+        pages = kvm_first_pages<F, D, WARPS>(p, it);
         kvm_sync(); // all know whether theirs was the last part
     }
 }

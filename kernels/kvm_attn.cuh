@@ -262,14 +262,23 @@ template <int D, int STAGES, int WARPS = kvm_warps(D), bool IS_HINTED = true> st
         return (begin > it.sealed_end ? begin : it.sealed_end) + kvm_tid() / 32 * 16;
     }
 
-    /// Asks for the first tiles of a part.
-    KVM_DEVICE void begin(const KvmDecode& p, const KvmItem& it) const {
-        u32 row = first(p, it), pages[STAGES];
+    /// The blocks of the first tiles of a part.
+    struct Pages {
+        u32 of[STAGES - 1];
+    };
+    KVM_DEVICE Pages pages(const KvmDecode& p, const KvmItem& it) const {
+        Pages pages;
 #pragma unroll
-        for (int i = 0; i < STAGES - 1; i++) pages[i] = kvm_page(p, it, row + i * STEP);
+        for (int i = 0; i < STAGES - 1; i++) pages.of[i] = kvm_page(p, it, first(p, it) + i * STEP);
+        return pages;
+    }
+
+    /// Asks for the first tiles of a part.
+    KVM_DEVICE void begin(const KvmDecode& p, const KvmItem& it, const Pages& pages) const {
+        u32 row = first(p, it);
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) {
-            kvm_load_tile<D, IS_HINTED>(p, it, row + i * STEP, pages[i], tiles + i * TILE);
+            kvm_load_tile<D, IS_HINTED>(p, it, row + i * STEP, pages.of[i], tiles + i * TILE);
             kvm_cp_commit();
         }
     }
