@@ -4,21 +4,23 @@
 //   x[token, column] = code . (q s) + q . m           keys scaled by channel
 //   O[channel, column] = sum of code (s p) + sum of m p
 //
+// where codes count from the middle one, whose value is m.
+//
 // A warp owns every WARPS-th chunk of tokens of its item (kvm_quant.cuh) and two places for chunks in
 // shared memory, which it fills ahead. Right operands are f16: Q is brought to about 1 by a power of two
 // for each column, p s by one for all, which follows the largest scale of a chunk.
 #include "kvm_quant.cuh"
 
-/// What a right operand gives with codes 0, exactly as the tensor cores see it: sums of its columns, times
+/// What a right operand gives with middle codes, exactly as the tensor cores see it: sums of its columns, times
 /// what fragments add.
 template <class F, int STEPS, int NT>
-KVM_DEVICE void kvm_zero_products(const u32 (&b)[STEPS][NT][2], float (&acc)[NT][4]) {
+KVM_DEVICE void kvm_middle_products(const u32 (&b)[STEPS][NT][2], float (&acc)[NT][4]) {
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         for (int r = 0; r < 4; r++) acc[n][r] = 0;
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            const u32 a[4] = {F::zero(step, 0), F::zero(step, 1), F::zero(step, 2), F::zero(step, 3)};
+            const u32 a[4] = {F::middle(step, 0), F::middle(step, 1), F::middle(step, 2), F::middle(step, 3)};
             kvm_mma<false>(acc[n], a, b[step][n]);
         }
     }
@@ -26,7 +28,7 @@ KVM_DEVICE void kvm_zero_products(const u32 (&b)[STEPS][NT][2], float (&acc)[NT]
 
 /// Fragments of 1.
 struct KvmOnes {
-    KVM_DEVICE static constexpr u32 zero(int, int) { return 0x3c003c00; }
+    KVM_DEVICE static constexpr u32 middle(int, int) { return 0x3c003c00; }
 };
 
 /// Q as f16, for the columns that this lane has of results; `gain` turns a product with `b` into a logit
@@ -34,8 +36,8 @@ struct KvmOnes {
 template <int D, int NT> struct KvmQueries {
     u32 b[D / 16][NT][2];
     float gain[NT][2];
-    /// Where keys are scaled by token: the sums of the columns of `b`, and its products with codes 0.
-    float sum[NT][2], zero[NT][4];
+    /// Where keys are scaled by token: the sums of the columns of `b`, and its products with middle codes.
+    float sum[NT][2], middle[NT][4];
 };
 
 template <class F, bool BF16, int D, int NT>
@@ -71,15 +73,15 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
     }
     if constexpr (F::IS_PER_CHANNEL) return;
     float sum[NT][4];
-    kvm_zero_products<KvmOnes>(q.b, sum);
+    kvm_middle_products<KvmOnes>(q.b, sum);
     for (int n = 0; n < NT; n++) q.sum[n][0] = sum[n][0], q.sum[n][1] = sum[n][1];
-    if constexpr (F::HAS_OFFSET) kvm_zero_products<F>(q.b, q.zero);
+    if constexpr (F::HAS_OFFSET) kvm_middle_products<F>(q.b, q.middle);
 }
 
 /// What a warp knows beside KvmState while it is in sealed blocks: outputs are in units of 1 / unit and
-/// lack `minimum`. `unit` is 0 before the first values.
+/// lack `middle`. `unit` is 0 before the first values.
 template <int NT> struct KvmSealedState {
-    float unit, minimum[NT][2];
+    float unit, middle[NT][2];
 };
 
 /// Weights are up to 2^KVM_SLACK and scales of values in `unit`s up to KVM_TOP_SCALE: f16 holds their
@@ -133,25 +135,27 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
     }
 };
 
-/// Keys scaled by channel: the right operand takes the scales of the channels. `start` is what the minima
-/// of the channels add, less its products with codes 0.
+/// Keys scaled by channel: the right operand takes the scales of the channels. `start` is what the middles
+/// of the channels add, less its products with middle codes.
 template <class F, int D, int NT>
 KVM_DEVICE void kvm_scale_queries(const KvmQueries<D, NT>& q, const u32* meta,
                                   u32 (&scaled)[D / 16][NT][2], float (&start)[NT][4]) {
-    float minimum[NT][4] = {};
+    float middle[NT][4] = {};
 #pragma unroll
     for (int ks = 0; ks < D / 16; ks++) {
         const u32* s = meta + ks * 8 + kvm_tid() % 4;
-        const u32 m[4] = {s[D / 2], s[D / 2], s[D / 2 + 4], s[D / 2 + 4]};
+        const u32 center = kvm_pack<false>(F::CENTER, F::CENTER);
+        u32 low = kvm_fma2(s[0], center, s[D / 2]), high = kvm_fma2(s[4], center, s[D / 2 + 4]);
+        const u32 m[4] = {low, low, high, high};
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            kvm_mma<false>(minimum[n], m, q.b[ks][n]);
+            kvm_mma<false>(middle[n], m, q.b[ks][n]);
             for (int r = 0; r < 2; r++) scaled[ks][n][r] = kvm_mul2(q.b[ks][n][r], s[r * 4]);
         }
     }
-    kvm_zero_products<F>(scaled, start);
+    kvm_middle_products<F>(scaled, start);
     for (int n = 0; n < NT; n++)
-        for (int r = 0; r < 4; r++) start[n][r] = minimum[n][r] - start[n][r];
+        for (int r = 0; r < 4; r++) start[n][r] = middle[n][r] - start[n][r];
 }
 
 /// Adds the products of the codes of a tile of 16 tokens with a right operand.
@@ -174,12 +178,13 @@ template <class F, int D, int NT>
 KVM_DEVICE void kvm_token_logits(const KvmQueries<D, NT>& q, const unsigned char* k, int tile,
                                  float (&x)[NT][4]) {
     for (int n = 0; n < NT; n++)
-        for (int r = 0; r < 4; r++) x[n][r] = F::HAS_OFFSET ? -q.zero[n][r] : 0;
+        for (int r = 0; r < 4; r++) x[n][r] = F::HAS_OFFSET ? -q.middle[n][r] : 0;
     kvm_tile_products<F, D, NT>(k, tile, q.b, x);
     const float* meta = (const float*)(k + KvmChunk<F, D>::CODES) + tile * 16 + kvm_tid() % 32 / 4;
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-        float s = meta[r / 2 * 8] * F::GAIN, m = F::FLOATS == 1 ? 0 : meta[F::TOKENS + r / 2 * 8];
+        float s = meta[r / 2 * 8] * F::GAIN;
+        float m = F::FLOATS == 1 ? 0 : meta[F::TOKENS + r / 2 * 8] + F::CENTER * s;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             float rest = F::FLOATS == 1 ? 0 : m * q.sum[n][r % 2];
@@ -233,15 +238,15 @@ KVM_DEVICE void kvm_hide(const KvmDecode& p, const KvmSight<NT>& sight, u32 row,
             }
 }
 
-/// Scale and minimum of the values of a token of a chunk.
+/// Scale and middle of the values of a token of a chunk.
 template <class F>
 KVM_DEVICE void kvm_value_scale(const unsigned char* meta, u32 token, float& s, float& m) {
     if constexpr (F::IS_PER_CHANNEL) {
         u32 pair = ((const u32*)meta)[token];
-        s = kvm_half_to_float(pair & 0xffff), m = kvm_half_to_float(pair >> 16);
+        s = kvm_half_to_float(pair & 0xffff), m = kvm_half_to_float(pair >> 16) + F::CENTER * s;
     } else {
         const float* at = (const float*)meta + token;
-        s = at[0] * F::GAIN, m = F::FLOATS == 2 ? at[F::TOKENS] : 0;
+        s = at[0] * F::GAIN, m = F::FLOATS == 2 ? at[F::TOKENS] + F::CENTER * s : 0;
     }
 }
 
@@ -268,7 +273,7 @@ KVM_DEVICE void kvm_rescale(const float (&max)[NT][2], float top, KvmState<D, NT
             float alpha = kvm_weight(old, now);
             st.max[n][c] = now;
             st.sum[n][c] *= alpha;
-            sealed.minimum[n][c] *= alpha;
+            sealed.middle[n][c] *= alpha;
 #pragma unroll
             for (int d = 0; d < D / 16; d++)
 #pragma unroll
@@ -323,19 +328,19 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, const float (&s)[F::TOK
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             float p0 = x[i / 2][n][i % 2 * 2], p1 = x[i / 2][n][i % 2 * 2 + 1];
-            if (F::FLOATS == 2) sealed.minimum[n][0] += m[i] * p0, sealed.minimum[n][1] += m[i] * p1;
+            if (F::FLOATS == 2) sealed.middle[n][0] += m[i] * p0, sealed.middle[n][1] += m[i] * p1;
             pb[i / 2][n][i % 2] = kvm_movm(kvm_pack<false>(p0 * scale, p1 * scale));
         }
     }
     if constexpr (F::HAS_OFFSET) {
-        float zero[NT][4];
-        kvm_zero_products<F>(pb, zero);
+        float middle[NT][4];
+        kvm_middle_products<F>(pb, middle);
 #pragma unroll
         for (int d = 0; d < D / 16; d++)
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int r = 0; r < 4; r++) st.o[d][n][r] -= zero[n][r];
+                for (int r = 0; r < 4; r++) st.o[d][n][r] -= middle[n][r];
     }
 #pragma unroll
     for (int d = 0; d < D / 16; d++) {
@@ -414,12 +419,12 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-            // Each lane has the minima of its tokens only.
-            float minimum = F::FLOATS == 2 ? kvm_sum_rows(sealed.minimum[n][c]) : 0;
+            // Each lane has the middles of its tokens only.
+            float middle = F::FLOATS == 2 ? kvm_sum_rows(sealed.middle[n][c]) : 0;
 #pragma unroll
             for (int d = 0; d < D / 16; d++) {
-                st.o[d][n][c] = st.o[d][n][c] * inverse + minimum;
-                st.o[d][n][c + 2] = st.o[d][n][c + 2] * inverse + minimum;
+                st.o[d][n][c] = st.o[d][n][c] * inverse + middle;
+                st.o[d][n][c + 2] = st.o[d][n][c + 2] * inverse + middle;
             }
         }
 }

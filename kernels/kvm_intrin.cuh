@@ -160,6 +160,12 @@ KVM_DEVICE u32 kvm_mul2(u32 a, u32 b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
     return x;
 }
+/// a b + c for two pairs of f16.
+KVM_DEVICE u32 kvm_fma2(u32 a, u32 b, u32 c) {
+    u32 x;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+    return x;
+}
 KVM_DEVICE float kvm_infinity() { return __int_as_float(0x7f800000); }
 KVM_DEVICE float kvm_exp2(float x) {
     float y;

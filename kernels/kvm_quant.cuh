@@ -19,8 +19,9 @@
 //
 // Codes become f16 in one instruction for two: their bits are put into the fraction of a number whose
 // exponent makes the lowest of them worth 1. So 4 bits from bit 2 on are 256 + c, from bit 6 on 16 + c.
-// What that adds is what the same fragments of codes 0 give, and is taken away again. It must not be
-// large: the tensor cores cut off what is 2^-23 or so of the largest term.
+// What that adds is what the same fragments of the middle code CENTER give, and is taken away again; so
+// the minimum m becomes m + CENTER s. It must not be large: the tensor cores cut off what is 2^-23 or so
+// of the largest term. Nor should codes be, whose right operand is rounded to f16 where that of m is not.
 //
 //   token formats    K, V: s f32 [TOKENS], m f32 [TOKENS] if there is a minimum
 //   channel formats  K: s f16 [D], m f16 [D]      V: (s, m) f16 [TOKENS]
@@ -31,8 +32,8 @@
 struct KvmInt4 {
     static constexpr int BITS = 4, TOKENS = 64, FLOATS = 2;
     static constexpr bool IS_PER_CHANNEL = false, HAS_OFFSET = true;
-    /// Fragments are what they add plus code / GAIN.
-    static constexpr float GAIN = 1;
+    /// Fragments are middle() plus (code - CENTER) / GAIN.
+    static constexpr float GAIN = 1, CENTER = 7.5f;
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
         for (int i = 0; i < 2; i++) {
@@ -41,15 +42,15 @@ struct KvmInt4 {
             a[2 * i + 1] = kvm_and_or(x, 0x03c003c0, 0x4c004c00);
         }
     }
-    /// Register r of a fragment of codes 0.
-    KVM_DEVICE static constexpr u32 zero(int, int r) { return r % 2 ? 0x4c004c00 : 0x5c005c00; }
+    /// Register r of a fragment of middle codes: 16 and 256 plus 7.5.
+    KVM_DEVICE static constexpr u32 middle(int, int r) { return r % 2 ? 0x4de04de0 : 0x5c1e5c1e; }
 };
 
 /// 8 bits, s for each token (the quantizer `int8`). Codes are stored with 128 added.
 struct KvmInt8 {
     static constexpr int BITS = 8, TOKENS = 32, FLOATS = 1;
     static constexpr bool IS_PER_CHANNEL = false, HAS_OFFSET = true;
-    static constexpr float GAIN = 1;
+    static constexpr float GAIN = 1, CENTER = 0;
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
         for (int i = 0; i < 2; i++) {
@@ -58,14 +59,14 @@ struct KvmInt8 {
             a[2 * i + 1] = kvm_prmt(x, 0x64646464, 0x4342);
         }
     }
-    KVM_DEVICE static constexpr u32 zero(int, int) { return 0x64806480; } // 1024 + 128
+    KVM_DEVICE static constexpr u32 middle(int, int) { return 0x64806480; } // 1024 + 128
 };
 
 /// E4M3 and s for each token (the quantizer `fp8(e4m3)`). Bits are moved, so f16 sees x / 256.
 struct KvmE4m3 {
     static constexpr int BITS = 8, TOKENS = 32, FLOATS = 1;
     static constexpr bool IS_PER_CHANNEL = false, HAS_OFFSET = false;
-    static constexpr float GAIN = 256;
+    static constexpr float GAIN = 256, CENTER = 0;
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
         for (int i = 0; i < 2; i++) {
@@ -75,7 +76,6 @@ struct KvmE4m3 {
             a[2 * i + 1] = kvm_and_or(high, 0x80008000, high >> 1 & 0x3f803f80);
         }
     }
-    KVM_DEVICE static constexpr u32 zero(int, int) { return 0; }
 };
 
 /// 4 bits, keys scaled by channel (the quantizer `kivi(bits=4)` with groups of a block or more).
@@ -87,19 +87,20 @@ struct KvmKivi4 : KvmInt4 {
 struct KvmKivi2 {
     static constexpr int BITS = 2, TOKENS = 64, FLOATS = 2;
     static constexpr bool IS_PER_CHANNEL = true, HAS_OFFSET = true;
-    static constexpr float GAIN = 1;
+    static constexpr float GAIN = 1, CENTER = 1.5f;
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
         for (int i = 0; i < 2; i++) {
             u32 x = i ? kvm_rotate_right(words[step / 2], 8) : words[step / 2];
-            u32 first = step % 2 ? 0x00c000c0 : 0x000c000c;
-            a[2 * i] = kvm_and_or(x, first, zero(step, 0));
-            a[2 * i + 1] = kvm_and_or(x, first << 2, zero(step, 1));
+            bool is_second = step % 2;
+            u32 first = is_second ? 0x00c000c0 : 0x000c000c;
+            a[2 * i] = kvm_and_or(x, first, is_second ? 0x4c004c00 : 0x5c005c00);
+            a[2 * i + 1] = kvm_and_or(x, first << 2, is_second ? 0x44004400 : 0x54005400);
         }
     }
-    /// 256, 64, 16 and 4.
-    KVM_DEVICE static constexpr u32 zero(int step, int r) {
-        return step % 2 ? r % 2 ? 0x44004400 : 0x4c004c00 : r % 2 ? 0x54005400 : 0x5c005c00;
+    /// 256, 64, 16 and 4 plus 1.5.
+    KVM_DEVICE static constexpr u32 middle(int step, int r) {
+        return step % 2 ? r % 2 ? 0x45804580 : 0x4c604c60 : r % 2 ? 0x54185418 : 0x5c065c06;
     }
 };
 
