@@ -38,8 +38,8 @@ KVM_DEVICE void kvm_decode(const KvmDecode& p, unsigned char* smem) {
 }
 
 /// Launched with WARPS * 32 threads and kvm_ring_bytes(D, 2, WARPS) + kvm_meet_bytes(NT, WARPS) +
-/// kvm_q_bytes(D, NT) of shared memory. The grid never changes: the work of a CTA is read here, so a plan can change
-/// under a CUDA graph.
+/// kvm_q_bytes(D, NT) of shared memory. The grid never changes: the work of a CTA is read here, so a plan
+/// can change under a CUDA graph.
 #define KVM_DECODE(name, BF16, D, NT, WARPS, CTAS)                                                \
     KVM_KERNEL((WARPS) * 32, CTAS, name, KvmDecode) {                                             \
         KVM_DYN_SMEM(smem);                                                                       \
