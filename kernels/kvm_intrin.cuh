@@ -148,6 +148,10 @@ KVM_DEVICE float kvm_half_to_float(u32 bits) {
 /// Four of the bytes of `low` (0 to 3) and `high` (4 to 7), one for each nibble of `which`.
 KVM_DEVICE u32 kvm_prmt(u32 low, u32 high, u32 which) { return __byte_perm(low, high, which); }
 KVM_DEVICE u32 kvm_rotate_right(u32 x, u32 bits) { return __funnelshift_r(x, x, bits); }
+/// Each rounded by itself, so that nothing is fused.
+KVM_DEVICE float kvm_add(float a, float b) { return __fadd_rn(a, b); }
+KVM_DEVICE float kvm_multiply(float a, float b) { return __fmul_rn(a, b); }
+KVM_DEVICE float kvm_divide(float a, float b) { return __fdiv_rn(a, b); }
 /// (a & b) | c, which compilers make two instructions of where b and c are constants.
 KVM_DEVICE u32 kvm_and_or(u32 a, u32 b, u32 c) {
     u32 x;

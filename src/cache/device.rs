@@ -4,13 +4,13 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::rows::SIDES;
 use super::{Block, BlockView, Cache, CacheConfig, Format, OPEN};
-use crate::device::cuda::{DeviceMemory, Gpu};
+use crate::device::cuda::params::Seal;
+use crate::device::cuda::{DeviceMemory, Gpu, Kernel};
 use crate::device::layout::{self, Sealed};
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
-use crate::quantizer::{Cell, Side};
+use crate::quantizer::Side;
 
 /// Blocks on a device start at multiples of this, so that a page table of 32-bit numbers reaches a
 /// terabyte: page `i` starts `i * PAGE_BYTES` bytes behind the start of the memory.
@@ -45,8 +45,37 @@ pub(super) fn check(config: &CacheConfig) -> Result<()> {
     Ok(())
 }
 
+/// What makes sealed blocks of open ones on a device.
+#[derive(Debug)]
+pub(super) struct Sealer {
+    /// How kernels read sealed blocks.
+    layout: Sealed,
+    kernel: Kernel,
+}
+
+impl Sealer {
+    /// Loads the kernel; `None` if sealed blocks are raw or on the host.
+    pub(super) fn load(config: &CacheConfig, formats: &[Format]) -> Result<Option<Self>> {
+        let (Some(layout), Some(device), Some(memory)) =
+            (sealed_layout(config, formats)?, &config.device, &config.memory)
+        else {
+            return Ok(None);
+        };
+        let (dim, open) = (config.shape.head_dim, memory.open.name());
+        let name = format!("kvm_seal_{}_{open}_d{dim}", layout.name());
+        // Rows as f32, codes, scales: KvmSealed of kernels/seal.cu.
+        let shared = 64 * 5 * dim as u32 + 1024;
+        let _entered = device.gpu.enter()?;
+        let kernel = device.gpu.kernel(&name, SEAL_THREADS, shared)?;
+        Ok(Some(Self { layout, kernel }))
+    }
+}
+
+/// Threads of a CTA of the kernel that seals.
+const SEAL_THREADS: u32 = 128;
+
 /// How kernels read the sealed blocks; `None` if these are raw.
-pub(super) fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<Sealed>> {
+fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<Sealed>> {
     let (Some(_), Some(format)) = (&config.device, formats.get(1)) else { return Ok(None) };
     let dim = config.shape.head_dim;
     let layouts = [&format.key, &format.value].map(|side| layout_of(&side.spec(), dim));
@@ -124,34 +153,33 @@ impl Cache {
 
     /// How kernels read the sealed blocks; `None` if these are raw or on the host.
     pub fn sealed_layout(&self) -> Option<Sealed> {
-        self.layout
+        self.sealer.as_ref().map(|sealer| sealer.layout)
     }
 
-    /// [`Cache::seal`] on a device, by way of the host: waits for the device.
-    pub(super) fn seal_on_device(&self, block: Block, layout: Sealed) -> Option<BlockView> {
+    /// [`Cache::seal`] on a device: queues the kernel that encodes the block, after all that writes it. A
+    /// block stays open while a graph is captured.
+    pub(super) fn seal_on_device(&self, block: Block, sealer: &Sealer) -> Option<BlockView> {
         let memory = self.device.as_ref()?;
-        if self.is_shared(block.id) {
-            return None;
-        }
-        let open = self.block_bytes(&block.view).ok()?;
-        let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
-        let (from, to) = (&self.formats()[OPEN], &self.formats()[self.sealed_format()]);
-        let mut sealed = vec![0; to.block_bytes];
-        let mut rows = vec![0.0; tokens * dim];
-        for cell in 0..self.config().lane_width.cells(&self.config().shape) {
-            for side in SIDES {
-                let bytes = &open[from.range(cell, side, tokens, dim)];
-                let source = Cell { bytes, tokens, dim, rows: 0..tokens, ahead: &[] };
-                from.side(side).decode(&source, &mut rows);
-                let range = to.range(cell, side, tokens, dim);
-                let mut encoded = vec![0; range.len()];
-                to.side(side).encode(&rows, dim, &mut encoded);
-                layout.to_device(dim, side == Side::Key, &encoded, &mut sealed[range]);
-            }
-        }
+        let gpu = memory.gpu();
+        let _entered = gpu.enter().ok()?;
+        gpu.ensure_not_capturing("commit").ok()?;
+        let (shape, tokens) = (&self.config().shape, self.config().block_size);
+        let [open, sealed] = [OPEN, self.sealed_format()].map(|i| &self.formats()[i]);
+        let start = |format: &Format, cell, side| {
+            format.range(cell, side, tokens, shape.head_dim).start as i64
+        };
+        let cells = self.config().lane_width.cells(shape) as u32;
         self.replace(block, self.sealed_format(), |target| {
+            let params = Seal {
+                open: address(&block.view),
+                sealed: address(target),
+                open_cell: start(open, 1, Side::Key) / 2,
+                sealed_cell: start(sealed, 1, Side::Key),
+                sealed_v: start(sealed, 0, Side::Value),
+                rotates: 0,
+            };
             // A failure is one of the device, which answers the same to all that follows.
-            _ = memory.write(address(target), &sealed);
+            _ = gpu.launch(&sealer.kernel, 2 * cells, &params);
         })
     }
 

@@ -25,7 +25,6 @@ use self::slab::Slab;
 use crate::block::prefix::{self, Digest};
 use crate::block::{BlockId, BlockPool, EntryId, Released};
 use crate::device::cuda::DeviceMemory;
-use crate::device::layout::Sealed;
 use crate::error::{Result, bail, ensure};
 use crate::evictor;
 use crate::quantizer::{self, Side};
@@ -58,8 +57,8 @@ pub struct Cache {
     offload: Mutex<Option<Arc<dyn Offload>>>,
     /// The memory of the blocks, if it is on a device.
     device: Option<Arc<DeviceMemory>>,
-    /// How the device reads sealed blocks, if they are not raw.
-    layout: Option<Sealed>,
+    /// What seals blocks on the device, if sealed ones are not raw.
+    sealer: Option<device::Sealer>,
     state: RwLock<State>,
     /// Counters that sequences add to.
     pub counters: Counters,
@@ -122,7 +121,7 @@ impl Cache {
             device::check(&config)?;
         }
         let (formats, sealed) = Self::make_formats(&config)?;
-        let layout = device::sealed_layout(&config, &formats)?;
+        let sealer = device::Sealer::load(&config, &formats)?;
         let num_blocks = config.num_blocks;
         let evictor = evictor::create(&config.evictor, num_blocks)?;
         let limit = match (config.memory_limit, formats.first()) {
@@ -151,7 +150,7 @@ impl Cache {
             root,
             offload: Mutex::new(None),
             device,
-            layout,
+            sealer,
             state: RwLock::new(state),
             counters: Counters::default(),
         }))

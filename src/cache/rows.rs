@@ -45,8 +45,8 @@ impl Cache {
     /// Seals a full open block: encodes its cells once. `None` if the block is shared or there is
     /// no memory for it now; it stays open and can be sealed later.
     pub fn seal(&self, block: Block) -> Option<BlockView> {
-        if let Some(layout) = self.sealed_layout() {
-            return self.seal_on_device(block, layout);
+        if let Some(sealer) = &self.sealer {
+            return self.seal_on_device(block, sealer);
         }
         self.replace(block, self.sealed_format(), |target| {
             let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);

@@ -361,7 +361,10 @@ inline u32 kvm_prmt(u32 low, u32 high, u32 which) {
     for (int i = 0; i < 4; i++) x |= (u32)(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return x;
 }
-inline u32 kvm_rotate_right(u32 x, u32 bits) { return x >> bits | x << (32 - bits); }
+inline u32 kvm_rotate_right(u32 x, u32 bits) { return x >> bits | x << (32 - bits) % 32; }
+inline float kvm_add(float a, float b) { return a + b; }
+inline float kvm_multiply(float a, float b) { return a * b; }
+inline float kvm_divide(float a, float b) { return a / b; }
 inline u32 kvm_and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 inline u32 kvm_fma2(u32 a, u32 b, u32 c) {
     auto one = [](u32 a, u32 b, u32 c) {

@@ -12,6 +12,7 @@
 #include "decode_f16.cu"
 #include "decode_q.cu"
 #include "prefill.cu"
+#include "seal.cu"
 
 #include <sys/mman.h>
 

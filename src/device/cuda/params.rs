@@ -119,6 +119,23 @@ pub struct Append {
 // SAFETY: the fields of KvmAppend in kernels/append.cu.
 unsafe impl Params for Append {}
 
+/// `KvmSeal`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/seal.cu describes them")]
+pub struct Seal {
+    pub open: u64,
+    pub sealed: u64,
+    pub open_cell: i64,
+    pub sealed_cell: i64,
+    pub sealed_v: i64,
+    pub rotates: u32,
+}
+
+// SAFETY: the fields of KvmSeal in kernels/seal.cu.
+unsafe impl Params for Seal {}
+
 // The compiler of the kernels pads structs to their alignment as repr(C) does.
 const _: () = assert!(size_of::<Decode>() == 22 * 8 + 5 * 4 + 4);
 const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);
+const _: () = assert!(size_of::<Seal>() == 5 * 8 + 4 + 4);
