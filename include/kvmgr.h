@@ -2608,7 +2608,8 @@ kvmgr_status kvmgr_sequence_replay(kvmgr_sequence *sequence,
  * drafts are undone. Blocks that are full are encoded and, with the prefix flag, shared. After
  * kvmgr_sequence_end_prefill this is a decode step and runs the decode phase of the policy; if
  * that runs out of blocks the tokens are committed all the same and the next step tries again.
- * On a CUDA device the encoding of a full block waits for what is queued.
+ * On a CUDA device the encoding of full blocks is queued on the stream; while a graph is captured they stay
+ * open and are encoded by a later commit.
  *
  * @param tokens the ids of the tokens, or NULL: the sequence is not shared by prefix from then on
  * @param num_tokens 0 to the number reserved

@@ -4,7 +4,8 @@
 //   x[token, column] = code . (q s) + q . m           keys scaled by channel
 //   O[channel, column] = sum of code (s p) + sum of m p
 //
-// where codes count from the middle one, whose value is m.
+// where codes count from the middle one, whose value is m. Where keys are kept rotated, Q is rotated too;
+// where values are, the rotation of what they add up to is taken back.
 //
 // A warp owns every WARPS-th chunk of tokens of its item (kvm_quant.cuh) and two places for chunks in
 // shared memory, which it fills ahead. Right operands are f16: Q is brought to about 1 by a power of two
@@ -40,21 +41,46 @@ template <int D, int NT> struct KvmQueries {
     float sum[NT][2], middle[NT][4];
 };
 
+/// Elements of a pair a and b whose numbers differ in a bit, one step of a rotation.
+KVM_DEVICE void kvm_butterfly(float& a, float& b) {
+    float sum = a + b;
+    b = a - b, a = sum;
+}
+/// The same where the other one is in the lane that `mask` tells apart.
+KVM_DEVICE float kvm_butterfly(float x, u32 mask) {
+    float other = kvm_shfl_xor(x, (int)mask);
+    return kvm_tid() & mask ? other - x : x + other;
+}
+/// What a rotation of D elements is multiplied by.
+template <int D> KVM_DEVICE constexpr float kvm_rotation_factor() {
+    return D == 64 ? 0.125f : 0.0883883461f;
+}
+
 template <class F, bool BF16, int D, int NT>
 KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<D, NT>& q) {
+    constexpr int N = D / 4; // elements of a column in a lane; its four lanes have pairs in turn
     u32 lane = kvm_tid() % 32;
     kvm_load_q<D, NT>(p, it, q.b);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        float top = 0;
+        float x[N / 2][2], top = 0, unit = p.scale * KVM_LOG2E;
 #pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-            float x[2];
-            kvm_unpack_pair<BF16>(q.b[i / 2][n][i % 2], x);
-            for (int j = 0; j < 2; j++) {
-                float size = x[j] < 0 ? -x[j] : x[j];
-                top = size > top ? size : top;
-            }
+        for (int i = 0; i < N / 2; i++) kvm_unpack_pair<BF16>(q.b[i / 2][n][i % 2], x[i]);
+        if (p.rotates & 1) {
+#pragma unroll
+            for (int half = 1; half < N; half *= 2)
+#pragma unroll
+                for (int i = 0; i < N; i++)
+                    if (!(i & half)) kvm_butterfly(x[i / 2][i % 2], x[(i + half) / 2][(i + half) % 2]);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                x[i / 2][i % 2] = kvm_butterfly(kvm_butterfly(x[i / 2][i % 2], 1), 2);
+            unit *= kvm_rotation_factor<D>();
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            float y = x[i / 2][i % 2], size = y < 0 ? -y : y;
+            top = size > top ? size : top;
         }
         top = kvm_max_over<1, 4>(top); // the lanes of a column
         // 2^e of the largest element; where that is 0, or not finite, nothing is gained.
@@ -62,14 +88,10 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
         e = e == 0 || e >= 254 ? 127 : e;
         float scale = kvm_float((254 - e) << 23);
 #pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-            float x[2];
-            kvm_unpack_pair<BF16>(q.b[i / 2][n][i % 2], x);
-            q.b[i / 2][n][i % 2] = kvm_pack<false>(x[0] * scale, x[1] * scale);
-        }
+        for (int i = 0; i < N / 2; i++)
+            q.b[i / 2][n][i % 2] = kvm_pack<false>(x[i][0] * scale, x[i][1] * scale);
         for (int c = 0; c < 2; c++)
-            q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4)) *
-                           (p.scale * KVM_LOG2E);
+            q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4)) * unit;
     }
     if constexpr (F::IS_PER_CHANNEL) return;
     float sum[NT][4];
@@ -384,6 +406,31 @@ KVM_DEVICE KvmFirstPages kvm_first_pages(const KvmDecode& p, const KvmItem& it) 
     return {Ring::page(p, it, row), Ring::page(p, it, row + Ring::STEP)};
 }
 
+/// Takes the rotation of values back.
+template <int D, int NT> KVM_DEVICE void kvm_rotate_outputs(KvmState<D, NT>& st) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+#pragma unroll
+            for (int d = 0; d < D / 16; d++) kvm_butterfly(st.o[d][n][c], st.o[d][n][c + 2]);
+#pragma unroll
+            for (int half = 1; half < D / 16; half *= 2)
+#pragma unroll
+                for (int d = 0; d < D / 16; d++)
+                    if (!(d & half))
+                        for (int r = c; r < 4; r += 2)
+                            kvm_butterfly(st.o[d][n][r], st.o[d + half][n][r]);
+#pragma unroll
+            for (int d = 0; d < D / 16; d++)
+#pragma unroll
+                for (int r = c; r < 4; r += 2) {
+                    float x = kvm_butterfly(kvm_butterfly(st.o[d][n][r], 4), 8);
+                    st.o[d][n][r] = kvm_butterfly(x, 16) * kvm_rotation_factor<D>();
+                }
+        }
+}
+
 /// Attends to the sealed rows of a part.
 template <class F, bool BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstPages pages,
@@ -427,6 +474,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
                 st.o[d][n][c + 2] = st.o[d][n][c + 2] * inverse + middle;
             }
         }
+    if (p.rotates & 2) kvm_rotate_outputs(st);
 }
 
 /// Bytes of shared memory: the places for sealed chunks, for open tiles and where warps meet are the

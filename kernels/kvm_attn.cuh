@@ -40,6 +40,7 @@ struct KvmDecode {
     i64 sealed_block, sealed_head; // bytes
     float scale, softcap;          // softcap 0: off
     u32 window, group, block_size; // window 0: off; block_size 16, 32 or 64
+    u32 rotates;                   // of sealed blocks: 1: keys, 2: values, 3: both are rotated
 };
 
 #define KVM_INF kvm_infinity()

@@ -7,12 +7,15 @@
 mod common;
 #[path = "common/emulator.rs"]
 mod emulator;
+#[path = "common/work.rs"]
+mod work;
 
 use std::cell::Cell;
 
 use common::Random;
 use emulator::{Grid, Half, Kernels, address, address_mut};
 use kvmgr::device::cuda::params::{Decode, Item};
+use work::{GRID, Quad, deal};
 
 const SOURCE: &str = "decode_f16.cu";
 
@@ -31,30 +34,6 @@ struct Case {
 }
 
 const KV_HEADS: usize = 2;
-
-/// What 16-byte loads of floats want.
-#[repr(C, align(16))]
-#[derive(Debug, Clone, Copy)]
-struct Quad([f32; 4]);
-
-const GRID: usize = 5;
-
-/// Items, dealt out to CTAs like cards: the first of each CTA, then the others.
-fn deal(items: &[Item]) -> Vec<Item> {
-    let mut dealt = vec![Item::default(); GRID];
-    let mut last: Vec<usize> = (0..GRID).collect();
-    for (i, item) in items.iter().enumerate() {
-        let cta = i % GRID;
-        if i < GRID {
-            dealt[cta] = *item;
-        } else {
-            dealt[last[cta]].next = dealt.len() as u32;
-            last[cta] = dealt.len();
-            dealt.push(*item);
-        }
-    }
-    dealt
-}
 
 /// Runs ragged heads twice through the kernel (tickets must be 0 again) and answers the relative
 /// error of O and the largest of LSE; infinite if the emulator saw something forbidden.
@@ -142,6 +121,7 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
         window: case.window as u32,
         group: group as u32,
         block_size: block as u32,
+        rotates: 0,
     };
     let warps = if dim == 256 { 2 } else { 4 } * if case.is_wide { 2 } else { 1 };
     let shared_q = if dim * columns >= 4096 { 2 * dim * columns } else { 0 };

@@ -179,6 +179,7 @@ impl World {
             window: window as u32,
             group: group as u32,
             block_size: block as u32,
+            rotates: 0,
         };
         let name = format!("kvm_prefill_{}_d{dim}", half.name());
         let smem = if dim == 256 { 256 } else { 512 } * dim + 64;

@@ -19,7 +19,8 @@ class Decode(ctypes.Structure):
         + [(name, I64) for name in ["q_token", "q_head", "o_token", "o_head", "lse_token",
                                     "kv_block", "kv_head", "kv_token", "sealed_block",
                                     "sealed_head"]]
-        + [("scale", F32), ("softcap", F32), ("window", U32), ("group", U32), ("block_size", U32)]
+        + [("scale", F32), ("softcap", F32), ("window", U32), ("group", U32), ("block_size", U32),
+           ("rotates", U32)]
     )
 
 

@@ -10,7 +10,7 @@ use crate::device::cuda::{DeviceMemory, Gpu, Kernel};
 use crate::device::layout::{self, Sealed};
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
-use crate::quantizer::Side;
+use crate::quantizer::{ROTATION, Side};
 
 /// Blocks on a device start at multiples of this, so that a page table of 32-bit numbers reaches a
 /// terabyte: page `i` starts `i * PAGE_BYTES` bytes behind the start of the memory.
@@ -50,13 +50,15 @@ pub(super) fn check(config: &CacheConfig) -> Result<()> {
 pub(super) struct Sealer {
     /// How kernels read sealed blocks.
     layout: Sealed,
+    /// Bit 0: keys, bit 1: values are rotated before they are encoded.
+    rotates: u32,
     kernel: Kernel,
 }
 
 impl Sealer {
     /// Loads the kernel; `None` if sealed blocks are raw or on the host.
     pub(super) fn load(config: &CacheConfig, formats: &[Format]) -> Result<Option<Self>> {
-        let (Some(layout), Some(device), Some(memory)) =
+        let (Some((layout, rotated)), Some(device), Some(memory)) =
             (sealed_layout(config, formats)?, &config.device, &config.memory)
         else {
             return Ok(None);
@@ -67,33 +69,37 @@ impl Sealer {
         let shared = 64 * 5 * dim as u32 + 1024;
         let _entered = device.gpu.enter()?;
         let kernel = device.gpu.kernel(&name, SEAL_THREADS, shared)?;
-        Ok(Some(Self { layout, kernel }))
+        let rotates = u32::from(rotated[0]) | u32::from(rotated[1]) << 1;
+        Ok(Some(Self { layout, rotates, kernel }))
     }
 }
 
 /// Threads of a CTA of the kernel that seals.
 const SEAL_THREADS: u32 = 128;
 
-/// How kernels read the sealed blocks; `None` if these are raw.
-fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<Sealed>> {
+/// How kernels read the sealed blocks, and whether keys and values are rotated; `None` if these are raw.
+fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<(Sealed, [bool; 2])>> {
     let (Some(_), Some(format)) = (&config.device, formats.get(1)) else { return Ok(None) };
     let dim = config.shape.head_dim;
-    let layouts = [&format.key, &format.value].map(|side| layout_of(&side.spec(), dim));
-    let [Some(key), Some(value)] = layouts else {
+    let sides = [format.key.spec(), format.value.spec()];
+    let plain = sides.each_ref().map(|spec| spec.strip_prefix(ROTATION));
+    let of = |i: usize| layout_of(plain[i].unwrap_or(&sides[i]), dim);
+    let (Some(key), Some(value)) = (of(0), of(1)) else {
         bail!(
             Unsupported,
             "keys are kept as {} and values as {}, on a CUDA device both must be int8, int4, \
-             fp8(e4m3), or kivi with group at least 64 and head_dim, or not be quantized",
-            format.key.spec(),
-            format.value.spec()
+             fp8(e4m3), or kivi with group at least 64 and head_dim, with had+ or without, or not \
+             be quantized",
+            sides[0],
+            sides[1]
         );
     };
     ensure!(
         key == value,
         Unsupported,
         "keys are kept as {} and values as {}, on a CUDA device both must be the same",
-        format.key.spec(),
-        format.value.spec()
+        sides[0],
+        sides[1]
     );
     ensure!(
         config.block_size == layout::TOKENS,
@@ -103,7 +109,7 @@ fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<Seal
         layout::TOKENS
     );
     ensure!(dim <= 128, Unsupported, "head_dim is {dim}, must be 64 or 128 for quantized blocks");
-    Ok(Some(key))
+    Ok(Some((key, plain.map(|rest| rest.is_some()))))
 }
 
 fn layout_of(spec: &str, dim: usize) -> Option<Sealed> {
@@ -156,6 +162,11 @@ impl Cache {
         self.sealer.as_ref().map(|sealer| sealer.layout)
     }
 
+    /// Bit 0: keys, bit 1: values of sealed blocks on a device are rotated.
+    pub fn rotates(&self) -> u32 {
+        self.sealer.as_ref().map_or(0, |sealer| sealer.rotates)
+    }
+
     /// [`Cache::seal`] on a device: queues the kernel that encodes the block, after all that writes it. A
     /// block stays open while a graph is captured.
     pub(super) fn seal_on_device(&self, block: Block, sealer: &Sealer) -> Option<BlockView> {
@@ -176,7 +187,7 @@ impl Cache {
                 open_cell: start(open, 1, Side::Key) / 2,
                 sealed_cell: start(sealed, 1, Side::Key),
                 sealed_v: start(sealed, 0, Side::Value),
-                rotates: 0,
+                rotates: sealer.rotates,
             };
             // A failure is one of the device, which answers the same to all that follows.
             _ = gpu.launch(&sealer.kernel, 2 * cells, &params);

@@ -26,7 +26,8 @@ pub(super) static ENTRY: Entry = Entry {
     create: |_, _, _| bail!(InvalidArgument, "{NEEDS_INNER}"),
 };
 
-const PREFIX: &str = "had+";
+/// What the spec of a rotated quantizer starts with.
+pub(crate) const PREFIX: &str = "had+";
 
 const NEEDS_INNER: &str = "had+ is a prefix of another quantizer, such as had+q4_0";
 

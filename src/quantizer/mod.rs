@@ -44,6 +44,8 @@ registry! {
     }
 }
 
+pub(crate) use had::PREFIX as ROTATION;
+
 /// Which side of the cache a quantizer stores. Some formats group K and V along different axes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Side {

@@ -125,6 +125,9 @@ fn quantized_sequences_live_alike() {
             "quant(int4)",
             "quant(kivi(bits=4, group=128))",
             "quant(kivi(bits=2, group=128))",
+            "quant(k=had+int4, v=int4)",
+            "quant(had+int8)",
+            "quant(had+kivi(bits=4, group=128))",
         ];
         for (i, spec) in specs.into_iter().enumerate() {
             let setup = Setup {

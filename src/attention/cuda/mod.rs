@@ -358,6 +358,7 @@ impl Cuda {
             window: options.common.sliding_window,
             group: shape.group() as u32,
             block_size: cache.config().block_size as u32,
+            rotates: cache.rotates(),
         };
         let _entered = self.gpu.enter()?;
         let [has_steps, has_prompts] = self.has;

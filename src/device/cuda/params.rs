@@ -87,6 +87,7 @@ pub struct Decode {
     pub window: u32,
     pub group: u32,
     pub block_size: u32,
+    pub rotates: u32,
 }
 
 // SAFETY: the fields of KvmDecode in kernels/kvm_attn.cuh.
@@ -136,6 +137,6 @@ pub struct Seal {
 unsafe impl Params for Seal {}
 
 // The compiler of the kernels pads structs to their alignment as repr(C) does.
-const _: () = assert!(size_of::<Decode>() == 22 * 8 + 5 * 4 + 4);
+const _: () = assert!(size_of::<Decode>() == 22 * 8 + 6 * 4);
 const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<Seal>() == 5 * 8 + 4 + 4);

@@ -1,0 +1,284 @@
+//! Decoding over sealed blocks on the emulated device, against attention in f64 over what the quantizers of
+//! the CPU decode. What a kernel must not read is NaN. Needs g++ on x86-64; otherwise a SKIP.
+
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#![expect(unsafe_code, reason = "calls kernels as a driver does")]
+
+mod common;
+#[path = "common/emulator.rs"]
+mod emulator;
+#[path = "common/work.rs"]
+mod work;
+
+use std::cell::Cell as Flag;
+
+use common::Random;
+use emulator::{Grid, Half, Kernels, address, address_mut};
+use kvmgr::device::cuda::params::{Decode, Item};
+use kvmgr::device::layout::{Sealed, TOKENS};
+use kvmgr::quantizer::{self, Cell, Side};
+use work::{GRID, Quad, deal};
+
+const SOURCE: &str = "decode_q.cu";
+const LENS: [usize; 8] = [0, 1, 63, 64, 65, 128, 200, 330];
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    format: Sealed,
+    /// Bit 0: keys, bit 1: values are rotated.
+    rotates: u32,
+    dtype: Half,
+    dim: usize,
+    group: usize,
+    queries: usize,
+    window: usize,
+    softcap: f64,
+    /// What queries are multiplied by.
+    gain: f32,
+}
+
+const PLAIN: Case = Case {
+    format: Sealed::Int4,
+    rotates: 0,
+    dtype: Half::F16,
+    dim: 128,
+    group: 4,
+    queries: 1,
+    window: 0,
+    softcap: 0.0,
+    gain: 1.0,
+};
+
+fn spec_of(case: Case, side: usize) -> String {
+    let inner = match case.format {
+        Sealed::Int8 => "int8",
+        Sealed::Fp8E4m3 => "fp8(e4m3)",
+        Sealed::Int4 => "int4",
+        Sealed::Kivi4 => "kivi(bits=4, group=128)",
+        Sealed::Kivi2 => "kivi(bits=2, group=128)",
+    };
+    let rotation = if case.rotates >> side & 1 == 1 { "had+" } else { "" };
+    format!("{rotation}{inner}")
+}
+
+/// The rows of a head: what they mean, sealed blocks K side before V side, and the open block.
+struct Head {
+    /// `[side][row][dim]`.
+    rows: [Vec<f64>; 2],
+    sealed: Vec<u8>,
+    open: [Vec<u16>; 2],
+}
+
+fn head(case: Case, len: usize, random: &mut Random) -> Head {
+    let (dim, full) = (case.dim, len / TOKENS);
+    let block = TOKENS * dim;
+    let values = [(); 2].map(|()| {
+        let bits = random.normals(len * dim).into_iter().map(|x| case.dtype.bits(x));
+        bits.collect::<Vec<u16>>()
+    });
+    let mut rows = values
+        .each_ref()
+        .map(|side| side.iter().map(|bits| case.dtype.value(*bits)).collect::<Vec<f64>>());
+    let mut sealed = Vec::new();
+    for i in 0..full {
+        for (side, rows) in rows.iter_mut().enumerate() {
+            let rows = &mut rows[i * block..(i + 1) * block];
+            let kind = [Side::Key, Side::Value][side];
+            let quantizer = quantizer::create(&spec_of(case, side), kind).unwrap();
+            let mut bytes = vec![0; quantizer.bytes(TOKENS, dim)];
+            let mut floats: Vec<f32> = rows.iter().map(|x| *x as f32).collect();
+            quantizer.encode(&floats, dim, &mut bytes);
+            let cell = Cell { bytes: &bytes, tokens: TOKENS, dim, rows: 0..TOKENS, ahead: &[] };
+            quantizer.decode(&cell, &mut floats);
+            rows.iter_mut().zip(&floats).for_each(|(x, y)| *x = f64::from(*y));
+            let mut on_device = vec![0; bytes.len()];
+            case.format.to_device(dim, side == 0, &bytes, &mut on_device);
+            sealed.extend(on_device);
+        }
+    }
+    let open = values.map(|side| {
+        let mut open = side[full * block..].to_vec();
+        open.resize(block, 0x7fff);
+        open
+    });
+    Head { rows, sealed, open }
+}
+
+/// The error of O, relative, and the largest of LSE; infinite if the emulator saw something forbidden.
+fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
+    let Case { dim, queries, group, format, .. } = case;
+    let mut random = Random(seed);
+    let heads: Vec<Head> = LENS.iter().map(|len| head(case, *len, &mut random)).collect();
+    let sizes = [true, false].map(|is_key| format.bytes(dim, is_key));
+    // A page is a sealed and an open block; a head has one more than it fills.
+    let page = sizes[0] + sizes[1];
+    let (mut sealed, mut open) = (Vec::new(), [Vec::new(), Vec::new()]);
+    let (mut pages, mut items, mut slot) = (Vec::new(), Vec::new(), 0);
+    for (i, (head, len)) in heads.iter().zip(LENS).enumerate() {
+        let (first_page, full) = (pages.len(), len / TOKENS);
+        pages.extend((0..=full).map(|j| (first_page + j) as u32));
+        sealed.extend(&head.sealed);
+        sealed.resize(pages.len() * page, 0xff);
+        for (all, side) in open.iter_mut().zip(&head.open) {
+            all.resize((pages.len() - 1) * TOKENS * dim, 0x7fff);
+            all.extend(side);
+        }
+        let num_parts = if len > 2 * TOKENS { 2 } else { 1 };
+        items.extend((0..num_parts).map(|part| Item {
+            token: (i * queries) as u32,
+            num_queries: queries as u32,
+            first_page: first_page as u32,
+            len: len as u32,
+            begin: TOKENS as u32 * part,
+            end: if part + 1 == num_parts { len } else { TOKENS } as u32,
+            sealed_end: (full * TOKENS) as u32,
+            slot,
+            part,
+            num_parts,
+            ticket: i as u32,
+            ..Item::default()
+        }));
+        slot += num_parts;
+    }
+    let items = deal(&items);
+    let q = random.normals(LENS.len() * queries * group * dim);
+    let q: Vec<u16> = q.into_iter().map(|x| case.dtype.bits(x * case.gain)).collect();
+    let (mut o, mut lse) = (vec![0x7fffu16; q.len()], vec![f32::NAN; q.len() / dim]);
+    let columns = if group * queries > 8 { 16 } else { 8 };
+    let mut partials = vec![Quad([f32::NAN; 4]); slot as usize * columns * (dim / 4 + 1)];
+    let mut tickets = vec![0u32; LENS.len()];
+    let (row, token) = (dim as i64, (group * dim) as i64);
+    let params = Decode {
+        q: address(&q),
+        o: address_mut(&mut o),
+        lse: address_mut(&mut lse),
+        sinks: 0,
+        pages: address(&pages),
+        items: address(&items),
+        partials: address_mut(&mut partials),
+        tickets: address_mut(&mut tickets),
+        k: address(&open[0]),
+        v: address(&open[1]),
+        sealed_k: address(&sealed),
+        sealed_v: address(&sealed) + sizes[0] as u64,
+        q_token: token,
+        q_head: row,
+        o_token: token,
+        o_head: row,
+        lse_token: group as i64,
+        kv_block: (TOKENS * dim) as i64,
+        kv_head: 0,
+        kv_token: row,
+        sealed_block: page as i64,
+        sealed_head: 0,
+        scale: 1.0 / (dim as f32).sqrt(),
+        softcap: case.softcap as f32,
+        window: case.window as u32,
+        group: group as u32,
+        block_size: TOKENS as u32,
+        rotates: case.rotates,
+    };
+    let chunk = sizes.map(|bytes| (bytes * format.chunk() / TOKENS).next_multiple_of(512));
+    let smem = 4 * 2 * (chunk[0] + chunk[1]).max(64 * dim);
+    let name = format!("kvm_decode_{}_{}_d{dim}_g{columns}", format.name(), case.dtype.name());
+    for seed in 0..2 {
+        let grid = Grid { ctas: GRID, threads: 128, smem, seed };
+        if let Err(error) = kernels.launch(&name, &params, grid) {
+            eprintln!("{error}");
+            return (f64::INFINITY, f64::INFINITY);
+        }
+    }
+    let (mut difference, mut norm, mut worst) = (0.0, 0.0, 0.0f64);
+    for (i, row) in
+        (0..LENS.len() * queries).flat_map(|i| (0..group).map(move |g| (i, i * group + g)))
+    {
+        let seen = LENS[i / queries].saturating_sub(queries - 1 - i % queries);
+        let query: Vec<f64> = q[row * dim..][..dim].iter().map(|x| case.dtype.value(*x)).collect();
+        let (expected, log) = attend(case, &query, &heads[i / queries].rows, seen);
+        let found = f64::from(lse[row]);
+        if found.to_bits() != log.to_bits() {
+            let error = (found - log).abs();
+            worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
+        }
+        for (x, bits) in expected.iter().zip(&o[row * dim..]) {
+            difference += (case.dtype.value(*bits) - x).powi(2);
+            norm += x.powi(2);
+        }
+    }
+    let error = (difference / norm).sqrt();
+    (if error.is_nan() { f64::INFINITY } else { error }, worst)
+}
+
+/// Attention to the first `seen` rows: the output and the logarithm of the sum.
+fn attend(case: Case, query: &[f64], rows: &[Vec<f64>; 2], seen: usize) -> (Vec<f64>, f64) {
+    let first = if case.window > 0 { seen.saturating_sub(case.window) } else { 0 };
+    let row = |side: usize, t: usize| &rows[side][t * case.dim..][..case.dim];
+    let logit = |t: usize| {
+        let dot: f64 = query.iter().zip(row(0, t)).map(|(a, b)| a * b).sum();
+        let x = dot / (case.dim as f64).sqrt();
+        if case.softcap > 0.0 { case.softcap * (x / case.softcap).tanh() } else { x }
+    };
+    let logits: Vec<f64> = (first..seen).map(logit).collect();
+    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logits.iter().map(|x| (x - top).exp()).sum();
+    let mut out = vec![0.0; case.dim];
+    for (t, x) in (first..seen).zip(&logits) {
+        let weight = (x - top).exp() / sum;
+        out.iter_mut().zip(row(1, t)).for_each(|(out, v)| *out += weight * v);
+    }
+    (out, if logits.is_empty() { f64::NEG_INFINITY } else { top + sum.ln() })
+}
+
+#[test]
+fn sealed_rows_are_attended_to_as_in_f64() {
+    let Some(kernels) = Kernels::build(SOURCE) else { return };
+    let mut seed = 0;
+    for format in Sealed::ALL {
+        let plain = Case { format, ..PLAIN };
+        for case in [
+            plain,
+            Case { dtype: Half::Bf16, dim: 64, group: 8, rotates: 1, ..plain },
+            Case { group: 5, queries: 3, window: 90, rotates: 3, ..plain },
+            Case { dim: 64, group: 16, softcap: 2.0, rotates: 2, ..plain },
+            // Weights of one row, and nearly equal ones: then outputs are what is left of sums that cancel.
+            Case { gain: 30.0, window: 70, ..plain },
+            Case { gain: 0.01, ..plain },
+        ] {
+            seed += 1;
+            let (error, lse) = error_of(kernels, case, seed);
+            // The logarithm of a sum carries the errors of logits, which grow with them.
+            let most = 1e-3 * f64::from(case.gain.max(1.0));
+            assert!(error < case.dtype.limit(), "{case:?}: O {error:e}");
+            assert!(lse < most, "{case:?}: LSE {lse:e}");
+        }
+    }
+}
+
+/// Each mistake must show in one of a few runs with other orders of the threads. A `kvm_syncwarp` missing
+/// alone would not: matrix products make the lanes of a warp meet anyway.
+#[test]
+fn missing_waits_and_barriers_are_noticed() {
+    let mutations = [
+        (
+            "        kvm_cp_wait<1>();\n        kvm_syncwarp(); // the copies",
+            "        // the copies",
+        ),
+        ("kvm_sync(); // places of chunks become", "// places of chunks become"),
+        ("        kvm_sync(); // nobody reads tiles", "        // nobody reads tiles"),
+    ];
+    for (from, to) in mutations {
+        let is_there = Flag::new(false);
+        let kernels = Kernels::build_edited(SOURCE, |text| {
+            is_there.set(is_there.get() || text.contains(from));
+            text.replace(from, to)
+        });
+        let Some(kernels) = kernels else { return };
+        assert!(is_there.get(), "{from} is not in the kernels");
+        let case = Case { format: Sealed::Int8, dim: 64, ..PLAIN };
+        let is_seen = (1..=6).any(|seed| {
+            let (error, lse) = error_of(kernels, case, seed);
+            error > 1e-3 || lse > 1e-3
+        });
+        assert!(is_seen, "without {from} nothing went wrong");
+    }
+}
