@@ -12,9 +12,10 @@ KVM_DEVICE void kvm_decode(const KvmDecode& p, unsigned char* smem) {
     float* meet = (float*)(smem + kvm_ring_bytes(D, STAGES, WARPS));
     kvm_let_next_start();
     KvmItem it = p.items[kvm_bid()];
+    auto pages = ring.pages(p, it); // lists of blocks are older than the kernel before
     kvm_wait_for_previous();
     if (it.num_queries == 0) return;
-    ring.begin(p, it);
+    ring.begin(p, it, pages);
     for (;;) {
         KvmItem next = p.items[it.next];
         KvmState<D, NT> st;
@@ -29,7 +30,7 @@ KVM_DEVICE void kvm_decode(const KvmDecode& p, unsigned char* smem) {
             kvm_load_q<D, NT>(p, it, q);
             ring.template attend<BF16, NT>(p, it, kvm_sight<NT>(p, it), q, st);
         }
-        if (it.next) ring.begin(p, next);
+        if (it.next) ring.begin(p, next, ring.pages(p, next));
         kvm_meet<BF16, D, NT, WARPS>(p, it, st, meet);
         if (!it.next) return;
         it = next;
@@ -37,8 +38,8 @@ KVM_DEVICE void kvm_decode(const KvmDecode& p, unsigned char* smem) {
 }
 
 /// Launched with WARPS * 32 threads and kvm_ring_bytes(D, 2, WARPS) + kvm_meet_bytes(NT, WARPS) +
-/// kvm_q_bytes(D, NT) of shared memory. The grid never changes: the work of a CTA is read here, so a plan can change
-/// under a CUDA graph.
+/// kvm_q_bytes(D, NT) of shared memory. The grid never changes: the work of a CTA is read here, so a plan
+/// can change under a CUDA graph.
 #define KVM_DECODE(name, BF16, D, NT, WARPS, CTAS)                                                \
     KVM_KERNEL((WARPS) * 32, CTAS, name, KvmDecode) {                                             \
         KVM_DYN_SMEM(smem);                                                                       \

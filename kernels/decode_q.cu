@@ -4,31 +4,43 @@
 //   x[token, column] = code . (q s) + q . m           keys scaled by channel
 //   O[channel, column] = sum of code (s p) + sum of m p
 //
+// where codes count from the middle one, whose value is m.
+//
 // A warp owns every WARPS-th chunk of tokens of its item (kvm_quant.cuh) and two places for chunks in
 // shared memory, which it fills ahead. Right operands are f16: Q is brought to about 1 by a power of two
 // for each column, p s by one for all, which follows the largest scale of a chunk.
 #include "kvm_quant.cuh"
 
-/// Q as f16, with what brings it back, for the columns that this lane has of results.
-template <int D, int NT> struct KvmQueries {
-    u32 b[D / 16][NT][2];
-    float gain[NT][2], sum[NT][2];
-};
-
-/// Sums of the columns of a right operand, exactly as the tensor cores see it.
-template <int KS, int NT>
-KVM_DEVICE void kvm_column_sums(const u32 (&b)[KS][NT][2], float (&sum)[NT][2]) {
-    const u32 ones[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
+/// What a right operand gives with middle codes, exactly as the tensor cores see it: sums of its columns, times
+/// what fragments add.
+template <class F, int STEPS, int NT>
+KVM_DEVICE void kvm_middle_products(const u32 (&b)[STEPS][NT][2], float (&acc)[NT][4]) {
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        float all[4] = {};
+        for (int r = 0; r < 4; r++) acc[n][r] = 0;
 #pragma unroll
-        for (int ks = 0; ks < KS; ks++) kvm_mma<false>(all, ones, b[ks][n]);
-        sum[n][0] = all[0], sum[n][1] = all[1];
+        for (int step = 0; step < STEPS; step++) {
+            const u32 a[4] = {F::middle(step, 0), F::middle(step, 1), F::middle(step, 2), F::middle(step, 3)};
+            kvm_mma<false>(acc[n], a, b[step][n]);
+        }
     }
 }
 
-template <bool BF16, int D, int NT>
+/// Fragments of 1.
+struct KvmOnes {
+    KVM_DEVICE static constexpr u32 middle(int, int) { return 0x3c003c00; }
+};
+
+/// Q as f16, for the columns that this lane has of results; `gain` turns a product with `b` into a logit
+/// in units of log2.
+template <int D, int NT> struct KvmQueries {
+    u32 b[D / 16][NT][2];
+    float gain[NT][2];
+    /// Where keys are scaled by token: the sums of the columns of `b`, and its products with middle codes.
+    float sum[NT][2], middle[NT][4];
+};
+
+template <class F, bool BF16, int D, int NT>
 KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<D, NT>& q) {
     u32 lane = kvm_tid() % 32;
     kvm_load_q<D, NT>(p, it, q.b);
@@ -56,16 +68,25 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
             q.b[i / 2][n][i % 2] = kvm_pack<false>(x[0] * scale, x[1] * scale);
         }
         for (int c = 0; c < 2; c++)
-            q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4));
+            q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4)) *
+                           (p.scale * KVM_LOG2E);
     }
-    kvm_column_sums(q.b, q.sum);
+    if constexpr (F::IS_PER_CHANNEL) return;
+    float sum[NT][4];
+    kvm_middle_products<KvmOnes>(q.b, sum);
+    for (int n = 0; n < NT; n++) q.sum[n][0] = sum[n][0], q.sum[n][1] = sum[n][1];
+    if constexpr (F::HAS_OFFSET) kvm_middle_products<F>(q.b, q.middle);
 }
 
-/// What a warp knows beside KvmState while it is in sealed blocks: outputs are in units of 1 / unit,
-/// rows g+8 in units of HIGH_ROW times that, and lack `minimum`. `unit` is 0 before the first values.
+/// What a warp knows beside KvmState while it is in sealed blocks: outputs are in units of 1 / unit and
+/// lack `middle`. `unit` is 0 before the first values.
 template <int NT> struct KvmSealedState {
-    float unit, minimum[NT][2];
+    float unit, middle[NT][2];
 };
+
+/// Weights are up to 2^KVM_SLACK and scales of values in `unit`s up to KVM_TOP_SCALE: f16 holds their
+/// product, and what it loses below is 2^-24 / 16 of the largest term.
+static constexpr float KVM_SLACK = 8, KVM_TOP_SCALE = 128;
 
 /// Chunks of the sealed rows of a part.
 template <class F, int D, int WARPS> struct KvmSealedRing {
@@ -85,187 +106,246 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
         return it.end < it.sealed_end ? it.end : it.sealed_end;
     }
 
-    /// Asks for the chunk that starts at a row, if the part has it.
-    KVM_DEVICE void load(const KvmDecode& p, const KvmItem& it, u32 row, int place) const {
-        if (row >= end(it)) return;
-        i64 at = p.pages[it.first_page + row / 64] * p.sealed_block + it.kv_head * p.sealed_head;
-        u32 chunk = row % 64 / F::TOKENS;
-        copy<Chunk::K>(places + place * BYTES, p.sealed_k + at + chunk * Chunk::K);
-        copy<Chunk::V>(places + place * BYTES + V_PLACE, p.sealed_v + at + chunk * Chunk::V);
+    /// The number of the block that holds a row, 0 if the part has no such sealed row.
+    KVM_DEVICE static u32 page(const KvmDecode& p, const KvmItem& it, u32 row) {
+        return row < end(it) ? p.pages[it.first_page + row / 64] : 0;
     }
 
-    /// Without the hint that memory is read once: with it ptxas (13.0, and the driver's) makes illegal
-    /// instructions of these copies, and of those of the open rows behind.
-    template <int N> KVM_DEVICE static void copy(unsigned char* to, const unsigned char* from) {
-        u32 lane = kvm_tid() % 32;
-#pragma unroll
-        for (int i = 0; i < N; i += 512) {
-            u32 at = i + lane * 16;
-            kvm_cp_async16(to + at, from + (at < N ? at : 0), at < N);
+    /// Asks for the chunk that starts at a row of the block `page`, if the part has it.
+    KVM_DEVICE void load(const KvmDecode& p, const KvmItem& it, u32 row, u32 page, int place) const {
+        if (row >= end(it)) return;
+        i64 at = page * p.sealed_block + it.kv_head * p.sealed_head + kvm_tid() % 32 * 16;
+        u32 chunk = row % 64 / F::TOKENS;
+        unsigned char* to = places + place * BYTES + kvm_tid() % 32 * 16;
+        copy<Chunk::K>(to, p.sealed_k + at + chunk * Chunk::K);
+        copy<Chunk::V>(to + V_PLACE, p.sealed_v + at + chunk * Chunk::V);
+    }
+
+    /// 512 bytes at a time, 16 of each lane. Without the hint that memory is read once: with it ptxas
+    /// (13.0, and the driver's) makes illegal instructions of these copies, and of those of the open
+    /// rows behind.
+    template <int N, int FIRST = 0>
+    KVM_DEVICE static void copy(unsigned char* to, const unsigned char* from) {
+        if constexpr (FIRST + 512 <= N) {
+            kvm_cp_async16_at<FIRST>(to, from);
+            copy<N, FIRST + 512>(to, from);
+        } else if constexpr (FIRST < N) {
+            if (FIRST + kvm_tid() % 32 * 16 < N) kvm_cp_async16_at<FIRST>(to, from);
         }
     }
 };
 
-/// Logits of a chunk in units of log2, from what the tensor cores give.
+/// Keys scaled by channel: the right operand takes the scales of the channels. `start` is what the middles
+/// of the channels add, less its products with middle codes.
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_scale_queries(const KvmQueries<D, NT>& q, const u32* meta,
+                                  u32 (&scaled)[D / 16][NT][2], float (&start)[NT][4]) {
+    float middle[NT][4] = {};
+#pragma unroll
+    for (int ks = 0; ks < D / 16; ks++) {
+        const u32* s = meta + ks * 8 + kvm_tid() % 4;
+        const u32 center = kvm_pack<false>(F::CENTER, F::CENTER);
+        u32 low = kvm_fma2(s[0], center, s[D / 2]), high = kvm_fma2(s[4], center, s[D / 2 + 4]);
+        const u32 m[4] = {low, low, high, high};
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            kvm_mma<false>(middle[n], m, q.b[ks][n]);
+            for (int r = 0; r < 2; r++) scaled[ks][n][r] = kvm_mul2(q.b[ks][n][r], s[r * 4]);
+        }
+    }
+    kvm_middle_products<F>(scaled, start);
+    for (int n = 0; n < NT; n++)
+        for (int r = 0; r < 4; r++) start[n][r] = middle[n][r] - start[n][r];
+}
+
+/// Adds the products of the codes of a tile of 16 tokens with a right operand.
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_tile_products(const unsigned char* k, int tile, const u32 (&b)[D / 16][NT][2],
+                                  float (&acc)[NT][4]) {
+    u32 w[KvmChunk<F, D>::K_WORDS];
+    kvm_words(k, tile, w);
+#pragma unroll
+    for (int ks = 0; ks < D / 16; ks++) {
+        u32 a[4];
+        F::fragment(w, ks, a);
+#pragma unroll
+        for (int n = 0; n < NT; n++) kvm_mma<false>(acc[n], a, b[ks][n]);
+    }
+}
+
+/// Logits of a tile of keys scaled by token: x = s (code . q) + m sum(q).
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_token_logits(const KvmQueries<D, NT>& q, const unsigned char* k, int tile,
+                                 float (&x)[NT][4]) {
+    for (int n = 0; n < NT; n++)
+        for (int r = 0; r < 4; r++) x[n][r] = F::HAS_OFFSET ? -q.middle[n][r] : 0;
+    kvm_tile_products<F, D, NT>(k, tile, q.b, x);
+    const float* meta = (const float*)(k + KvmChunk<F, D>::CODES) + tile * 16 + kvm_tid() % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        float s = meta[r / 2 * 8] * F::GAIN;
+        float m = F::FLOATS == 1 ? 0 : meta[F::TOKENS + r / 2 * 8] + F::CENTER * s;
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            float rest = F::FLOATS == 1 ? 0 : m * q.sum[n][r % 2];
+            x[n][r] = (s * x[n][r] + rest) * q.gain[n][r % 2];
+        }
+    }
+}
+
+/// Logits of a chunk in units of log2, none hidden and without a soft cap.
 template <class F, int D, int NT>
 KVM_DEVICE void kvm_chunk_logits(const KvmQueries<D, NT>& q, const unsigned char* k,
                                  float (&x)[F::TOKENS / 16][NT][4]) {
-    using Chunk = KvmChunk<F, D>;
-    constexpr int TILES = F::TOKENS / 16;
-    u32 lane = kvm_tid() % 32;
-    const unsigned char* meta = k + Chunk::CODES;
-    u32 scaled[F::IS_PER_CHANNEL ? D / 16 : 1][NT][2];
-    float sum[NT][2], minimum[NT][2];
     if constexpr (F::IS_PER_CHANNEL) {
-        float all[NT][4] = {};
+        u32 scaled[D / 16][NT][2];
+        float start[NT][4];
+        kvm_scale_queries<F>(q, (const u32*)(k + KvmChunk<F, D>::CODES), scaled, start);
 #pragma unroll
-        for (int ks = 0; ks < D / 16; ks++) {
-            u32 at = ks * 8 + lane % 4;
-            const u32* s = (const u32*)meta + at;
-            const u32 m[4] = {s[D / 2], s[D / 2], s[D / 2 + 4], s[D / 2 + 4]};
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                kvm_mma<false>(all[n], m, q.b[ks][n]);
-                for (int r = 0; r < 2; r++) {
-                    u32 y = kvm_mul2(q.b[ks][n][r], s[r * 4]);
-                    scaled[ks][n][r] = F::SECOND != 1 && ks % 2 ? kvm_mul2(y, 0x2c002c00) : y;
-                }
-            }
-        }
-        kvm_column_sums(scaled, sum);
-        for (int n = 0; n < NT; n++)
-            for (int c = 0; c < 2; c++) minimum[n][c] = all[n][c] * q.gain[n][c];
-    } else {
-        for (int n = 0; n < NT; n++)
-            for (int c = 0; c < 2; c++) sum[n][c] = q.sum[n][c], minimum[n][c] = 0;
-    }
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        u32 w[Chunk::K_WORDS];
-        kvm_words(k, tile, w);
-        float acc[NT][4] = {};
-#pragma unroll
-        for (int ks = 0; ks < D / 16; ks++) {
-            u32 a[4];
-            F::fragment(w, ks, a);
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                if constexpr (F::IS_PER_CHANNEL) kvm_mma<false>(acc[n], a, scaled[ks][n]);
-                else kvm_mma<false>(acc[n], a, q.b[ks][n]);
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-            const float* token = (const float*)meta + tile * 16 + lane / 4 + r / 2 * 8;
-            float high = r < 2 ? 1 : 1 / F::HIGH_ROW;
-            float s = F::IS_PER_CHANNEL ? high : token[0] * (F::GAIN * high);
-            float shift = F::IS_PER_CHANNEL || F::FLOATS == 1 ? -F::OFFSET * s
-                                                              : token[F::TOKENS] - F::OFFSET * s;
-#pragma unroll
+        for (int tile = 0; tile < F::TOKENS / 16; tile++) {
             for (int n = 0; n < NT; n++)
-                x[tile][n][r] = (s * acc[n][r] + shift * sum[n][r % 2]) * q.gain[n][r % 2] +
-                                minimum[n][r % 2];
+                for (int r = 0; r < 4; r++) x[tile][n][r] = start[n][r];
+            kvm_tile_products<F, D, NT>(k, tile, scaled, x[tile]);
+            for (int n = 0; n < NT; n++)
+                for (int r = 0; r < 4; r++) x[tile][n][r] *= q.gain[n][r % 2];
         }
+    } else {
+#pragma unroll
+        for (int tile = 0; tile < F::TOKENS / 16; tile++) kvm_token_logits<F>(q, k, tile, x[tile]);
     }
 }
 
-/// Turns logits into weights, and takes them into the state; alpha is what older outputs are worth.
-template <class F, int D, int NT>
-KVM_DEVICE void kvm_chunk_softmax(const KvmDecode& p, const KvmSight<NT>& sight, u32 row,
-                                  float (&x)[F::TOKENS / 16][NT][4], KvmState<D, NT>& st,
-                                  float (&alpha)[NT][2]) {
-    constexpr int TILES = F::TOKENS / 16;
+/// Caps logits, and hides rows that a column does not see.
+template <class F, int NT>
+KVM_DEVICE void kvm_hide(const KvmDecode& p, const KvmSight<NT>& sight, u32 row,
+                         float (&x)[F::TOKENS / 16][NT][4]) {
+    if (p.softcap > 0) {
 #pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            float max = -KVM_INF;
-#pragma unroll
-            for (int i = 0; i < 2 * TILES; i++) {
-                u32 token = row + kvm_tid() % 32 / 4 + i * 8;
-                float& y = x[i / 2][n][i % 2 * 2 + c];
-                y = kvm_logit(p, y, token >= sight.begin[n][c] && token < sight.end[n][c]);
-                max = y > max ? y : max;
-            }
-            max = kvm_max_rows(max);
-            max = st.max[n][c] > max ? st.max[n][c] : max;
-            alpha[n][c] = kvm_weight(st.max[n][c], max);
-            st.max[n][c] = max;
-            float sum = 0;
-#pragma unroll
-            for (int i = 0; i < 2 * TILES; i++) {
-                float& y = x[i / 2][n][i % 2 * 2 + c];
-                y = kvm_weight(y, max);
-                sum += y;
-            }
-            st.sum[n][c] = st.sum[n][c] * alpha[n][c] + sum;
+        for (int i = 0; i < F::TOKENS / 16 * NT * 4; i++) {
+            float& y = x[i / 4 / NT][i / 4 % NT][i % 4];
+            y = kvm_cap(p.softcap, y * KVM_LN2) * KVM_LOG2E;
         }
+    }
+#pragma unroll
+    for (int i = 0; i < F::TOKENS / 8; i++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                u32 token = row + kvm_tid() % 32 / 4 + i * 8;
+                bool is_seen = token >= sight.begin[n][c] && token < sight.end[n][c];
+                if (!is_seen) x[i / 2][n][i % 2 * 2 + c] = -KVM_INF;
+            }
 }
 
-/// Scale and minimum of the values of a token of a chunk.
+/// Scale and middle of the values of a token of a chunk.
 template <class F>
 KVM_DEVICE void kvm_value_scale(const unsigned char* meta, u32 token, float& s, float& m) {
     if constexpr (F::IS_PER_CHANNEL) {
         u32 pair = ((const u32*)meta)[token];
-        s = kvm_half_to_float(pair & 0xffff), m = kvm_half_to_float(pair >> 16);
+        s = kvm_half_to_float(pair & 0xffff), m = kvm_half_to_float(pair >> 16) + F::CENTER * s;
     } else {
         const float* at = (const float*)meta + token;
-        s = at[0] * F::GAIN, m = F::FLOATS == 2 ? at[F::TOKENS] : 0;
+        s = at[0] * F::GAIN, m = F::FLOATS == 2 ? at[F::TOKENS] + F::CENTER * s : 0;
     }
+}
+
+/// Brings the state to a new maximum of logits and, if need be, a new unit of outputs. `max` is of the
+/// logits of this lane, `top` of its scales of values.
+template <int D, int NT>
+KVM_DEVICE void kvm_rescale(const float (&max)[NT][2], float top, KvmState<D, NT>& st,
+                            KvmSealedState<NT>& sealed) {
+    top = kvm_max_rows(top);
+    float factor = 1;
+    if (sealed.unit == 0 ? top > 0 : top * sealed.unit > KVM_TOP_SCALE) {
+        // From here on the largest scale is 16 to 32. Smaller ones later lose nothing that counts.
+        u32 e = kvm_bits(top) >> 23;
+        float unit = kvm_float((e > 240 ? 18 : e < 20 ? 238 : 258 - e) << 23);
+        factor = sealed.unit == 0 ? 1 : unit * kvm_reciprocal(sealed.unit);
+        sealed.unit = unit;
+    }
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            float now = kvm_max_rows(max[n][c]), old = st.max[n][c];
+            now = old > now ? old : now;
+            float alpha = kvm_weight(old, now);
+            st.max[n][c] = now;
+            st.sum[n][c] *= alpha;
+            sealed.middle[n][c] *= alpha;
+#pragma unroll
+            for (int d = 0; d < D / 16; d++)
+#pragma unroll
+                for (int r = c; r < 4; r += 2) st.o[d][n][r] *= alpha * factor;
+        }
+}
+
+/// Turns logits into weights p, and takes them into the state. The state's maximum may be exceeded by
+/// 2^KVM_SLACK, so that lanes seldom have to agree on a new one.
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_chunk_softmax(float (&x)[F::TOKENS / 16][NT][4], float top, KvmState<D, NT>& st,
+                                  KvmSealedState<NT>& sealed) {
+    float max[NT][2];
+    bool is_over = sealed.unit == 0 ? top > 0 : top * sealed.unit > KVM_TOP_SCALE;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            max[n][c] = -KVM_INF;
+#pragma unroll
+            for (int i = 0; i < F::TOKENS / 8; i++)
+                max[n][c] = kvm_max(max[n][c], x[i / 2][n][i % 2 * 2 + c]);
+            is_over |= max[n][c] > st.max[n][c] + KVM_SLACK;
+        }
+    if (kvm_ballot(is_over)) kvm_rescale(max, top, st, sealed);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            float base = st.max[n][c] == -KVM_INF ? 0 : st.max[n][c];
+#pragma unroll
+            for (int i = 0; i < F::TOKENS / 8; i++) {
+                float& y = x[i / 2][n][i % 2 * 2 + c];
+                y = kvm_exp2(y - base);
+                st.sum[n][c] += y;
+            }
+        }
 }
 
 /// Adds the values of a chunk, weighted by p, to the outputs.
 template <class F, int D, int NT>
-KVM_DEVICE void kvm_chunk_values(const unsigned char* v, float (&x)[F::TOKENS / 16][NT][4],
-                                 const float (&alpha)[NT][2], KvmState<D, NT>& st,
+KVM_DEVICE void kvm_chunk_values(const unsigned char* v, const float (&s)[F::TOKENS / 8],
+                                 const float (&m)[F::TOKENS / 8],
+                                 const float (&x)[F::TOKENS / 16][NT][4], KvmState<D, NT>& st,
                                  KvmSealedState<NT>& sealed) {
     using Chunk = KvmChunk<F, D>;
     constexpr int TILES = F::TOKENS / 16;
-    u32 lane = kvm_tid() % 32;
-    const unsigned char* meta = v + Chunk::CODES;
-    float s[2 * TILES], m[2 * TILES], top = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * TILES; i++) {
-        kvm_value_scale<F>(meta, lane / 4 + i * 8, s[i], m[i]);
-        top = s[i] > top ? s[i] : top;
-    }
-    top = kvm_max_rows(top);
-    float factor = 1;
-    if (sealed.unit == 0 ? top > 0 : top * sealed.unit > 4096) {
-        // From here on the largest scale is 64 to 128. Smaller ones later lose nothing that counts.
-        u32 e = kvm_bits(top) >> 23;
-        float unit = kvm_float((e > 240 ? 20 : e < 20 ? 240 : 260 - e) << 23);
-        factor = sealed.unit == 0 ? 1 : unit * kvm_reciprocal(sealed.unit);
-        sealed.unit = unit;
-    }
     u32 pb[TILES][NT][2];
 #pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int c = 0; c < 2; c++) sealed.minimum[n][c] *= alpha[n][c];
-#pragma unroll
     for (int i = 0; i < 2 * TILES; i++) {
-        float scale = s[i] * sealed.unit * (F::SECOND != 1 && i / 2 % 2 ? F::SECOND : 1);
+        float scale = s[i] * sealed.unit;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             float p0 = x[i / 2][n][i % 2 * 2], p1 = x[i / 2][n][i % 2 * 2 + 1];
-            if (F::FLOATS == 2) sealed.minimum[n][0] += m[i] * p0, sealed.minimum[n][1] += m[i] * p1;
+            if (F::FLOATS == 2) sealed.middle[n][0] += m[i] * p0, sealed.middle[n][1] += m[i] * p1;
             pb[i / 2][n][i % 2] = kvm_movm(kvm_pack<false>(p0 * scale, p1 * scale));
         }
     }
-    float sum[NT][2];
-    if (F::OFFSET != 0) kvm_column_sums(pb, sum);
+    if constexpr (F::HAS_OFFSET) {
+        float middle[NT][4];
+        kvm_middle_products<F>(pb, middle);
+#pragma unroll
+        for (int d = 0; d < D / 16; d++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int r = 0; r < 4; r++) st.o[d][n][r] -= middle[n][r];
+    }
 #pragma unroll
     for (int d = 0; d < D / 16; d++) {
         u32 w[Chunk::V_WORDS];
         kvm_words(v, d, w);
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                float offset = F::OFFSET != 0 ? F::OFFSET * sum[n][r % 2] : 0;
-                st.o[d][n][r] = st.o[d][n][r] * (alpha[n][r % 2] * factor) - offset;
-            }
 #pragma unroll
         for (int step = 0; step < TILES; step++) {
             u32 a[4];
@@ -276,28 +356,61 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, float (&x)[F::TOKENS / 
     }
 }
 
+/// Attends to a chunk; all its rows are seen and there is no soft cap, unless `is_partial`.
+template <class F, int D, int NT>
+KVM_DEVICE void kvm_chunk(const KvmDecode& p, const KvmSight<NT>& sight, u32 row, bool is_partial,
+                          const KvmQueries<D, NT>& q, const unsigned char* k, const unsigned char* v,
+                          KvmState<D, NT>& st, KvmSealedState<NT>& sealed) {
+    float x[F::TOKENS / 16][NT][4], s[F::TOKENS / 8], m[F::TOKENS / 8], top = 0;
+    kvm_chunk_logits<F>(q, k, x);
+    if (is_partial) kvm_hide<F>(p, sight, row, x);
+#pragma unroll
+    for (int i = 0; i < F::TOKENS / 8; i++) {
+        kvm_value_scale<F>(v + KvmChunk<F, D>::CODES, kvm_tid() % 32 / 4 + i * 8, s[i], m[i]);
+        top = kvm_max(top, s[i]);
+    }
+    kvm_chunk_softmax<F>(x, top, st, sealed);
+    kvm_chunk_values<F>(v, s, m, x, st, sealed);
+}
+
+/// The blocks of the first chunks of a warp in a part.
+struct KvmFirstPages {
+    u32 first, second;
+};
+template <class F, int D, int WARPS>
+KVM_DEVICE KvmFirstPages kvm_first_pages(const KvmDecode& p, const KvmItem& it) {
+    using Ring = KvmSealedRing<F, D, WARPS>;
+    u32 row = Ring::first(p, it);
+    return {Ring::page(p, it, row), Ring::page(p, it, row + Ring::STEP)};
+}
+
 /// Attends to the sealed rows of a part.
 template <class F, bool BF16, int D, int NT, int WARPS>
-KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
-                                unsigned char* smem, KvmState<D, NT>& st) {
+KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstPages pages,
+                                const KvmSight<NT>& sight, unsigned char* smem,
+                                KvmState<D, NT>& st) {
     using Ring = KvmSealedRing<F, D, WARPS>;
     Ring ring(smem);
     KvmQueries<D, NT> q;
     u32 row = Ring::first(p, it);
-    ring.load(p, it, row, 0);
+    ring.load(p, it, row, pages.first, 0);
+    u32 next_page = pages.second;
     kvm_cp_commit();
-    kvm_prepare_q<BF16>(p, it, q);
+    kvm_prepare_q<F, BF16>(p, it, q);
     KvmSealedState<NT> sealed = {0, {}};
+    // The rows that all queries see, those of the first and of the last query.
+    u32 seen_end = it.len + 1 > it.num_queries ? it.len + 1 - it.num_queries : 0;
+    u32 seen_begin = p.window > 0 && it.len > p.window ? it.len - p.window : 0;
     for (int place = 0; row < Ring::end(it); place ^= 1, row += Ring::STEP) {
-        ring.load(p, it, row + Ring::STEP, place ^ 1);
+        ring.load(p, it, row + Ring::STEP, next_page, place ^ 1);
         kvm_cp_commit();
+        next_page = Ring::page(p, it, row + 2 * Ring::STEP);
         kvm_cp_wait<1>();
         kvm_syncwarp(); // the copies of all lanes have landed
-        float x[F::TOKENS / 16][NT][4], alpha[NT][2];
+        bool is_partial = p.softcap > 0 || row < seen_begin || row + F::TOKENS > seen_end ||
+                          row + F::TOKENS > it.end;
         const unsigned char* chunk = ring.places + place * Ring::BYTES;
-        kvm_chunk_logits<F>(q, chunk, x);
-        kvm_chunk_softmax<F>(p, sight, row, x, st, alpha);
-        kvm_chunk_values<F>(chunk + Ring::V_PLACE, x, alpha, st, sealed);
+        kvm_chunk<F>(p, sight, row, is_partial, q, chunk, chunk + Ring::V_PLACE, st, sealed);
         kvm_syncwarp(); // all lanes have left the place that is filled next
     }
     kvm_cp_wait<0>();
@@ -306,12 +419,12 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const Kvm
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-            // Each lane has the minima of its tokens only.
-            float minimum = F::FLOATS == 2 ? kvm_sum_rows(sealed.minimum[n][c]) : 0;
+            // Each lane has the middles of its tokens only.
+            float middle = F::FLOATS == 2 ? kvm_sum_rows(sealed.middle[n][c]) : 0;
 #pragma unroll
             for (int d = 0; d < D / 16; d++) {
-                st.o[d][n][c] = st.o[d][n][c] * inverse + minimum;
-                st.o[d][n][c + 2] = st.o[d][n][c + 2] * (inverse / F::HIGH_ROW) + minimum;
+                st.o[d][n][c] = st.o[d][n][c] * inverse + middle;
+                st.o[d][n][c + 2] = st.o[d][n][c + 2] * inverse + middle;
             }
         }
 }
@@ -329,25 +442,28 @@ template <class F, bool BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
     kvm_let_next_start();
     KvmItem it = p.items[kvm_bid()];
+    auto pages = kvm_first_pages<F, D, WARPS>(p, it); // lists of blocks are older than the kernel before
     kvm_wait_for_previous();
     if (it.num_queries == 0) return;
     for (;;) {
         KvmState<D, NT> st;
         kvm_clear(st);
         KvmSight<NT> sight = kvm_sight<NT>(p, it);
-        if (it.begin < it.sealed_end) kvm_sealed_rows<F, BF16, D, NT, WARPS>(p, it, sight, smem, st);
+        if (it.begin < it.sealed_end)
+            kvm_sealed_rows<F, BF16, D, NT, WARPS>(p, it, pages, sight, smem, st);
         if (it.end > it.sealed_end) {
             u32 q[D / 16][NT][2];
             kvm_load_q<D, NT>(p, it, q);
             kvm_sync(); // places of chunks become places of tiles of other warps
             KvmRing<D, 2, WARPS, false> ring(smem);
-            ring.begin(p, it);
+            ring.begin(p, it, ring.pages(p, it));
             ring.template attend<BF16, NT>(p, it, sight, q, st);
         }
         kvm_sync(); // nobody reads tiles or chunks any more
         kvm_meet<BF16, D, NT, WARPS>(p, it, st, (float*)smem);
         if (!it.next) return;
         it = p.items[it.next];
+        pages = kvm_first_pages<F, D, WARPS>(p, it);
         kvm_sync(); // all know whether theirs was the last part
     }
 }

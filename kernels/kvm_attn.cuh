@@ -136,13 +136,16 @@ KVM_DEVICE void kvm_share_q(const KvmDecode& p, const KvmItem& it, KvmSharedQ<NT
                 shared.words[((ks * NT + n) * 2 + r) * 32 + kvm_tid() % 32] = q[ks][n][r];
 }
 
+/// cap tanh(x / cap)
+KVM_DEVICE float kvm_cap(float cap, float x) {
+    float y = kvm_exp2(2 * KVM_LOG2E * x * kvm_reciprocal(cap));
+    return cap * (1 - 2 * kvm_reciprocal(1 + y));
+}
+
 /// A logit in units of log2; -inf if the row is hidden.
 KVM_DEVICE float kvm_logit(const KvmDecode& p, float dot, bool is_seen) {
     float x = dot * p.scale;
-    if (p.softcap > 0) {
-        float y = kvm_exp2(2 * KVM_LOG2E * x * kvm_reciprocal(p.softcap));
-        x = p.softcap * (1 - 2 * kvm_reciprocal(1 + y));
-    }
+    if (p.softcap > 0) x = kvm_cap(p.softcap, x);
     return is_seen ? x * KVM_LOG2E : -KVM_INF;
 }
 
@@ -259,14 +262,23 @@ template <int D, int STAGES, int WARPS = kvm_warps(D), bool IS_HINTED = true> st
         return (begin > it.sealed_end ? begin : it.sealed_end) + kvm_tid() / 32 * 16;
     }
 
-    /// Asks for the first tiles of a part.
-    KVM_DEVICE void begin(const KvmDecode& p, const KvmItem& it) const {
-        u32 row = first(p, it), pages[STAGES];
+    /// The blocks of the first tiles of a part.
+    struct Pages {
+        u32 of[STAGES - 1];
+    };
+    KVM_DEVICE Pages pages(const KvmDecode& p, const KvmItem& it) const {
+        Pages pages;
 #pragma unroll
-        for (int i = 0; i < STAGES - 1; i++) pages[i] = kvm_page(p, it, row + i * STEP);
+        for (int i = 0; i < STAGES - 1; i++) pages.of[i] = kvm_page(p, it, first(p, it) + i * STEP);
+        return pages;
+    }
+
+    /// Asks for the first tiles of a part.
+    KVM_DEVICE void begin(const KvmDecode& p, const KvmItem& it, const Pages& pages) const {
+        u32 row = first(p, it);
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) {
-            kvm_load_tile<D, IS_HINTED>(p, it, row + i * STEP, pages[i], tiles + i * TILE);
+            kvm_load_tile<D, IS_HINTED>(p, it, row + i * STEP, pages.of[i], tiles + i * TILE);
             kvm_cp_commit();
         }
     }

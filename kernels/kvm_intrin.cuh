@@ -69,6 +69,12 @@ KVM_DEVICE void kvm_cp_async16(void* to, const void* from, bool is_valid) {
                  "l"(from), "r"(is_valid ? 16 : 0)
                  : "memory");
 }
+/// The same with both addresses OFFSET bytes further, which costs no instruction.
+template <int OFFSET> KVM_DEVICE void kvm_cp_async16_at(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0+%2], [%1+%2], 16;" ::"r"(kvm_smem_addr(to)), "l"(from),
+                 "n"(OFFSET)
+                 : "memory");
+}
 /// Marks memory that is read once: it leaves the second-level cache first.
 KVM_DEVICE u64 kvm_read_once() {
     u64 policy;
@@ -141,10 +147,23 @@ KVM_DEVICE float kvm_half_to_float(u32 bits) {
 }
 /// Four of the bytes of `low` (0 to 3) and `high` (4 to 7), one for each nibble of `which`.
 KVM_DEVICE u32 kvm_prmt(u32 low, u32 high, u32 which) { return __byte_perm(low, high, which); }
+KVM_DEVICE u32 kvm_rotate_right(u32 x, u32 bits) { return __funnelshift_r(x, x, bits); }
+/// (a & b) | c, which compilers make two instructions of where b and c are constants.
+KVM_DEVICE u32 kvm_and_or(u32 a, u32 b, u32 c) {
+    u32 x;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+    return x;
+}
 /// Products of two pairs of f16.
 KVM_DEVICE u32 kvm_mul2(u32 a, u32 b) {
     u32 x;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+    return x;
+}
+/// a b + c for two pairs of f16.
+KVM_DEVICE u32 kvm_fma2(u32 a, u32 b, u32 c) {
+    u32 x;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
     return x;
 }
 KVM_DEVICE float kvm_infinity() { return __int_as_float(0x7f800000); }

@@ -12,16 +12,16 @@
 // (g+8, 2t+8), (g+8, 2t+9): the four registers of the operand.
 //
 //   8 bits   2 words a step: bytes in this order
-//   4 bits   1 word a step: register 0 in bits 0-3 and 16-19, 1 in 4-7 and 20-23, 2 in 8-11 and
-//            24-27, 3 in 12-15 and 28-31
-//   2 bits   1 word for two steps: as 4 bits, the first step in the lower two bits of pairs of
-//            register 0 and 1 (0-1, 16-17 and 2-3, 18-19), the second above (4-5, 20-21 and 6-7,
-//            22-23); registers 2 and 3 8 bits higher
+//   4 bits   1 word a step: register 0 in bits 2-5 and 18-21, 1 in 6-9 and 22-25, 2 in 10-13 and
+//            26-29, 3 in 14-17 and 30-33; bits from 32 on are those from 0 on
+//   2 bits   1 word for two steps: the first step has register 0 in bits 2-3 and 18-19, 1 in 4-5 and
+//            20-21, the second step has them 4 bits higher; registers 2 and 3 are 8 bits above 0 and 1
 //
-// Codes become f16 by putting them into the fraction of 1024: 1024 + c, or 1024 + 4c and so on for
-// higher bits. What that adds is known from the sum of the right operand, as the tensor cores see it,
-// and taken away again; the factor of rows g+8 goes into their result, that of second steps into the
-// right operand. So the codes themselves cost one instruction for two.
+// Codes become f16 in one instruction for two: their bits are put into the fraction of a number whose
+// exponent makes the lowest of them worth 1. So 4 bits from bit 2 on are 256 + c, from bit 6 on 16 + c.
+// What that adds is what the same fragments of the middle code CENTER give, and is taken away again; so
+// the minimum m becomes m + CENTER s. It must not be large: the tensor cores cut off what is 2^-23 or so
+// of the largest term. Nor should codes be, whose right operand is rounded to f16 where that of m is not.
 //
 //   token formats    K, V: s f32 [TOKENS], m f32 [TOKENS] if there is a minimum
 //   channel formats  K: s f16 [D], m f16 [D]      V: (s, m) f16 [TOKENS]
@@ -31,23 +31,26 @@
 /// 4 bits, s and m for each token (the quantizer `int4`).
 struct KvmInt4 {
     static constexpr int BITS = 4, TOKENS = 64, FLOATS = 2;
-    static constexpr bool IS_PER_CHANNEL = false;
-    /// Fragments are (OFFSET + code * (1 or HIGH_ROW)) / GAIN.
-    static constexpr float OFFSET = 1024, GAIN = 1, HIGH_ROW = 16, SECOND = 1;
+    static constexpr bool IS_PER_CHANNEL = false, HAS_OFFSET = true;
+    /// Fragments are middle() plus (code - CENTER) / GAIN.
+    static constexpr float GAIN = 1, CENTER = 7.5f;
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
-        u32 x = words[step];
-        a[0] = (x & 0x000f000f) | 0x64006400, a[1] = (x & 0x00f000f0) | 0x64006400;
-        x >>= 8;
-        a[2] = (x & 0x000f000f) | 0x64006400, a[3] = (x & 0x00f000f0) | 0x64006400;
+        for (int i = 0; i < 2; i++) {
+            u32 x = i ? kvm_rotate_right(words[step], 8) : words[step];
+            a[2 * i] = kvm_and_or(x, 0x003c003c, 0x5c005c00);
+            a[2 * i + 1] = kvm_and_or(x, 0x03c003c0, 0x4c004c00);
+        }
     }
+    /// Register r of a fragment of middle codes: 16 and 256 plus 7.5.
+    KVM_DEVICE static constexpr u32 middle(int, int r) { return r % 2 ? 0x4de04de0 : 0x5c1e5c1e; }
 };
 
 /// 8 bits, s for each token (the quantizer `int8`). Codes are stored with 128 added.
 struct KvmInt8 {
     static constexpr int BITS = 8, TOKENS = 32, FLOATS = 1;
-    static constexpr bool IS_PER_CHANNEL = false;
-    static constexpr float OFFSET = 1152, GAIN = 1, HIGH_ROW = 1, SECOND = 1;
+    static constexpr bool IS_PER_CHANNEL = false, HAS_OFFSET = true;
+    static constexpr float GAIN = 1, CENTER = 0;
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
         for (int i = 0; i < 2; i++) {
@@ -56,20 +59,21 @@ struct KvmInt8 {
             a[2 * i + 1] = kvm_prmt(x, 0x64646464, 0x4342);
         }
     }
+    KVM_DEVICE static constexpr u32 middle(int, int) { return 0x64806480; } // 1024 + 128
 };
 
 /// E4M3 and s for each token (the quantizer `fp8(e4m3)`). Bits are moved, so f16 sees x / 256.
 struct KvmE4m3 {
     static constexpr int BITS = 8, TOKENS = 32, FLOATS = 1;
-    static constexpr bool IS_PER_CHANNEL = false;
-    static constexpr float OFFSET = 0, GAIN = 256, HIGH_ROW = 1, SECOND = 1;
+    static constexpr bool IS_PER_CHANNEL = false, HAS_OFFSET = false;
+    static constexpr float GAIN = 256, CENTER = 0;
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
         for (int i = 0; i < 2; i++) {
             u32 low = kvm_prmt(words[2 * step + i], 0, 0x1404);
             u32 high = kvm_prmt(words[2 * step + i], 0, 0x3424);
-            a[2 * i] = (low & 0x80008000) | ((low & 0x7f007f00) >> 1);
-            a[2 * i + 1] = (high & 0x80008000) | ((high & 0x7f007f00) >> 1);
+            a[2 * i] = kvm_and_or(low, 0x80008000, low >> 1 & 0x3f803f80);
+            a[2 * i + 1] = kvm_and_or(high, 0x80008000, high >> 1 & 0x3f803f80);
         }
     }
 };
@@ -82,14 +86,21 @@ struct KvmKivi4 : KvmInt4 {
 /// 2 bits, keys scaled by channel (the quantizer `kivi(bits=2)` with groups of a block or more).
 struct KvmKivi2 {
     static constexpr int BITS = 2, TOKENS = 64, FLOATS = 2;
-    static constexpr bool IS_PER_CHANNEL = true;
-    static constexpr float OFFSET = 1024, GAIN = 1, HIGH_ROW = 4, SECOND = 1.f / 16;
+    static constexpr bool IS_PER_CHANNEL = true, HAS_OFFSET = true;
+    static constexpr float GAIN = 1, CENTER = 1.5f;
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
-        u32 x = words[step / 2], first = step % 2 ? 0x00300030 : 0x00030003, second = first << 2;
-        a[0] = (x & first) | 0x64006400, a[1] = (x & second) | 0x64006400;
-        x >>= 8;
-        a[2] = (x & first) | 0x64006400, a[3] = (x & second) | 0x64006400;
+        for (int i = 0; i < 2; i++) {
+            u32 x = i ? kvm_rotate_right(words[step / 2], 8) : words[step / 2];
+            bool is_second = step % 2;
+            u32 first = is_second ? 0x00c000c0 : 0x000c000c;
+            a[2 * i] = kvm_and_or(x, first, is_second ? 0x4c004c00 : 0x5c005c00);
+            a[2 * i + 1] = kvm_and_or(x, first << 2, is_second ? 0x44004400 : 0x54005400);
+        }
+    }
+    /// 256, 64, 16 and 4 plus 1.5.
+    KVM_DEVICE static constexpr u32 middle(int step, int r) {
+        return step % 2 ? r % 2 ? 0x45804580 : 0x4c604c60 : r % 2 ? 0x54185418 : 0x5c065c06;
     }
 };
 

@@ -177,6 +177,16 @@ def sdpa(point, backend):
     return call
 
 
+def flex(point):
+    """flex_attention, which torch compiles for each shape."""
+    from torch.nn.attention.flex_attention import flex_attention
+    compiled = torch.compile(flex_attention)
+    def call(i):
+        q, k, v = (point.part(tensor, i) for tensor in (point.q, point.k, point.v))
+        return compiled(q, k, v, enable_gqa=True)
+    return call
+
+
 def relative_error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
@@ -188,10 +198,10 @@ def measure(driver, variants, formats, batch, length, heads, baselines):
     expected = None
     for name, backend in baselines:
         try:
-            call = sdpa(point, backend)
+            call = flex(point) if backend is None else sdpa(point, backend)
             expected = call(0)
             row[name] = time_graph(call, count)
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:
             row[name + " failed"] = str(error)[:200]
     for name, (module, options) in variants.items():
         ours = Ours(driver, module, point, **options)
@@ -219,6 +229,7 @@ def main():
     parser.add_argument("--variants", action="store_true", help="time what the library would not choose")
     parser.add_argument("--points", default="", help="BxS,..; default: the whole grid")
     parser.add_argument("--formats", default=",".join(layout.FORMATS), help="of sealed blocks")
+    parser.add_argument("--flex", action="store_true", help="flex_attention too, which compiles first")
     parser.add_argument("--json", default="")
     parser.add_argument("--heads", type=int, default=3, help="how many of the head counts")
     parser.add_argument("--limit", type=float, default=9e9, help="largest KV in bytes")
@@ -238,6 +249,8 @@ def main():
     copy = copy_bandwidth()
     print(torch.cuda.get_device_name(), "driver", torch.version.cuda, f"copy {copy:.2f} TB/s")
     baselines = [("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)]
+    if arguments.flex:
+        baselines.append(("flex", None))
     rows = []
     for heads in HEADS[:arguments.heads]:
         for batch in BATCHES:

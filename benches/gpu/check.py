@@ -96,19 +96,20 @@ def run_case(driver, function, random, dtype, dim, group, block, window, softcap
     return np.sqrt(error / norm), worst
 
 
-def run_quant_case(driver, function, random, name, dtype, dim, group, queries, window, grid):
-    """As run_case, for sealed blocks of 64 tokens with open rows behind them."""
+def run_quant_case(driver, function, random, name, dtype, dim, group, queries, window, softcap, grid,
+                   lens=LENS, gain=1.0):
+    """As run_case, for sealed blocks of 64 tokens with open rows behind them; `gain` multiplies Q."""
     heads, columns, block = 2, 16 if group * queries > 8 else 8, 64
-    items, slots = plan(LENS, heads, group, grid, block, 256, 64)
+    items, slots = plan(lens, heads, group, grid, block, 256, 64)
     items[:, 0] *= queries
     items[items[:, 1] > 0, 1] = queries
-    num_pages = [-(-n // block) for n in LENS]
+    num_pages = [-(-n // block) for n in lens]
     order = random.permutation(sum(num_pages) + 3)
     pool = np.full((2, len(order), heads, block, dim), NAN, np.uint16)
     sizes = [layout.side_bytes(name, dim, is_key) for is_key in (True, False)]
     sealed = np.full((len(order), heads, sum(sizes)), 0xff, np.uint8)
     first, dense = 0, []
-    for n, pages in zip(LENS, num_pages):
+    for n, pages in zip(lens, num_pages):
         data = to_float(to_bits(random.standard_normal((2, heads, n, dim)), dtype), dtype)
         for start in range(0, n - n % block, block):
             page = order[first + start // block]
@@ -121,17 +122,17 @@ def run_quant_case(driver, function, random, name, dtype, dim, group, queries, w
             pool[:, order[first + t // block], :, t % block] = to_bits(data[:, :, t], dtype)
         dense.append(data)
         first += pages
-    q = to_bits(random.standard_normal((len(LENS) * queries, heads * group, dim)), dtype)
+    q = to_bits(gain * random.standard_normal((len(lens) * queries, heads * group, dim)), dtype)
     o = np.full_like(q, NAN)
     device = {name: driver.upload(array) for name, array in {
         "q": q, "o": o, "pages": order.astype(np.uint32), "items": items,
-        "tickets": np.zeros(len(LENS) * heads, np.uint32),
+        "tickets": np.zeros(len(lens) * heads, np.uint32),
         "partials": np.full(slots * columns * (dim + 4), np.nan, np.float32),
         "k": pool[0], "v": pool[1], "sealed_k": sealed}.items()}
     params = Decode(**device, q_token=heads * group * dim, q_head=dim, o_token=heads * group * dim,
                     o_head=dim, kv_block=heads * block * dim, kv_head=block * dim, kv_token=dim,
                     sealed_block=heads * sum(sizes), sealed_head=sum(sizes), scale=1 / np.sqrt(dim),
-                    window=window, group=group, block_size=block)
+                    softcap=softcap, window=window, group=group, block_size=block)
     params.sealed_v = params.sealed_k + sizes[0]
     for _ in range(2):
         driver.launch(function, grid, 128, layout.smem_of(name, dim), 0, params, True)
@@ -144,7 +145,7 @@ def run_quant_case(driver, function, random, name, dtype, dim, group, queries, w
             seen = max(0, len(k[0]) - (queries - 1 - i))
             for h in range(heads):
                 at = (s * queries + i, slice(h * group, (h + 1) * group))
-                out, _ = reference(to_float(q[at], dtype), k[h][:seen], v[h][:seen], window, 0,
+                out, _ = reference(to_float(q[at], dtype), k[h][:seen], v[h][:seen], window, softcap,
                                    np.full(group, -np.inf))
                 error += np.sum((to_float(o[at], dtype) - out) ** 2)
                 norm += np.sum(out ** 2)
@@ -159,13 +160,21 @@ def check_quantized(driver, random, folder, is_quick):
             columns = 16 if group * queries > 8 else 8
             kernel = f"kvm_decode_{name}_{dtype}_d{dim}_g{columns}"
             function = driver.function(module, kernel, layout.smem_of(name, dim))
-            for window, grid in [(0, 3), (90, 64)]:
+            for window, softcap, grid in [(0, 0.0, 3), (90, 0.0, 64), (0, 2.0, 3)]:
                 error = run_quant_case(driver, function, random, name, dtype, dim, group, queries,
-                                       window, grid)
+                                       window, softcap, grid)
                 ok = error < (4e-3 if dtype == "bf16" else 1e-3)
                 bad += not ok
                 print(f"{'ok ' if ok else 'BAD'} {kernel} group {group} queries {queries} window "
-                      f"{window} grid {grid}: O {error:.1e}")
+                      f"{window} softcap {softcap} grid {grid}: O {error:.1e}")
+        if not is_quick:  # weights are nearly equal, so that values of mean 0 nearly cancel
+            kernel = f"kvm_decode_{name}_f16_d128_g8"
+            function = driver.function(module, kernel, layout.smem_of(name, 128))
+            error = run_quant_case(driver, function, random, name, "f16", 128, 8, 1, 0, 0.0, 2,
+                                   [16384], 0.1)
+            ok = error < 1e-3
+            bad += not ok
+            print(f"{'ok ' if ok else 'BAD'} {kernel} 16384 rows of nearly equal weights: O {error:.1e}")
     return bad
 
 

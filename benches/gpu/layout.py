@@ -59,10 +59,10 @@ def fragments(matrix, bits):
             if bits == 8:
                 word, bit = 2 * step + r // 2, 8 * (r % 2 * 2 + low)
             elif bits == 4:
-                word, bit = step, 16 * low + 4 * (r % 2) + 8 * (r // 2)
+                word, bit = step, 2 + 16 * low + 4 * (r % 2) + 8 * (r // 2)
             else:
-                word, bit = step // 2, 16 * low + 2 * (r % 2) + 8 * (r // 2) + 4 * (step % 2)
-            words[:, word] |= code << bit
+                word, bit = step // 2, 2 + 16 * low + 2 * (r % 2) + 8 * (r // 2) + 4 * (step % 2)
+            words[:, word] |= code << bit | code >> (32 - bit if bit else 31)
     width = min(4, words.shape[1])
     return words.reshape(tiles, -1, width, 32).transpose(0, 1, 3, 2).tobytes()
 

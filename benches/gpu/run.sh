@@ -15,6 +15,7 @@ else
   echo "SKIP: compute-sanitizer is not installed"
 fi
 step python3 bench.py "$@"
+step python3 bench.py --flex --heads 1 --formats "" --points 1x16384,16x4096,64x4096
 step python3 prefill.py
 if command -v cargo >/dev/null; then
   step cargo test --manifest-path ../../Cargo.toml --test cuda_host

@@ -133,15 +133,18 @@ impl Sealed {
                 let column = step * 16 + lane % 4 * 2 + low + 8 * (register / 2);
                 let (word, bit) = match self.bits() {
                     8 => (2 * step + register / 2, 8 * (register % 2 * 2 + low)),
-                    4 => (step, 16 * low + 4 * (register % 2) + 8 * (register / 2)),
+                    4 => (step, 2 + 16 * low + 4 * (register % 2) + 8 * (register / 2)),
                     _ => {
-                        let bit = 16 * low + 2 * (register % 2) + 8 * (register / 2);
+                        let bit = 2 + 16 * low + 2 * (register % 2) + 8 * (register / 2);
                         (step / 2, bit + 4 * (step % 2))
                     }
                 };
                 let piece = tile * (words / width) + word / width;
-                let at = ((piece * 32 + lane) * width + word % width) * 4 + bit / 8;
-                out[at] |= (code(row, column) << (bit % 8)) as u8;
+                let at = ((piece * 32 + lane) * width + word % width) * 4;
+                let placed = code(row, column).rotate_left(bit as u32).to_le_bytes();
+                for (byte, more) in out[at..at + 4].iter_mut().zip(placed) {
+                    *byte |= more;
+                }
             }
         }
     }

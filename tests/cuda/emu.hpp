@@ -265,6 +265,9 @@ inline void kvm_cp_async16(void* to, const void* from, bool is_valid, u64 = 0) {
     if ((size_t)to % 16 || (is_valid && (size_t)from % 16)) emu().fail("cp.async is not aligned");
     emu().fibers[emu().current].open.push_back({to, from, is_valid});
 }
+template <int OFFSET> void kvm_cp_async16_at(void* to, const void* from) {
+    kvm_cp_async16((char*)to + OFFSET, (const char*)from + OFFSET, true);
+}
 inline void kvm_cp_commit() {
     EmuFiber& me = emu().fibers[emu().current];
     me.groups.push_back(std::move(me.open));
@@ -358,7 +361,13 @@ inline u32 kvm_prmt(u32 low, u32 high, u32 which) {
     for (int i = 0; i < 4; i++) x |= (u32)(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return x;
 }
-inline u32 kvm_mul2(u32 a, u32 b) {
-    auto product = [](u32 a, u32 b) { return (u32)_cvtss_sh(_cvtsh_ss(a) * _cvtsh_ss(b), 0); };
-    return product(a & 0xffff, b & 0xffff) | product(a >> 16, b >> 16) << 16;
+inline u32 kvm_rotate_right(u32 x, u32 bits) { return x >> bits | x << (32 - bits); }
+inline u32 kvm_and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
+inline u32 kvm_fma2(u32 a, u32 b, u32 c) {
+    auto one = [](u32 a, u32 b, u32 c) {
+        // A product of two f16 is exact in f32.
+        return (u32)_cvtss_sh((float)((double)(_cvtsh_ss(a) * _cvtsh_ss(b)) + _cvtsh_ss(c)), 0);
+    };
+    return one(a & 0xffff, b & 0xffff, c & 0xffff) | one(a >> 16, b >> 16, c >> 16) << 16;
 }
+inline u32 kvm_mul2(u32 a, u32 b) { return kvm_fma2(a, b, 0x80008000); }
