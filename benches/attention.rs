@@ -57,7 +57,7 @@ impl Setup {
             lane_width: LaneWidth::Sequence,
             num_blocks: (committed + reserved).div_ceil(BLOCK_SIZE) + 1,
             memory_limit: 0,
-            memory: Some(MemoryFormats { open, key: key.into(), value: value.into() }),
+            memory: Some(MemoryFormats::new(open, key, value)),
             evictor: "lru".into(),
             salt: 0,
             prefix: false,

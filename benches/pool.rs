@@ -12,11 +12,7 @@ use kvmgr::sequence::{Sequence, SequenceConfig};
 use kvmgr::shape::{LaneWidth, ModelShape};
 
 fn cache(shape: ModelShape, formats: Option<(&str, &str)>, prefix: bool) -> Arc<Cache> {
-    let memory = formats.map(|(key, value)| MemoryFormats {
-        open: DType::F16,
-        key: key.to_string(),
-        value: value.to_string(),
-    });
+    let memory = formats.map(|(key, value)| MemoryFormats::new(DType::F16, key, value));
     let config = CacheConfig {
         shape,
         block_size: if formats.is_some() { 32 } else { 16 },

@@ -100,10 +100,10 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
     if constexpr (F::HAS_OFFSET) kvm_middle_products<F>(q.b, q.middle);
 }
 
-/// What a warp knows beside KvmState while it is in sealed blocks: outputs are in units of 1 / unit and
-/// lack `middle`. `unit` is 0 before the first values.
+/// What a warp knows beside KvmState while it is in sealed blocks: outputs are in units of 1 / unit, lack
+/// `middle` and have `excess` too much. `unit` is 0 before the first values.
 template <int NT> struct KvmSealedState {
-    float unit, middle[NT][2];
+    float unit, middle[NT][2], excess[NT][4];
 };
 
 /// Weights are up to 2^KVM_SLACK and scales of values in `unit`s up to KVM_TOP_SCALE: f16 holds their
@@ -299,7 +299,9 @@ KVM_DEVICE void kvm_rescale(const float (&max)[NT][2], float top, KvmState<D, NT
 #pragma unroll
             for (int d = 0; d < D / 16; d++)
 #pragma unroll
-                for (int r = c; r < 4; r += 2) st.o[d][n][r] *= alpha * factor;
+                for (int r = c; r < 4; r += 2)
+                    st.o[d][n][r] = (st.o[d][n][r] - sealed.excess[n][r]) * (alpha * factor);
+            for (int r = c; r < 4; r += 2) sealed.excess[n][r] = 0;
         }
 }
 
@@ -335,7 +337,9 @@ KVM_DEVICE void kvm_chunk_softmax(float (&x)[F::TOKENS / 16][NT][4], float top, 
         }
 }
 
-/// Adds the values of a chunk, weighted by p, to the outputs.
+/// Adds the values of a chunk, weighted by p, to the outputs. Half of what the products with middle codes
+/// make too much is taken away before, half with that of the next chunk: so sums go from below to above
+/// what they mean, and what tensor cores cut off towards 0 nearly cancels.
 template <class F, int D, int NT>
 KVM_DEVICE void kvm_chunk_values(const unsigned char* v, const float (&s)[F::TOKENS / 8],
                                  const float (&m)[F::TOKENS / 8],
@@ -357,12 +361,13 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, const float (&s)[F::TOK
     if constexpr (F::HAS_OFFSET) {
         float middle[NT][4];
         kvm_middle_products<F>(pb, middle);
+        for (int n = 0; n < NT; n++)
+            for (int r = 0; r < 4; r++) {
+                float half = 0.5f * middle[n][r], excess = sealed.excess[n][r] + half;
+                sealed.excess[n][r] = half;
 #pragma unroll
-        for (int d = 0; d < D / 16; d++)
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int r = 0; r < 4; r++) st.o[d][n][r] -= middle[n][r];
+                for (int d = 0; d < D / 16; d++) st.o[d][n][r] -= excess;
+            }
     }
 #pragma unroll
     for (int d = 0; d < D / 16; d++) {
@@ -444,7 +449,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
     u32 next_page = pages.second;
     kvm_cp_commit();
     kvm_prepare_q<F, BF16>(p, it, q);
-    KvmSealedState<NT> sealed = {0, {}};
+    KvmSealedState<NT> sealed = {0, {}, {}};
     // The rows that all queries see, those of the first and of the last query.
     u32 seen_end = it.len + 1 > it.num_queries ? it.len + 1 - it.num_queries : 0;
     u32 seen_begin = p.window > 0 && it.len > p.window ? it.len - p.window : 0;
@@ -470,8 +475,8 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
             float middle = F::FLOATS == 2 ? kvm_sum_rows(sealed.middle[n][c]) : 0;
 #pragma unroll
             for (int d = 0; d < D / 16; d++) {
-                st.o[d][n][c] = st.o[d][n][c] * inverse + middle;
-                st.o[d][n][c + 2] = st.o[d][n][c + 2] * inverse + middle;
+                for (int r = c; r < 4; r += 2)
+                    st.o[d][n][r] = (st.o[d][n][r] - sealed.excess[n][r]) * inverse + middle;
             }
         }
     if (p.rotates & 2) kvm_rotate_outputs(st);

@@ -94,6 +94,7 @@ impl Manager {
                 open: config.dtype,
                 key: key.unwrap_or(open).to_string(),
                 value: value.unwrap_or(open).to_string(),
+                exact: policy.exact(),
             }),
             evictor: config.evictor,
             salt: config.salt,
@@ -262,7 +263,7 @@ impl Session {
         let before = matched;
         while let Some(digest) = self.sequence.next_digest(tokens) {
             let cache = self.sequence.cache().clone();
-            if !tier.fetch(&cache, &digest) {
+            if !tier.fetch(&cache, &digest, matched) {
                 break;
             }
             let extended = self.sequence.extend_match(tokens)?;

@@ -43,10 +43,11 @@ impl Tier {
         (load(&self.puts), load(&self.hits), load(&self.failures))
     }
 
-    /// Brings the entry `digest` into the prefix index of `cache`, if the store has it. Answers
-    /// whether it can be found there now. Failures are logged and count as absence.
-    pub fn fetch(&self, cache: &Cache, digest: &Digest) -> bool {
-        match self.try_fetch(cache, digest) {
+    /// Brings the entry `digest` of the tokens from `position` on into the prefix index of `cache`, if
+    /// the store has it. Answers whether it can be found there now. Failures are logged and count as
+    /// absence.
+    pub fn fetch(&self, cache: &Cache, digest: &Digest, position: usize) -> bool {
+        match self.try_fetch(cache, digest, position) {
             Ok(found) => {
                 self.hits.fetch_add(u64::from(found), Ordering::Relaxed);
                 found
@@ -59,12 +60,14 @@ impl Tier {
         }
     }
 
-    fn try_fetch(&self, cache: &Cache, digest: &Digest) -> Result<bool> {
+    fn try_fetch(&self, cache: &Cache, digest: &Digest, position: usize) -> Result<bool> {
         if !self.store.contains(digest)? {
             return Ok(false);
         }
         let mut blocks: Vec<Block> = Vec::new();
-        cache.allocate(cache.config().num_lanes(), cache.sealed_format(), &mut blocks)?;
+        let format = |lane| cache.format_of(lane, position as i32);
+        let formats: Vec<usize> = (0..cache.config().num_lanes()).map(format).collect();
+        cache.allocate_each(&formats, &mut blocks)?;
         let result = self.read_into(cache, &blocks, digest);
         let ids = || blocks.iter().map(|block| block.id);
         let entry = match result {

@@ -2,9 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+mod common;
+
 use std::sync::Arc;
 
+use common::{Engine, config};
+use kvmgr::dtype::DType;
 use kvmgr::quantizer::{Cell, Quantizer, Side, create_on};
+use kvmgr::shape::ModelShape;
 use kvmgr::simd;
 use safetensors::SafeTensors;
 
@@ -300,6 +305,52 @@ fn qjl_scores_are_unbiased_estimates() {
             assert!(correlation >= last, "ratio {ratio}: {correlation} after {last}");
             assert!(ratio != 2 || (0.82..0.92).contains(&correlation), "{correlation}");
             last = correlation - 1e-9;
+        }
+    }
+}
+
+/// The vectors have KIVI's residual of 128: of 300 values exactly the last 128 are exact, here those of
+/// whole blocks more. Codes next to a tie move by one, because scale and minimum are f16 here.
+#[test]
+fn kivi_with_its_residual_window_has_the_rows_of_the_vectors() {
+    let golden = Golden::open();
+    for bits in [2, 4] {
+        let shape = ModelShape { num_layers: 1, num_q_heads: 1, num_kv_heads: 1, head_dim: 64 };
+        let mut config = config(shape, &format!("quant(kivi{bits}, residual=128)"));
+        (config.block_size, config.dtype) = (32, DType::F32);
+        let mut engine = Engine::new(config, 1);
+        let mut session = engine.session();
+        // The last 44 rows of the vectors are not in this repository; they stay in the window.
+        let data = ["model_k", "model_v"].map(|name| {
+            let rows = golden.floats(&format!("data/{name}"));
+            rows.iter().copied().cycle().take(300 * 64).collect::<Vec<f32>>()
+        });
+        session.sequence_mut().reserve(300).unwrap();
+        engine.attention.plan(&[(session.sequence(), 300)]).unwrap();
+        engine.append(0, &data[0], &data[1]);
+        session.commit(300, None).unwrap();
+        for (side, data) in [Side::Key, Side::Value].into_iter().zip(&data) {
+            let mut found = Vec::new();
+            session.sequence().decode(0, 0, side, &mut found);
+            // The last block whose tokens are all among the first 172.
+            assert!(found[160 * 64..] == data[160 * 64..]);
+            let (name, group) = match side {
+                Side::Key => (format!("kivi/k{bits}_g32_r128/model_k"), 32 * 64),
+                Side::Value => (format!("kivi/v{bits}_g32_r128/model_v"), 32),
+            };
+            let [scale, min] =
+                ["scale", "min"].map(|part| golden.floats(&format!("{name}/{part}")));
+            let codes = golden.bytes(&format!("{name}/codes"));
+            let mut moved = 0;
+            for (i, (value, code)) in found.iter().zip(codes).enumerate().take(160 * 64) {
+                let group = if side == Side::Key { i / group * 64 + i % 64 } else { i / group };
+                let ours = (value - min[group]) / scale[group];
+                let shift = (min[group] / scale[group]).abs() / 2048.0 + 0.01;
+                let off = (ours - f32::from(*code)).abs();
+                assert!(off <= 1.0 + shift, "{name} {i}: {ours} instead of {}", *code);
+                moved += usize::from(off > shift);
+            }
+            assert!(moved <= 160 * 64 / 300, "{name}: {moved} codes moved");
         }
     }
 }

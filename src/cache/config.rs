@@ -55,12 +55,63 @@ pub struct MemoryFormats {
     pub key: String,
     /// Quantizer spec of the values of sealed blocks.
     pub value: String,
+    /// What stays in the format of open blocks.
+    pub exact: Exact,
+}
+
+/// What stays in the format of open blocks although it could be quantized. Blocks have one format, so
+/// tokens stay as whole blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Exact {
+    /// So many layers at either end of the model.
+    pub skip_layers: usize,
+    /// So many tokens at the start of a sequence, for good.
+    pub first: usize,
+    /// The latest so many tokens: a block is sealed once none of its tokens is among them.
+    pub residual: usize,
+}
+
+impl MemoryFormats {
+    /// Sealed blocks of these quantizers, nothing stays as it is.
+    pub fn new(open: DType, key: &str, value: &str) -> Self {
+        Self { open, key: key.into(), value: value.into(), exact: Exact::default() }
+    }
+}
+
+impl Exact {
+    /// Whether a layer stays in the format of open blocks.
+    pub fn skips(&self, layer: usize, num_layers: usize) -> bool {
+        layer < self.skip_layers || layer + self.skip_layers >= num_layers
+    }
+
+    /// Refuses to skip every layer of a model: then nothing would be quantized.
+    pub fn check(&self, num_layers: usize) -> Result<()> {
+        ensure!(
+            2 * self.skip_layers < num_layers || self.skip_layers == 0,
+            InvalidArgument,
+            "skip_layers is {}, which at either end of a model of {num_layers} layers leaves none to \
+             quantize",
+            self.skip_layers
+        );
+        Ok(())
+    }
 }
 
 impl CacheConfig {
     /// Lanes of each sequence.
     pub fn num_lanes(&self) -> usize {
         self.lane_width.num_lanes(&self.shape)
+    }
+
+    /// What stays in the format of open blocks.
+    pub fn exact(&self) -> Exact {
+        self.memory.as_ref().map_or_else(Exact::default, |memory| memory.exact)
+    }
+
+    /// Whether the layer of `lane` stays in the format of open blocks.
+    pub(super) fn skips(&self, lane: usize) -> bool {
+        let (exact, layers) = (self.exact(), self.shape.num_layers);
+        exact.skip_layers > 0 && exact.skips(lane * layers / self.num_lanes(), layers)
     }
 
     /// Checks every documented range.
@@ -87,6 +138,15 @@ impl CacheConfig {
                 "rope_dims is {dims}, must be in 2..={head_dim} (head_dim)"
             );
         }
+        let exact = self.exact();
+        exact.check(self.shape.num_layers)?;
+        ensure!(
+            exact.skip_layers == 0 || self.num_lanes() >= self.shape.num_layers,
+            Unsupported,
+            "skip_layers needs lanes of width Layer: a block has one format, and those of width {:?} \
+             hold all layers",
+            self.lane_width
+        );
         Ok(())
     }
 
@@ -96,6 +156,10 @@ impl CacheConfig {
             formats.iter().map(|format| (format.key.spec(), format.value.spec())).collect();
         let mut scope =
             format!("{:?} {:?} {:?} {:?}", self.shape, self.lane_width, formats, self.rope);
+        let Exact { skip_layers, first, .. } = self.exact();
+        if skip_layers > 0 || first > 0 {
+            scope += &format!(" exact {skip_layers} {first}");
+        }
         if self.device.is_some() && formats.len() > 1 {
             scope += " fragments"; // Quantized blocks have another layout on a device.
         }

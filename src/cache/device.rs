@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::{Block, BlockView, Cache, CacheConfig, Format, OPEN};
+use super::{Block, BlockView, Cache, CacheConfig, Exact, Format, OPEN};
 use crate::device::cuda::params::Seal;
 use crate::device::cuda::{DeviceMemory, Gpu, Kernel};
 use crate::device::layout::{self, Sealed};
@@ -36,6 +36,11 @@ pub(super) fn check(config: &CacheConfig) -> Result<()> {
         "a KV head has {group} query heads, on a CUDA device it can have at most 16"
     );
     let Some(memory) = &config.memory else { return Ok(()) };
+    ensure!(
+        memory.exact == Exact::default(),
+        Unsupported,
+        "skip_layers, first and residual are not supported on a CUDA device yet"
+    );
     let open = memory.open.name();
     ensure!(
         memory.open != DType::F32,

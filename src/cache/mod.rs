@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
-pub use config::{CacheConfig, DeviceConfig, MemoryFormats};
+pub use config::{CacheConfig, DeviceConfig, Exact, MemoryFormats};
 pub use device::PAGE_BYTES;
 pub use format::Format;
 pub use view::BlockView;
@@ -193,6 +193,12 @@ impl Cache {
         self.sealed
     }
 
+    /// Index of the format that a full block of `lane` is sealed in whose first row has `position`.
+    pub fn format_of(&self, lane: usize, position: i32) -> usize {
+        let is_first = i64::from(position) < self.config.exact().first as i64;
+        if is_first || self.config.skips(lane) { OPEN } else { self.sealed }
+    }
+
     /// The digest of the empty prefix.
     pub fn root(&self) -> &Digest {
         &self.root
@@ -228,6 +234,18 @@ impl Cache {
             out.push(Block { id, view });
         }
         state.note_peak();
+        Ok(())
+    }
+
+    /// Appends one block in each of `formats` to `out`, or none.
+    pub fn allocate_each(&self, formats: &[usize], out: &mut Vec<Block>) -> Result<()> {
+        let start = out.len();
+        for run in formats.chunk_by(|a, b| a == b) {
+            if let Err(error) = self.allocate(run.len(), run[0], out) {
+                self.release(out.drain(start..).map(|block| block.id), std::iter::empty());
+                return Err(error);
+            }
+        }
         Ok(())
     }
 

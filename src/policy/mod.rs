@@ -27,6 +27,7 @@ pub mod budget;
 pub mod custom;
 pub mod map;
 mod parse;
+mod quant;
 pub mod score;
 mod select;
 mod stages;
@@ -35,6 +36,7 @@ pub mod weights;
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use crate::cache::Exact;
 use crate::error::Result;
 use crate::selector::Selector;
 use crate::shape::{KeepSet, LaneWidth, Needs, Rope};
@@ -202,6 +204,7 @@ pub struct Pipeline {
     decode: Option<Arc<Phase>>,
     position: PositionMode,
     quantizers: (Option<String>, Option<String>),
+    exact: Exact,
     width: (LaneWidth, Option<String>),
     /// What decode steps read, with its name in the spec.
     selector: Option<(String, Arc<dyn Selector>)>,
@@ -313,6 +316,11 @@ impl Pipeline {
     /// Quantizer specs of keys and values, where the spec names them.
     pub fn quantizers(&self) -> (Option<&str>, Option<&str>) {
         (self.quantizers.0.as_deref(), self.quantizers.1.as_deref())
+    }
+
+    /// What the quantizers leave as it is.
+    pub fn exact(&self) -> Exact {
+        self.exact
     }
 
     /// What chooses the blocks that decode steps read, if not all of them.

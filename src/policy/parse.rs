@@ -6,11 +6,12 @@ use super::act::{self, ACTS, Act};
 use super::budget::{self, BUDGETS, Budget};
 use super::custom;
 use super::map::{self, MAPS, Map};
+use super::quant::{Quant, check_quantizer};
 use super::score::{self, SCORES, Score};
 use super::stages::{STAGES, StageClass, StageInfo};
 use super::{Allowance, Event, Phase, Pipeline, PositionMode};
 use crate::error::{Error, Kind, Result, ensure};
-use crate::quantizer::{self, Granularity, Side};
+use crate::quantizer::Side;
 use crate::registry::{self, Args};
 use crate::selector::{SELECTORS, Selector};
 use crate::shape::{LaneWidth, Needs};
@@ -31,8 +32,7 @@ struct Builder {
     prefill: Option<Arc<Phase>>,
     decode: Option<Arc<Phase>>,
     position: Option<PositionMode>,
-    /// Quantizer specs of keys and values, with the column of each.
-    quant: Option<[Option<(String, usize)>; 2]>,
+    quant: Option<Quant>,
     width: Option<(LaneWidth, String)>,
     /// The stage that evicts single tokens while decoding, if any.
     step_evictor: Option<String>,
@@ -152,7 +152,11 @@ impl Builder {
             }
             StageClass::Quant => {
                 ensure_first(self.quant.is_none(), stage)?;
-                self.quant = Some(quantizers(stage, &args)?);
+                self.quant = Some(Quant::new(stage, &args)?);
+                if args.count("skip_layers") > 0 {
+                    // A block has one format.
+                    self.widen(LaneWidth::Layer, "quant");
+                }
             }
             StageClass::Select => {
                 ensure_first(self.selector.is_none(), stage)?;
@@ -248,7 +252,7 @@ impl Builder {
     }
 
     fn finish(self, text: &str) -> Result<Pipeline> {
-        let [key, value] = self.quant.unwrap_or_default();
+        let Quant { sides: [key, value], exact } = self.quant.unwrap_or_default();
         for (side, asked) in [(Side::Key, &key), (Side::Value, &value)] {
             if let Some((name, column)) = asked {
                 check_quantizer(name, side, *column, self.step_evictor.as_deref())?;
@@ -270,6 +274,7 @@ impl Builder {
             decode: self.decode,
             position: self.position.unwrap_or_default(),
             quantizers: (name(key), name(value)),
+            exact,
             width: (width.unwrap_or(LaneWidth::Sequence), stage),
             selector: self.selector.map(|(name, selector)| (name.to_string(), selector)),
         })
@@ -410,44 +415,6 @@ impl<'a> Draft<'a> {
     }
 }
 
-/// The quantizer specs of keys and values, with the columns of their arguments.
-fn quantizers(stage: &Stage, args: &Args) -> Result<[Option<(String, usize)>; 2]> {
-    let given = |name: &str, position: usize| {
-        let is_it = |arg: &&spec::Arg| arg.name.as_deref() == Some(name);
-        let arg = stage.args.iter().find(is_it).or(stage.args.get(position));
-        let column = arg.map_or(stage.column, |arg| arg.column);
-        args.is_given(name).then(|| (args.text(name).to_string(), column))
-    };
-    let (key, value) = (given("k", 0), given("v", 1));
-    if key.is_none() && value.is_none() {
-        return Err(at(stage.column, &format!("{} names no quantizer", stage.name)));
-    }
-    let value = value.or_else(|| key.clone());
-    Ok([key, value])
-}
-
-/// Checks that a quantizer exists and can follow the policy.
-fn check_quantizer(
-    name: &str,
-    side: Side,
-    column: usize,
-    step_evictor: Option<&str>,
-) -> Result<()> {
-    let quantizer = quantizer::create(name, side)
-        .map_err(|error| in_column(column, &error.within(format!("{side:?} quantizer {name}"))))?;
-    if let Some(stage) = step_evictor
-        && quantizer.granularity() == Granularity::Block
-    {
-        // Evicting from such a block would encode its survivors again at every step.
-        let text = format!(
-            "{name} encodes whole blocks, but {stage} evicts single tokens while decoding; use a \
-             quantizer of single tokens for {side:?}"
-        );
-        return Err(at(column, &text));
-    }
-    Ok(())
-}
-
 /// The stage with nested stages as text: quantizer specs are parsed by their own family.
 fn with_text_args(stage: &Stage) -> Stage {
     let mut stage = stage.clone();
@@ -468,10 +435,10 @@ fn ensure_first(is_first: bool, stage: &Stage) -> Result<()> {
     Err(at(stage.column, &format!("{} is given twice", stage.name)))
 }
 
-fn at(column: usize, text: &str) -> Error {
+pub(super) fn at(column: usize, text: &str) -> Error {
     Error::new(Kind::InvalidArgument, format!("column {column}: {text}"))
 }
 
-fn in_column(column: usize, error: &Error) -> Error {
+pub(super) fn in_column(column: usize, error: &Error) -> Error {
     error.clone().within(format!("column {column}"))
 }

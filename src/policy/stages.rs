@@ -189,8 +189,28 @@ const PLUMBING: &[StageInfo] = &[
                 help: "quantizer of values; if absent that of keys",
                 domain: Domain::Text { default: "" },
             },
+            Param {
+                name: "skip_layers",
+                help: "layers at either end of the model that stay exact",
+                domain: Domain::Int { default: 0, min: 0, max: 1 << 10 },
+            },
+            Param {
+                name: "first",
+                help: "tokens at the start of a sequence that stay exact, as whole blocks",
+                domain: Domain::Int { default: 0, min: 0, max: 1 << 20 },
+            },
+            Param {
+                name: "residual",
+                help: "latest tokens that are exact; a block is quantized once all of it is older",
+                domain: Domain::Int { default: 0, min: 0, max: 1 << 20 },
+            },
         ],
         needs: Needs::NONE,
-        examples: &["quant(q8_0)", "quant(k=had+q4_0, v=q4_0)", "quant(v=q8_0)"],
+        examples: &[
+            "quant(q8_0)",
+            "quant(k=had+q4_0, v=q4_0)",
+            "quant(v=q8_0)",
+            "quant(kivi2, first=4, residual=32)",
+        ],
     },
 ];

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::{Lane, Positions, Sequence, Span};
 use crate::cache::rows::SIDES;
-use crate::cache::{Block, Cache, OPEN};
+use crate::cache::{Block, Cache};
 use crate::error::{Result, ensure};
 use crate::quantizer::Side;
 use crate::shape::KeepSet;
@@ -25,6 +25,12 @@ const TRIM_SLACK: usize = 2;
 struct Source {
     span: u32,
     row: u32,
+}
+
+impl Source {
+    fn position(&self, lane: &Lane) -> i32 {
+        lane.spans[self.span as usize].positions.at(self.row as usize)
+    }
 }
 
 impl Sequence {
@@ -128,8 +134,7 @@ impl Sequence {
         let rows: usize = old.spans.iter().map(|span| span.count as usize).sum();
         let may_split = rows - keep.len() < block_size;
         let slack = TRIM_SLACK.max(needed / 16);
-        let mut lane =
-            Lane { spans: Vec::with_capacity(old.spans.len() + 1), evicted: old.evicted };
+        let mut lane = Lane::new(Vec::with_capacity(old.spans.len() + 1), old.evicted);
         let mut ranges = keep.ranges().iter().cloned().peekable();
         let (mut start, mut evicted, mut blocks) = (0, 0, 0);
         for (i, span) in old.spans.iter().enumerate() {
@@ -189,30 +194,31 @@ impl Sequence {
         })
     }
 
-    /// The lane with its survivors copied into new blocks: full ones sealed, the rest open.
+    /// The lane with its survivors copied into new blocks: full ones before the residual window sealed,
+    /// the others open.
     fn gather(&self, index: usize, keep: &KeepSet, values: &[Vec<f32>]) -> Result<Lane> {
         let cache = &self.cache;
         let block_size = cache.config().block_size;
         let old = &self.lanes[index];
         let sources = sources(old, keep);
-        let (full, rest) = (sources.len() / block_size, sources.len() % block_size);
-        let mut blocks = Vec::new();
-        cache.allocate(full, cache.sealed_format(), &mut blocks)?;
-        if rest > 0
-            && let Err(error) = cache.allocate(1, OPEN, &mut blocks)
-        {
-            cache.release(blocks.iter().map(|block| block.id), std::iter::empty());
-            return Err(error);
+        let (mut formats, mut sealed) = (Vec::new(), Vec::new());
+        for rows in sources.chunks(block_size) {
+            let positions: Vec<i32> = rows.iter().map(|source| source.position(old)).collect();
+            let (format, is_sealed) = self.format_of_rows(index, &positions);
+            formats.push(format);
+            sealed.push(is_sealed);
         }
+        let mut blocks = Vec::new();
+        cache.allocate_each(&formats, &mut blocks)?;
         let evicted = old.evicted + (old.len() - sources.len()) as i32;
-        let mut lane = Lane { spans: Vec::with_capacity(blocks.len()), evicted };
+        let mut lane = Lane::new(Vec::with_capacity(blocks.len()), evicted);
         for (i, (rows, block)) in sources.chunks(block_size).zip(blocks).enumerate() {
             self.fill(index, rows, block, i * block_size, evicted, values);
             lane.spans.push(Span {
                 block,
                 first: 0,
                 count: rows.len() as u32,
-                sealed: rows.len() == block_size,
+                sealed: sealed[i],
                 evicted_before: evicted,
                 positions: self.positions_of(old, rows),
             });
@@ -324,9 +330,7 @@ impl Sequence {
 
     /// Positions of gathered rows, followed by those that the next tokens will have.
     fn positions_of(&self, old: &Lane, rows: &[Source]) -> Positions {
-        let known = rows
-            .iter()
-            .map(|source| old.spans[source.span as usize].positions.at(source.row as usize));
+        let known = rows.iter().map(|source| source.position(old));
         let next = (self.committed as i32)..;
         let list: Arc<[i32]> = known.chain(next).take(self.cache.config().block_size).collect();
         Positions::List(list)

@@ -58,6 +58,11 @@ impl Span {
         self.positions.at(self.first as usize + i)
     }
 
+    /// The position of the last row.
+    pub fn last_position(&self) -> i32 {
+        self.positions.at(self.end() - 1)
+    }
+
     /// Rows at positions below `limit`. Positions ascend within a span.
     pub fn rows_below(&self, limit: i32) -> usize {
         let count = self.count as usize;
@@ -80,9 +85,16 @@ pub struct Lane {
     pub spans: Vec<Span>,
     /// Rows evicted so far.
     pub evicted: i32,
+    /// Every span before this one is sealed.
+    pub(super) first_open: usize,
 }
 
 impl Lane {
+    /// A lane of these spans.
+    pub(super) fn new(spans: Vec<Span>, evicted: i32) -> Self {
+        Self { spans, evicted, first_open: 0 }
+    }
+
     /// Rows of all spans.
     pub fn len(&self) -> usize {
         self.spans.iter().map(|span| span.count as usize).sum()

@@ -13,6 +13,7 @@ mod lane;
 mod observation;
 mod prefix;
 mod received;
+mod seal;
 mod statistics;
 mod swap;
 
@@ -413,6 +414,7 @@ impl Sequence {
                 released.push(tail.block.id);
                 lane.spans.pop();
             }
+            lane.close_gap(limit);
         }
         if !released.is_empty() {
             self.cache.release(released.into_iter(), std::iter::empty());
@@ -430,28 +432,6 @@ impl Sequence {
             for head in 0..shape.num_kv_heads {
                 let len = self.lanes[self.locate(layer, head).0].len();
                 observation.head(layer, head).lock().truncate_rows(len);
-            }
-        }
-    }
-
-    /// Seals every full open block that nobody shares.
-    fn seal_full(&mut self) {
-        let block_size = self.cache.config().block_size;
-        let in_place = self.cache.sealed_format() == OPEN;
-        for lane in &mut self.lanes {
-            for span in lane.spans.iter_mut().rev() {
-                if span.sealed {
-                    break;
-                }
-                if span.end() < block_size {
-                    continue;
-                }
-                if in_place {
-                    span.sealed = true;
-                } else if let Some(view) = self.cache.seal(span.block) {
-                    span.block.view = view;
-                    span.sealed = true;
-                }
             }
         }
     }

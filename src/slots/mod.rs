@@ -22,6 +22,7 @@ mod task;
 
 use std::sync::Arc;
 
+use crate::cache::Exact;
 use crate::device::tensor::Tensor;
 use crate::error::{Result, ensure};
 use crate::policy::{Event, Pipeline, PositionMode};
@@ -131,6 +132,13 @@ pub fn parse_spec(spec: &str) -> Result<Pipeline> {
         Unsupported,
         "slots cannot change values of tokens that stay, as merging does"
     );
+    let Exact { first, residual, .. } = policy.exact();
+    ensure!(
+        first == 0 && residual == 0,
+        Unsupported,
+        "column {}: slots have no order in which tokens could be first or residual",
+        policy.column_of("quant")
+    );
     ensure!(
         policy.selector().is_none(),
         Unsupported,
@@ -164,7 +172,12 @@ impl Slots {
         let lanes = config.num_streams * config.num_kv_heads;
         // Blocks with holes are compacted when holes exceed a quarter; see `Lane::is_sparse`.
         let blocks = lanes * (2 * config.num_slots.div_ceil(config.block_size) + 6);
-        let (key, value) = policy.quantizers();
+        let exact = policy.exact();
+        exact.check(config.num_layers)?;
+        let (key, value) = match exact.skips(config.layer, config.num_layers) {
+            true => (None, None),
+            false => policy.quantizers(),
+        };
         let stay = !policy.acts_on(Event::PrefillEnd) && !policy.acts_on(Event::Step);
         let side = |spec: Option<&str>, side, dim| {
             SideStore::new(spec.unwrap_or("f16"), side, config.block_size, dim, blocks, stay)

@@ -32,7 +32,7 @@ impl Ours {
             lane_width: LaneWidth::Sequence,
             num_blocks: input.tokens.div_ceil(BLOCK_SIZE) + 1,
             memory_limit: 0,
-            memory: Some(MemoryFormats { open: DType::F16, key: spec.into(), value: spec.into() }),
+            memory: Some(MemoryFormats::new(DType::F16, spec, spec)),
             evictor: "lru".into(),
             salt: 0,
             prefix: false,
