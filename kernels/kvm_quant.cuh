@@ -91,17 +91,14 @@ struct KvmKivi2 {
 
     KVM_DEVICE static void fragment(const u32* words, int step, u32 (&a)[4]) {
         for (int i = 0; i < 2; i++) {
-            u32 x = i ? kvm_rotate_right(words[step / 2], 8) : words[step / 2];
-            bool is_second = step % 2;
-            u32 first = is_second ? 0x00c000c0 : 0x000c000c;
-            a[2 * i] = kvm_and_or(x, first, is_second ? 0x4c004c00 : 0x5c005c00);
-            a[2 * i + 1] = kvm_and_or(x, first << 2, is_second ? 0x44004400 : 0x54005400);
+            // All from bit 6 on: codes are so small that more added would be felt.
+            u32 x = kvm_rotate_right(words[step / 2], (step % 2 * 4 + i * 8 + 28) % 32);
+            a[2 * i] = kvm_and_or(x, 0x00c000c0, 0x4c004c00);
+            a[2 * i + 1] = kvm_and_or(x, 0x03000300, 0x44004400);
         }
     }
-    /// 256, 64, 16 and 4 plus 1.5.
-    KVM_DEVICE static constexpr u32 middle(int step, int r) {
-        return step % 2 ? r % 2 ? 0x45804580 : 0x4c604c60 : r % 2 ? 0x54185418 : 0x5c065c06;
-    }
+    /// 16 and 4 plus 1.5.
+    KVM_DEVICE static constexpr u32 middle(int, int r) { return r % 2 ? 0x45804580 : 0x4c604c60; }
 };
 
 /// Sizes of a chunk.

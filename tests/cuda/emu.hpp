@@ -316,6 +316,29 @@ template <bool BF16> inline float emu_half(u32 x) {
     return BF16 ? emu_float((u64)(x & 0xffff) << 16) : _cvtsh_ss((u16)x);
 }
 
+/// d + sum of products as Hopper's tensor cores add: what is 2^-25 of the largest term or less is cut off
+/// each term, towards 0, and the sum is cut off to f32. Errors of long sums on an H200 are those of this.
+inline float emu_sum(const double* terms, int n) {
+    double most = 0, total = 0;
+    for (int i = 0; i < n; i++) most = std::fmax(most, std::fabs(terms[i]));
+    u64 bits;
+    memcpy(&bits, &most, 8);
+    i64 exponent = (i64)(bits >> 52) - 1023 - 25;
+    if (most == 0 || exponent < -900 || exponent > 300) { // all zero, or not all finite
+        for (int i = 0; i < n; i++) total += terms[i];
+        return (float)total;
+    }
+    u64 unit_bits = (u64)(exponent + 1023) << 52, inverse_bits = (u64)(1023 - exponent) << 52;
+    double unit, inverse;
+    memcpy(&unit, &unit_bits, 8), memcpy(&inverse, &inverse_bits, 8);
+    for (int i = 0; i < n; i++) {
+        if (terms[i] != terms[i]) return (float)terms[i];
+        total += (double)(i64)(terms[i] * inverse) * unit;
+    }
+    float sum = (float)total;
+    return std::fabs((double)sum) > std::fabs(total) ? std::nextafter(sum, 0.f) : sum;
+}
+
 template <bool BF16> inline void kvm_mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     static const char* name = BF16 ? "mma.bf16" : "mma.f16";
     u64 in[10];
@@ -333,10 +356,11 @@ template <bool BF16> inline void kvm_mma(float (&d)[4], const u32 (&a)[4], const
             }
         for (int lane = 0; lane < 32; lane++)
             for (int r = 0; r < 4; r++) {
-                float sum = emu_float(in[lane][6 + r]);
+                double terms[17];
+                terms[16] = emu_float(in[lane][6 + r]);
                 for (int k = 0; k < 16; k++)
-                    sum += a[lane / 4 + r / 2 * 8][k] * b[k][lane % 4 * 2 + r % 2];
-                out[lane][r] = emu_bits(sum);
+                    terms[k] = (double)a[lane / 4 + r / 2 * 8][k] * b[k][lane % 4 * 2 + r % 2];
+                out[lane][r] = emu_bits(emu_sum(terms, 17));
             }
     });
     for (int r = 0; r < 4; r++) d[r] = emu_float(out[r]);
