@@ -12,13 +12,13 @@ use crate::device::tensor::Tensor;
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, bail, ensure};
 use crate::policy::{Event, Pipeline, PositionMode};
-use crate::sequence::{Observation, Replay, Sequence, SequenceConfig};
+use crate::sequence::{Lane, Observation, Replay, Sequence, SequenceConfig};
 use crate::shape::{KeepSet, LaneWidth, ModelShape, Needs, Rope};
 use crate::store::{Key, Store};
 use crate::tier::{self, Tier};
 use layers::Layers;
 use parking_lot::RwLock;
-use serve::{OFFERED, check_policy, observation_for};
+use serve::{OFFERED, check_policy, demoted_format, observation_for};
 
 /// Everything a manager needs to know.
 #[derive(Debug, Clone)]
@@ -95,6 +95,7 @@ impl Manager {
                 key: key.unwrap_or(open).to_string(),
                 value: value.unwrap_or(open).to_string(),
                 exact: policy.exact(),
+                demoted: policy.demoted().map(|(_, names)| names.map(str::to_string)).collect(),
             }),
             evictor: config.evictor,
             salt: config.salt,
@@ -469,7 +470,14 @@ impl Session {
 
     fn run_policy(&mut self, event: Event) -> Result<()> {
         let policy = self.policy.clone();
-        let longest = self.sequence.lanes().iter().map(|lane| lane.len()).max().unwrap_or(0);
+        let demoted = policy.demotes(event);
+        // What is demoted does not count, and less than a block of the others cannot be.
+        let rows = |lane: &Lane| match demoted {
+            Some(_) => (lane.len() - lane.num_demoted())
+                .saturating_sub(self.sequence.cache().config().block_size - 1),
+            None => lane.len(),
+        };
+        let longest = self.sequence.lanes().iter().map(rows).max().unwrap_or(0);
         if !policy.is_due(event, self.steps, longest, self.sequence.num_tokens()) {
             return Ok(());
         }
@@ -479,13 +487,21 @@ impl Session {
         let mut layers =
             Layers::new(&self.sequence, self.manager.as_deref(), policy.needs_with(OFFERED));
         let kept = policy.select(event, &mut layers)?;
+        let format = match demoted {
+            Some([key, value]) => Some(demoted_format(self.sequence.cache(), key, value)?),
+            None => None,
+        };
         let mut done = vec![false; self.sequence.lanes().len()];
         for (layer, heads) in kept.iter().enumerate() {
             for (head, keep) in heads.iter().enumerate() {
                 let (lane, _) = self.sequence.locate(layer, head);
                 // Heads that share a lane share a keep set: the width was checked at creation.
-                if !std::mem::replace(&mut done[lane], true) {
-                    self.sequence.compact(lane, keep)?;
+                if std::mem::replace(&mut done[lane], true) {
+                    continue;
+                }
+                match format {
+                    Some(format) => self.sequence.demote(lane, keep, format)?,
+                    None => self.sequence.compact(lane, keep)?,
                 }
             }
         }

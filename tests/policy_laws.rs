@@ -247,6 +247,23 @@ fn laws_of_composition() {
 }
 
 #[test]
+fn demotion_chooses_what_eviction_would() {
+    let layer = Layer::even(3, 120, 8);
+    for score in
+        ["snapkv(w=16)", "h2o(recent=10)", "keydiff", "knorm | adakv(0.2)", "knorm | global"]
+    {
+        for keep in ["keep(1.0)", "keep(0.3)", "keep_tokens(20)"] {
+            let spec = format!("prefill: {score} | {keep}");
+            let evicting = select(&spec, Event::PrefillEnd, &layer);
+            for format in ["", "(q4_0)", "(k=had+q4_0, v=kivi2)"] {
+                let spec = format!("{spec} | demote{format} | quant(q8_0)");
+                assert_eq!(select(&spec, Event::PrefillEnd, &layer), evicting, "{spec}");
+            }
+        }
+    }
+}
+
+#[test]
 fn laws_of_maps() {
     for (heads, len, seed) in [(1, 40, 1), (4, 100, 2), (3, 201, 3)] {
         let layer = Layer::even(heads, len, seed);

@@ -154,11 +154,7 @@ impl Plan {
         // before its own row.
         let first = (tokens - n) as i32;
         for (i, lane) in sequence.lanes().iter().enumerate() {
-            let kept = lane.spans.iter().rev().map_while(|span| {
-                let kept = span.count as usize - span.rows_below(first);
-                (kept > 0).then_some(kept)
-            });
-            let kept: usize = kept.sum();
+            let kept = rows_from(first, &lane.spans);
             ensure!(
                 kept == n,
                 InvalidArgument,
@@ -391,4 +387,22 @@ impl Plan {
     pub(super) fn note_written(&self, sequence: usize, layer: usize, rows: usize) {
         self.sequences[sequence].shared.note_written(layer, rows);
     }
+}
+
+/// Rows of the last spans at positions of `first` and above, as far as these ascend without a row of a
+/// lower position between them.
+fn rows_from(first: i32, spans: &[Span]) -> usize {
+    let (mut rows, mut next) = (0, i32::MAX);
+    for span in spans.iter().rev() {
+        let count = span.count as usize - span.rows_below(first);
+        if span.last_position() >= next {
+            break;
+        }
+        next = span.position(0);
+        rows += count;
+        if count < span.count as usize {
+            break;
+        }
+    }
+    rows
 }

@@ -57,6 +57,8 @@ pub struct MemoryFormats {
     pub value: String,
     /// What stays in the format of open blocks.
     pub exact: Exact,
+    /// Quantizer specs of keys and values for rows that policies demote.
+    pub demoted: Vec<[String; 2]>,
 }
 
 /// What stays in the format of open blocks although it could be quantized. Blocks have one format, so
@@ -74,7 +76,8 @@ pub struct Exact {
 impl MemoryFormats {
     /// Sealed blocks of these quantizers, nothing stays as it is.
     pub fn new(open: DType, key: &str, value: &str) -> Self {
-        Self { open, key: key.into(), value: value.into(), exact: Exact::default() }
+        let exact = Exact::default();
+        Self { open, key: key.into(), value: value.into(), exact, demoted: Vec::new() }
     }
 }
 
@@ -152,8 +155,7 @@ impl CacheConfig {
 
     /// Text that tells apart prefixes whose bytes could not be exchanged.
     pub(super) fn scope(&self, formats: &[Format]) -> String {
-        let formats: Vec<_> =
-            formats.iter().map(|format| (format.key.spec(), format.value.spec())).collect();
+        let formats: Vec<_> = formats.iter().map(Format::spec).collect();
         let mut scope =
             format!("{:?} {:?} {:?} {:?}", self.shape, self.lane_width, formats, self.rope);
         let Exact { skip_layers, first, .. } = self.exact();

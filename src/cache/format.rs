@@ -47,6 +47,11 @@ impl Format {
         Ok(Self { key, value, key_bytes, value_bytes, block_bytes })
     }
 
+    /// The specs of both quantizers.
+    pub fn spec(&self) -> (String, String) {
+        (self.key.spec(), self.value.spec())
+    }
+
     /// The quantizer of one side.
     pub fn side(&self, side: Side) -> &dyn Quantizer {
         match side {

@@ -143,7 +143,11 @@ impl Cache {
             idle_bytes: AtomicUsize::new(0),
             peak_bytes: AtomicUsize::new(0),
         };
-        let root = prefix::root(config.block_size, config.salt, config.scope(&formats).as_bytes());
+        let root = prefix::root(
+            config.block_size,
+            config.salt,
+            config.scope(&formats[..formats.len().min(sealed + 1)]).as_bytes(),
+        );
         Ok(Arc::new(Self {
             config,
             formats,
@@ -157,7 +161,8 @@ impl Cache {
         }))
     }
 
-    /// The open format, then the sealed one unless it is the same.
+    /// The open format, then the sealed one unless it is the same, then those of demoted rows; and
+    /// which is the sealed one.
     fn make_formats(config: &CacheConfig) -> Result<(Vec<Format>, usize)> {
         let Some(memory) = &config.memory else {
             return Ok((Vec::new(), OPEN));
@@ -170,13 +175,36 @@ impl Cache {
             let alignment = if config.device.is_some() { PAGE_BYTES } else { 64 };
             Format::new(key, value, cells, sizes, alignment)
         };
-        let open = make(memory.open.name(), memory.open.name())?;
+        let mut formats = vec![make(memory.open.name(), memory.open.name())?];
+        let mut index_of = |format: Format| {
+            let found = formats.iter().position(|other| other.spec() == format.spec());
+            found.unwrap_or_else(|| {
+                formats.push(format);
+                formats.len() - 1
+            })
+        };
         let sealed = make(&memory.key, &memory.value)?;
-        let name = |format: &Format| (format.key.spec(), format.value.spec());
-        if name(&open) == name(&sealed) {
-            return Ok((vec![open], OPEN));
+        let limit = sealed.block_bytes;
+        let sealed = index_of(sealed);
+        for [key, value] in &memory.demoted {
+            let format = make(key, value).map_err(|error| error.within("demoted rows"))?;
+            let bytes = format.block_bytes;
+            ensure!(
+                bytes <= limit,
+                InvalidArgument,
+                "blocks of demoted rows have {bytes} bytes, more than the {limit} of others"
+            );
+            index_of(format);
         }
-        Ok((vec![open, sealed], 1))
+        Ok((formats, sealed))
+    }
+
+    /// The index of the format of these quantizers, if blocks can have it.
+    pub fn find_format(&self, key: &str, value: &str) -> Result<Option<usize>> {
+        let key = quantizer::create(key, Side::Key)?.spec();
+        let value = quantizer::create(value, Side::Value)?.spec();
+        let spec = (key, value);
+        Ok(self.formats.iter().position(|format| format.spec() == spec))
     }
 
     /// What the cache was made from.
@@ -198,6 +226,11 @@ impl Cache {
     pub fn format_of(&self, lane: usize, position: i32) -> usize {
         let is_first = i64::from(position) < self.config.exact().first as i64;
         if is_first || self.config.skips(lane) { OPEN } else { self.sealed }
+    }
+
+    /// Whether blocks of `lane` stay in the open format because of their layer.
+    pub fn skips(&self, lane: usize) -> bool {
+        self.config.skips(lane)
     }
 
     /// The digest of the empty prefix.

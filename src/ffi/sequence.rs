@@ -284,7 +284,8 @@ pub unsafe extern "C" fn kvmgr_sequence_kept(
     })
 }
 
-/// The original positions of the rows of one KV head, ascending.
+/// The original positions of the rows of one KV head, ascending; those that a policy has demoted come
+/// first, in blocks of their own that each ascend.
 ///
 /// @param out_positions room for capacity numbers; NULL with capacity 0 asks for the length only
 /// @param out_num receives the length

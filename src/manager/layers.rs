@@ -33,6 +33,45 @@ struct HeadBuffers {
     query_covariance: Vec<f32>,
     gate_scores: Vec<f32>,
     replay_maxima: Vec<f32>,
+    permuted: Vec<f32>,
+}
+
+impl HeadBuffers {
+    /// Puts rows in the order of positions, of which `order` says where each is.
+    fn permute(&mut self, order: &[u32], dim: usize) {
+        let rows = order.len();
+        self.positions = order.iter().map(|row| self.positions[*row as usize]).collect();
+        self.column_sums.resize(rows, 0.0);
+        if !self.low_counts.is_empty() {
+            self.low_counts.resize(rows, 0.0);
+        }
+        if self.last_row.len() != rows {
+            self.last_row.clear();
+        }
+        let planes = [&mut self.column_sums, &mut self.last_row, &mut self.low_counts];
+        let planes = planes.into_iter().chain([&mut self.gate_scores]).map(|plane| (plane, 1));
+        let wide = [&mut self.keys, &mut self.values].map(|plane| (plane, dim));
+        for (plane, width) in planes.chain(wide) {
+            permute(plane, order, width, &mut self.permuted);
+        }
+        for plane in self.replay_maxima.chunks_exact_mut(rows) {
+            self.permuted.clear();
+            self.permuted.extend(order.iter().map(|row| plane[*row as usize]));
+            plane.copy_from_slice(&self.permuted);
+        }
+    }
+}
+
+/// Row `i` of a plane with rows of `width` elements becomes row `order[i]`. An empty plane stays empty.
+fn permute(plane: &mut Vec<f32>, order: &[u32], width: usize, buffer: &mut Vec<f32>) {
+    if plane.is_empty() {
+        return;
+    }
+    buffer.clear();
+    for row in order {
+        buffer.extend_from_slice(&plane[*row as usize * width..][..width]);
+    }
+    std::mem::swap(plane, buffer);
 }
 
 impl<'a> Layers<'a> {
@@ -61,7 +100,8 @@ impl<'a> Layers<'a> {
         let shape = self.sequence.cache().config().shape;
         for (head, buffers) in self.heads.iter_mut().enumerate() {
             let (lane, _) = self.sequence.locate(layer, head);
-            if buffers.lane.replace(lane) != Some(lane) {
+            let order = self.sequence.lanes()[lane].order();
+            if buffers.lane.replace(lane) != Some(lane) || order.is_some() {
                 self.sequence.positions(lane, &mut buffers.positions);
             }
             if self.needs.contains(Needs::KEYS) {
@@ -95,6 +135,9 @@ impl<'a> Layers<'a> {
                     buffers.query_mean.extend_from_slice(statistics.mean());
                     buffers.query_covariance.extend(statistics.covariance());
                 }
+            }
+            if let Some(order) = order.filter(|order| !order.is_empty()) {
+                buffers.permute(&order, shape.head_dim);
             }
         }
     }

@@ -49,6 +49,11 @@ pub(super) fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Res
          it can do full and quant(...)",
         policy.spec()
     );
+    for (stage, [key, value]) in policy.demoted() {
+        demoted_format(cache, key, value).map_err(|error| {
+            error.within(format!("column {}: {stage}", policy.column_of(stage)))
+        })?;
+    }
     let rank = |width: LaneWidth| width.num_lanes(&cache.config().shape);
     let (needed, stage) = policy.lane_width();
     let found = cache.config().lane_width;
@@ -75,4 +80,15 @@ pub(super) fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Ob
         let observation = observation.with_history(policy.history());
         Arc::new(observation.with_selector(policy.selector().cloned()))
     })
+}
+
+/// The format of rows that are demoted to these quantizers.
+pub(super) fn demoted_format(cache: &Cache, key: &str, value: &str) -> Result<usize> {
+    match cache.find_format(key, value)? {
+        Some(format) => Ok(format),
+        None => bail!(
+            Unsupported,
+            "the cache has no blocks of {key} and {value}; its own spec has to demote to them"
+        ),
+    }
 }

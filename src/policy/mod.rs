@@ -377,7 +377,21 @@ impl Pipeline {
 
     /// Whether `event` changes values of survivors; then [`Self::select_layer`] tells them.
     pub fn changes_values(&self, event: Event) -> bool {
-        self.phase(event).is_some_and(|phase| phase.act.is_some())
+        self.phase(event).is_some_and(|phase| phase.act.is_some() && phase.demotes().is_none())
+    }
+
+    /// The quantizers of keys and values in which `event` leaves what [`Self::select`] does not choose,
+    /// if it evicts nothing.
+    pub fn demotes(&self, event: Event) -> Option<[&str; 2]> {
+        self.phase(event).and_then(Phase::demotes)
+    }
+
+    /// The quantizers of keys and values of all events that demote, with the name of the stage.
+    pub fn demoted(&self) -> impl Iterator<Item = (&str, [&str; 2])> {
+        self.phases().filter_map(|phase| {
+            let name = phase.act.as_ref().map(|(name, _)| name.as_str())?;
+            Some((name, phase.demotes()?))
+        })
     }
 
     /// What stays of one layer, with the values that an act changed. Not for budgets over all layers.

@@ -6,7 +6,7 @@ use super::act::{self, ACTS, Act};
 use super::budget::{self, BUDGETS, Budget};
 use super::custom;
 use super::map::{self, MAPS, Map};
-use super::quant::{Quant, check_quantizer};
+use super::quant::{Quant, check_quantizer, check_sides};
 use super::score::{self, SCORES, Score};
 use super::stages::{STAGES, StageClass, StageInfo};
 use super::{Allowance, Event, Phase, Pipeline, PositionMode};
@@ -36,6 +36,9 @@ struct Builder {
     width: Option<(LaneWidth, String)>,
     /// The stage that evicts single tokens while decoding, if any.
     step_evictor: Option<String>,
+    /// A stage that demotes, with its column, and the score of a phase that evicts.
+    demote: Option<(String, usize)>,
+    evictor: Option<String>,
     selector: Option<(&'static str, Arc<dyn Selector>)>,
     /// Its column.
     selector_column: usize,
@@ -205,6 +208,11 @@ impl Builder {
         if events.contains(&Event::Step) && !score.keeps_runs() {
             self.step_evictor = Some(stage.name.clone());
         }
+        let demote = draft.act.as_ref().filter(|_| phase.demotes().is_some());
+        match demote {
+            Some((stage, ..)) => self.demote = Some((stage.name.clone(), stage.column)),
+            None => self.evictor = Some(stage.name.clone()),
+        }
         let phase = Arc::new(phase);
         for event in events {
             let slot = match event {
@@ -237,7 +245,7 @@ impl Builder {
             let name = draft.budget.as_ref().map_or("uniform", |budget| &budget.0.name);
             self.widen(phase.budget.lane_width(), name);
         }
-        if let Some((name, _)) = &phase.act {
+        if let Some((name, _)) = phase.act.as_ref().filter(|_| phase.demotes().is_none()) {
             // One layer is decoded at a time.
             self.widen(LaneWidth::Layer, name);
         }
@@ -251,7 +259,28 @@ impl Builder {
         }
     }
 
+    /// Refuses what cannot go with rows that are kept by format instead of by position.
+    fn check_demotion(&self) -> Result<()> {
+        let Some((name, column)) = &self.demote else { return Ok(()) };
+        if let Some(evictor) = &self.evictor {
+            let text = format!("{name} keeps every token, but {evictor} evicts in the other phase");
+            return Err(at(*column, &text));
+        }
+        if self.position == Some(PositionMode::CacheRelative) {
+            let text = format!("{name} leaves no gaps that cache_relative could close");
+            return Err(at(*column, &text));
+        }
+        if let Some((selector, _)) = &self.selector {
+            let text = format!(
+                "{selector} chooses among blocks of neighbouring tokens, which {name} takes apart"
+            );
+            return Err(at(*column, &text));
+        }
+        Ok(())
+    }
+
     fn finish(self, text: &str) -> Result<Pipeline> {
+        self.check_demotion()?;
         let Quant { sides: [key, value], exact } = self.quant.unwrap_or_default();
         for (side, asked) in [(Side::Key, &key), (Side::Value, &value)] {
             if let Some((name, column)) = asked {
@@ -347,6 +376,9 @@ impl<'a> Draft<'a> {
         let act: Option<(String, Box<dyn Act>)> = match &self.act {
             Some((stage, entry, args)) => {
                 let act = (entry.create)(args).map_err(|error| in_column(stage.column, &error))?;
+                if let Some(names) = act.demotes() {
+                    check_sides(stage, args, names)?;
+                }
                 Some((stage.name.clone(), act))
             }
             None => None,
@@ -383,8 +415,8 @@ impl<'a> Draft<'a> {
                 return Err(at(stage.column, &text));
             }
         }
-        if let (Some((act, ..)), Some((budget, ..)), true) =
-            (&self.act, &self.budget, phase.budget.is_global())
+        if let (Some((act, ..)), Some((budget, ..)), true, None) =
+            (&self.act, &self.budget, phase.budget.is_global(), phase.demotes())
         {
             let text = format!(
                 "{} needs the values of a layer when it is scored, {} decides after the last",

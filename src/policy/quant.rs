@@ -88,3 +88,11 @@ pub(super) fn check_quantizer(
     }
     Ok(())
 }
+
+/// Checks the quantizers of keys and values that a stage with the arguments `k` and `v` names.
+pub(super) fn check_sides(stage: &Stage, args: &Args, names: [&str; 2]) -> Result<()> {
+    let [key, value] = sides(stage, args);
+    let column = |side: &Option<(String, usize)>| side.as_ref().map_or(stage.column, |side| side.1);
+    check_quantizer(names[0], Side::Key, column(&key), None)?;
+    check_quantizer(names[1], Side::Value, column(&value.or(key)), None)
+}

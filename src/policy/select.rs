@@ -20,6 +20,11 @@ impl Phase {
         maps.chain(acts).fold(score.union(self.budget.needs()), Needs::union)
     }
 
+    /// The quantizers in which tokens stay instead of being evicted.
+    pub(super) fn demotes(&self) -> Option<[&str; 2]> {
+        self.act.as_ref().and_then(|(_, act)| act.demotes())
+    }
+
     /// Whether scores decide one by one.
     pub(super) fn has_threshold(&self) -> bool {
         matches!(self.allowance, Allowance::Threshold(_))

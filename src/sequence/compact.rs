@@ -9,9 +9,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Lane, Positions, Sequence, Span};
+use super::demote::Groups;
+use super::{HeadObservation, Lane, Positions, Sequence, Span};
 use crate::cache::rows::SIDES;
-use crate::cache::{Block, Cache};
+use crate::cache::{Block, Cache, OPEN};
 use crate::error::{Result, ensure};
 use crate::quantizer::Side;
 use crate::shape::KeepSet;
@@ -22,13 +23,13 @@ const TRIM_SLACK: usize = 2;
 
 /// Where a surviving row is now.
 #[derive(Debug, Clone, Copy)]
-struct Source {
-    span: u32,
-    row: u32,
+pub(super) struct Source {
+    pub(super) span: u32,
+    pub(super) row: u32,
 }
 
 impl Source {
-    fn position(&self, lane: &Lane) -> i32 {
+    pub(super) fn position(&self, lane: &Lane) -> i32 {
         lane.spans[self.span as usize].positions.at(self.row as usize)
     }
 }
@@ -48,16 +49,7 @@ impl Sequence {
         keep: &KeepSet,
         values: &[Vec<f32>],
     ) -> Result<()> {
-        self.ensure_present()?;
-        ensure!(
-            self.reserved == 0,
-            InvalidState,
-            "{} tokens are reserved; commit or truncate before compaction",
-            self.reserved
-        );
-        ensure!(self.has_memory(), Unsupported, "a sequence of a pool holds no rows to compact");
-        let is_on_host = self.cache.gpu().is_none();
-        ensure!(is_on_host, Unsupported, "rows on a CUDA device cannot be evicted yet");
+        self.ensure_compactable()?;
         let len = self.lanes[index].len();
         ensure!(
             keep.end() <= len,
@@ -68,24 +60,55 @@ impl Sequence {
         if keep.len() == len {
             return Ok(());
         }
+        ensure!(
+            values.is_empty() || self.lanes[index].num_demoted_spans() == 0,
+            Unsupported,
+            "values of lanes with demoted rows cannot change"
+        );
         let trimmed = if values.is_empty() { self.trim(index, keep) } else { None };
-        let lane = match trimmed {
-            Some(lane) => lane,
-            None => self.gather(index, keep, values)?,
-        };
-        self.install(index, lane, keep, len);
+        if let Some(lane) = trimmed {
+            self.install(index, lane, len, |head| head.keep(keep, len));
+            return Ok(());
+        }
+        let groups = Groups::new(&self.lanes[index], keep, &[], self.cache.config().block_size);
+        let lane = self.gather(index, &groups, OPEN, values)?;
+        match groups.order(&self.lanes[index]) {
+            Some(order) => self.install(index, lane, len, |head| head.reorder(&order, len)),
+            None => self.install(index, lane, len, |head| head.keep(keep, len)),
+        }
         Ok(())
     }
 
-    /// Makes `lane` the new lane `index`, lets go of the blocks it no longer uses and lets the
-    /// observations follow.
-    fn install(&mut self, index: usize, lane: Lane, keep: &KeepSet, len: usize) {
+    /// Refuses what cannot lose or move rows now.
+    pub(super) fn ensure_compactable(&self) -> Result<()> {
+        self.ensure_present()?;
+        ensure!(
+            self.reserved == 0,
+            InvalidState,
+            "{} tokens are reserved; commit or truncate before compaction",
+            self.reserved
+        );
+        ensure!(self.has_memory(), Unsupported, "a sequence of a pool holds no rows to compact");
+        let is_on_host = self.cache.gpu().is_none();
+        ensure!(is_on_host, Unsupported, "rows on a CUDA device cannot be evicted yet");
+        Ok(())
+    }
+
+    /// Makes `lane` the new lane `index`, which had `len` rows, lets go of the blocks it no longer uses
+    /// and lets the observations `follow`.
+    pub(super) fn install(
+        &mut self,
+        index: usize,
+        lane: Lane,
+        len: usize,
+        follow: impl Fn(&mut HeadObservation),
+    ) {
         if self.lossless {
             self.leave_prefix();
         }
         let old = std::mem::replace(&mut self.lanes[index], lane);
-        // Spans keep their order, and those of a block are neighbours, so one walk over both lists
-        // finds the references that are gone, or that split spans have besides.
+        // Spans that stay keep their order and come before new ones, and those of a block are neighbours. So
+        // one walk over both lists finds the references that are gone, or that split spans have besides.
         let mut kept = self.lanes[index].spans.iter().map(|span| span.block.id).peekable();
         let (mut gone, mut more) = (Vec::new(), Vec::new());
         for spans in old.spans.chunk_by(|a, b| a.block.id == b.block.id) {
@@ -106,20 +129,8 @@ impl Sequence {
             self.cache.release(gone.into_iter(), std::iter::empty());
         }
 
-        let shape = self.cache.config().shape;
-        let mut heads = 0;
-        for layer in 0..shape.num_layers {
-            for head in 0..shape.num_kv_heads {
-                if self.locate(layer, head).0 != index {
-                    continue;
-                }
-                heads += 1;
-                if let Some(observation) = &self.observation {
-                    observation.head(layer, head).lock().keep(keep, len);
-                }
-            }
-        }
-        let evicted = heads * (len - keep.len());
+        let heads = self.follow_lane(index, follow);
+        let evicted = heads * (len - self.lanes[index].len());
         self.evicted += evicted as u64;
         Cache::count(&self.cache.counters.tokens_evicted, evicted);
         self.touch();
@@ -194,36 +205,45 @@ impl Sequence {
         })
     }
 
-    /// The lane with its survivors copied into new blocks: full ones before the residual window sealed,
-    /// the others open.
-    fn gather(&self, index: usize, keep: &KeepSet, values: &[Vec<f32>]) -> Result<Lane> {
-        let cache = &self.cache;
-        let block_size = cache.config().block_size;
+    /// The lane with rows copied into new blocks: those of `groups.low` in the format `low`, or in the
+    /// demoted format they have; of the others full blocks before the residual window are sealed.
+    pub(super) fn gather(
+        &self,
+        index: usize,
+        groups: &Groups,
+        low: usize,
+        values: &[Vec<f32>],
+    ) -> Result<Lane> {
         let old = &self.lanes[index];
-        let sources = sources(old, keep);
-        let (mut formats, mut sealed) = (Vec::new(), Vec::new());
-        for rows in sources.chunks(block_size) {
-            let positions: Vec<i32> = rows.iter().map(|source| source.position(old)).collect();
-            let (format, is_sealed) = self.format_of_rows(index, &positions);
-            formats.push(format);
-            sealed.push(is_sealed);
+        let block_size = self.cache.config().block_size;
+        let positions_of = |rows: &[Source]| -> Vec<i32> {
+            rows.iter().map(|source| source.position(old)).collect()
+        };
+        // Format, sealed, demoted and rows of each new block.
+        let mut plan: Vec<(usize, bool, bool, &[Source])> = Vec::new();
+        for rows in groups.low.chunks(block_size) {
+            let span = &old.spans[rows[0].span as usize];
+            let format = if span.demoted { span.block.view.format() } else { low };
+            plan.push((format, true, true, rows));
         }
+        for rows in groups.high.chunks(block_size) {
+            let (format, sealed) = self.format_of_rows(index, &positions_of(rows));
+            plan.push((format, sealed, false, rows));
+        }
+        let formats: Vec<usize> = plan.iter().map(|(format, ..)| *format).collect();
         let mut blocks = Vec::new();
-        cache.allocate_each(&formats, &mut blocks)?;
-        let evicted = old.evicted + (old.len() - sources.len()) as i32;
-        let mut lane = Lane::new(Vec::with_capacity(blocks.len()), evicted);
-        for (i, (rows, block)) in sources.chunks(block_size).zip(blocks).enumerate() {
-            self.fill(index, rows, block, i * block_size, evicted, values);
-            lane.spans.push(Span {
-                block,
-                first: 0,
-                count: rows.len() as u32,
-                sealed: sealed[i],
-                evicted_before: evicted,
-                positions: self.positions_of(old, rows),
-            });
+        self.cache.allocate_each(&formats, &mut blocks)?;
+        let evicted = old.evicted + (old.len() - groups.len(old)) as i32;
+        let mut spans: Vec<Span> = groups.whole.iter().map(|i| old.spans[*i].clone()).collect();
+        let mut start = groups.whole.len() * block_size;
+        for ((_, sealed, demoted, rows), block) in plan.into_iter().zip(blocks) {
+            self.fill(index, rows, block, start, evicted, values);
+            start += rows.len();
+            let (count, positions) = (rows.len() as u32, self.positions_of(old, rows));
+            let evicted_before = evicted;
+            spans.push(Span { block, first: 0, count, sealed, demoted, evicted_before, positions });
         }
-        Ok(lane)
+        Ok(Lane::new(spans, evicted))
     }
 
     /// Copies `sources` into `block`; the first of them gets index `start` in the lane.
@@ -354,7 +374,7 @@ fn runs_within(
 }
 
 /// Every surviving row in order.
-fn sources(lane: &Lane, keep: &KeepSet) -> Vec<Source> {
+pub(super) fn sources(lane: &Lane, keep: &KeepSet) -> Vec<Source> {
     let mut sources = Vec::with_capacity(keep.len());
     let mut ranges = keep.ranges().iter().cloned().peekable();
     let mut start = 0;

@@ -3,6 +3,9 @@
 //! A lane is a list of spans. A span is a run of rows of one block that the sequence still needs;
 //! the order of spans and rows is the order of positions. Policies drop rows by trimming spans or
 //! by gathering survivors into new blocks; they never change a block that exists.
+//!
+//! A policy that demotes puts the rows of a lower format in front of the others. Positions ascend within
+//! each span all the same, and among the spans that are not demoted.
 
 use std::sync::Arc;
 
@@ -40,6 +43,8 @@ pub struct Span {
     pub count: u32,
     /// Whether the block may no longer be written.
     pub sealed: bool,
+    /// Whether the block holds what a policy has demoted; such spans come first in their lane.
+    pub demoted: bool,
     /// Rows evicted from this lane at lower positions; what `cache_relative` attention
     /// subtracts from a position to get the index inside the cache.
     pub evicted_before: i32,
@@ -98,6 +103,32 @@ impl Lane {
     /// Rows of all spans.
     pub fn len(&self) -> usize {
         self.spans.iter().map(|span| span.count as usize).sum()
+    }
+
+    /// The leading spans that are demoted.
+    pub fn num_demoted_spans(&self) -> usize {
+        self.spans.partition_point(|span| span.demoted)
+    }
+
+    /// Rows that are demoted.
+    pub fn num_demoted(&self) -> usize {
+        let demoted = &self.spans[..self.num_demoted_spans()];
+        demoted.iter().map(|span| span.count as usize).sum()
+    }
+
+    /// The rows of a lane with demoted ones by ascending position; `None` for others, which are in this
+    /// order already.
+    pub fn order(&self) -> Option<Vec<u32>> {
+        if self.num_demoted_spans() == 0 {
+            return None;
+        }
+        let rows = self.spans.iter().flat_map(|span| span.first as usize..span.end());
+        let spans = self.spans.iter().flat_map(|span| (0..span.count).map(move |_| span));
+        let positions: Vec<i32> =
+            spans.zip(rows).map(|(span, row)| span.positions.at(row)).collect();
+        let mut order: Vec<u32> = (0..positions.len() as u32).collect();
+        order.sort_unstable_by_key(|row| positions[*row as usize]);
+        Some(order)
     }
 
     /// The blocks of the lane, each once.

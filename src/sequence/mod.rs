@@ -8,6 +8,7 @@
 //! committed; what is not committed is dropped. Every failing call leaves the sequence unchanged.
 
 mod compact;
+mod demote;
 mod index;
 mod lane;
 mod observation;
@@ -192,6 +193,7 @@ impl Sequence {
                     first: 0,
                     count: take as u32,
                     sealed: false,
+                    demoted: false,
                     evicted_before: lane.evicted,
                     positions: Positions::From((next + n - left) as i32),
                 });
@@ -400,7 +402,13 @@ impl Sequence {
     fn drop_rows_from(&mut self, limit: i32) {
         let mut released = Vec::new();
         let mut dropped = false;
-        for lane in &mut self.lanes {
+        // What is demoted was committed.
+        let reaches_demoted = (limit as usize) < self.committed;
+        for index in 0..self.lanes.len() {
+            if reaches_demoted {
+                dropped |= self.drop_demoted_from(index, limit, &mut released);
+            }
+            let lane = &mut self.lanes[index];
             while let Some(tail) = lane.spans.last_mut() {
                 let keep = tail.rows_below(limit);
                 dropped |= keep < tail.count as usize;

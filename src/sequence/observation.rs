@@ -7,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 
 use super::index::BlockIndex;
-use super::received::{MAX_DRAFTS, Received, keep_rows};
+use super::received::{MAX_DRAFTS, Received, keep_rows, reorder_rows};
 use super::statistics::QueryStatistics;
 use crate::selector::Selector;
 use crate::shape::{KeepSet, ModelShape, Needs};
@@ -231,6 +231,20 @@ impl HeadObservation {
         keep_rows(&mut self.gate_scores, keep, len, f32::NAN);
         for plane in &mut self.replay_maxima {
             keep_rows(plane, keep, len, f32::NAN);
+        }
+    }
+
+    /// Follows rows of a lane to other places: row `i` is now what row `order[i]` of `len` was. Counts
+    /// start anew.
+    pub fn reorder(&mut self, order: &[u32], len: usize) {
+        self.low_counts.clear();
+        self.received.reorder(order, len);
+        if let Some(index) = &mut self.index {
+            index.truncate_rows(0);
+        }
+        reorder_rows(&mut self.gate_scores, order, len, f32::NAN);
+        for plane in &mut self.replay_maxima {
+            reorder_rows(plane, order, len, f32::NAN);
         }
     }
 

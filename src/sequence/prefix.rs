@@ -71,6 +71,7 @@ impl Sequence {
                 first: 0,
                 count: block_size as u32,
                 sealed: true,
+                demoted: false,
                 evicted_before: 0,
                 positions: Positions::From((chunk * block_size) as i32),
             });

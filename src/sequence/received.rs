@@ -70,6 +70,13 @@ impl Received {
         }
     }
 
+    /// Row `i` is now what row `order[i]` of `len` was.
+    pub fn reorder(&mut self, order: &[u32], len: usize) {
+        for plane in [&mut self.sums, &mut self.last] {
+            reorder_rows(plane, order, len, 0.0);
+        }
+    }
+
     /// Forgets rows from `len` on, and the last query if it is among the tokens that are gone.
     pub fn truncate_rows(&mut self, len: usize) {
         self.sums.truncate(len);
@@ -93,4 +100,14 @@ pub(super) fn keep_rows(plane: &mut Vec<f32>, keep: &KeepSet, len: usize, missin
         end += range.len();
     }
     plane.truncate(end);
+}
+
+/// Element `i` of a plane becomes what element `order[i]` of `len` was, of which missing ones are
+/// `missing`. An empty plane stays empty.
+pub(super) fn reorder_rows(plane: &mut Vec<f32>, order: &[u32], len: usize, missing: f32) {
+    if plane.is_empty() {
+        return;
+    }
+    plane.resize(len, missing);
+    *plane = order.iter().map(|row| plane[*row as usize]).collect();
 }

@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use crate::cache::Exact;
 use crate::device::tensor::Tensor;
-use crate::error::{Result, ensure};
+use crate::error::{Result, bail, ensure};
 use crate::policy::{Event, Pipeline, PositionMode};
 use crate::quantizer::Side;
 use crate::shape::{MAX_HEAD_DIM, ModelShape, Needs, check_range};
@@ -132,6 +132,13 @@ pub fn parse_spec(spec: &str) -> Result<Pipeline> {
         Unsupported,
         "slots cannot change values of tokens that stay, as merging does"
     );
+    if let Some((stage, _)) = policy.demoted().next() {
+        bail!(
+            Unsupported,
+            "column {}: {stage} needs blocks of several formats, which slots do not have",
+            policy.column_of(stage)
+        );
+    }
     let Exact { first, residual, .. } = policy.exact();
     ensure!(
         first == 0 && residual == 0,

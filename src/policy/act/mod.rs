@@ -1,4 +1,5 @@
-//! Acts: what becomes of the values of evicted tokens besides being freed.
+//! Acts: what becomes of evicted tokens besides being freed. Their values go into those of survivors, or they
+//! are not evicted at all but demoted.
 //!
 //! Keys stay as they are: mixing keys of different positions mixes their phases.
 
@@ -10,7 +11,7 @@ use crate::shape::{KeepSet, Needs};
 
 registry! {
     /// Every act, in the order of the documentation.
-    pub static ACTS: Entry = { merge, cam, d2o, kvmerger, }
+    pub static ACTS: Entry = { merge, cam, d2o, kvmerger, demote, }
 }
 
 /// What an act sees of one head.
@@ -32,7 +33,15 @@ pub trait Act: Debug + Send + Sync {
     fn needs(&self) -> Needs;
 
     /// The values of the survivors from now on, `[kept, head_dim]`. Something was evicted.
-    fn values(&self, evicted: &Evicted<'_>) -> Vec<f32>;
+    fn values(&self, _evicted: &Evicted<'_>) -> Vec<f32> {
+        Vec::new()
+    }
+
+    /// The quantizers of keys and values in which tokens stay instead of being evicted, if they do.
+    /// Then no value of another changes.
+    fn demotes(&self) -> Option<[&str; 2]> {
+        None
+    }
 }
 
 /// How the registry describes an act.
