@@ -6,7 +6,6 @@ mod common;
 
 use common::{Engine, Random, Step, check, config};
 use kvmgr::attention::Options;
-use kvmgr::attention::reference;
 use kvmgr::dtype::DType;
 use kvmgr::manager::Session;
 use kvmgr::shape::{KeepSet, LaneWidth, ModelShape};

@@ -200,7 +200,7 @@ fn what_depends_on_places_or_on_single_rows_is_not_shared() {
     let _ = engine.run(1, query, &Options::default());
     assert_eq!(engine.attention.statistics().shared_tasks_run, 6);
 
-    for spec in ["h2o | keep_tokens(500)", "tova | keep_tokens(500)", "pos(cache_relative)"] {
+    for spec in ["h2o | keep_tokens(500)", "tova | keep_tokens(500)", "pos(cache_relative)", "quest(tokens=64)"] {
         let mut engine = Engine::new(config(SMALL, spec), 5);
         let leader = prompt(&mut engine, 200);
         let (mut a, mut b) = (leader.fork().unwrap(), leader.fork().unwrap());
@@ -341,8 +341,8 @@ fn forks_through_the_c_abi_share_and_can_be_kept_apart() {
             options.flags = flags;
             let none = ptr::null();
             let status = kvmgr_attention_run(attention, 0, &query, &output, none, &options, 0, 1);
-            let mut stats = kvmgr_attention_stats::default();
-            stats.struct_size = size_of::<kvmgr_attention_stats>();
+            let struct_size = size_of::<kvmgr_attention_stats>();
+            let mut stats = kvmgr_attention_stats { struct_size, ..Default::default() };
             assert_eq!(kvmgr_attention_get_stats(attention, &raw mut stats), KVMGR_OK);
             assert_eq!((stats.shared_groups, stats.shared_sequences), (1, 3));
             assert_eq!(stats.shared_rows, 320);

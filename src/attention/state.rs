@@ -143,7 +143,7 @@ mod tests {
             states.sum[0] += p;
             states.out[0] += p * value;
         };
-        let make = |range: std::ops::Range<usize>| {
+        let make = |range: Range<usize>| {
             let mut states = States::default();
             states.reset(1, 1);
             range.for_each(|i| add(&mut states, logits[i], i as f32));
