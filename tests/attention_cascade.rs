@@ -200,7 +200,12 @@ fn what_depends_on_places_or_on_single_rows_is_not_shared() {
     let _ = engine.run(1, query, &Options::default());
     assert_eq!(engine.attention.statistics().shared_tasks_run, 6);
 
-    for spec in ["h2o | keep_tokens(500)", "tova | keep_tokens(500)", "pos(cache_relative)", "quest(tokens=64)"] {
+    for spec in [
+        "h2o | keep_tokens(500)",
+        "tova | keep_tokens(500)",
+        "pos(cache_relative)",
+        "quest(tokens=64)",
+    ] {
         let mut engine = Engine::new(config(SMALL, spec), 5);
         let leader = prompt(&mut engine, 200);
         let (mut a, mut b) = (leader.fork().unwrap(), leader.fork().unwrap());
