@@ -303,7 +303,12 @@ impl World {
 }
 
 fn world(seed: u64) -> World {
-    let specs = [c"full", c"quant(q8_0)", c"quant(k=had+q4_0, v=q4_0)"];
+    let specs = [
+        c"full",
+        c"quant(q8_0)",
+        c"quant(k=had+q4_0, v=q4_0)",
+        c"quant(q8_0, first=5, residual=20)",
+    ];
     let (mut cache, mut store, mut attention) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
     let mut random = Random(seed);
     let mut config = cache_config(random.pick(&specs), 60 + random.below(200) as u64);

@@ -161,6 +161,9 @@ impl Sequence {
                 lane.spans.push(kept);
             }
             evicted += end - next;
+            if i < old.first_open {
+                lane.first_open = lane.spans.len();
+            }
             // Later rows go behind the last row of the open tail, and an open block is sealed through
             // its span, which therefore has to stay one.
             let runs = lane.spans.len() - before;
