@@ -179,6 +179,12 @@
 #define KVMGR_CACHE_PREFIX 1
 
 /**
+ * Flag: sequences that start with the same blocks do not attend to them together but each for itself,
+ * so that results do not depend on what else is planned. Equal for all workers of a run.
+ */
+#define KVMGR_ATTENTION_NO_CASCADE 1
+
+/**
  * Flag: the prefill phase of the policy also runs before each further piece of a prompt, instead
  * of only when the prompt has ended.
  */
@@ -1230,6 +1236,33 @@ typedef struct {
 } kvmgr_sequence_stats;
 
 /**
+ * What a plan shares between sequences. Set struct_size before the call.
+ */
+typedef struct {
+  /**
+   * sizeof(kvmgr_attention_stats).
+   */
+  size_t struct_size;
+  /**
+   * Groups of sequences that start with the same blocks, which are read once for all of them.
+   */
+  uint64_t shared_groups;
+  /**
+   * Sequences in groups.
+   */
+  uint64_t shared_sequences;
+  /**
+   * Rows that a group shares, of its longest lane, summed over groups.
+   */
+  uint64_t shared_rows;
+  /**
+   * Tasks over shared rows that workers have done since the plan was made. 0 if the runs could not
+   * use them: with a sliding window, ALiBi, chosen blocks or KVMGR_ATTENTION_NO_CASCADE.
+   */
+  uint64_t shared_tasks_run;
+} kvmgr_attention_stats;
+
+/**
  * What a layer does to its logits. Set struct_size to its sizeof; zeros, or NULL instead of the
  * struct, mean plain softmax(q . k / sqrt(head_dim)).
  */
@@ -1251,7 +1284,7 @@ typedef struct {
    */
   uint32_t sliding_window;
   /**
-   * Reserved, 0.
+   * 0 or KVMGR_ATTENTION_NO_CASCADE.
    */
   uint32_t flags;
   /**
@@ -2780,6 +2813,16 @@ kvmgr_status kvmgr_attention_select(kvmgr_attention *attention,
                                     size_t num_starts,
                                     const uint32_t *blocks,
                                     size_t num_blocks);
+
+/**
+ * What the current plan shares between sequences: zeros on a CUDA device, and for sequences that are
+ * cache relative, have a selector or a replay, or whose policy wants to know what rows receive.
+ *
+ * @param out_stats its struct_size must be set; receives the numbers
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_attention_get_stats(const kvmgr_attention *attention,
+                                       kvmgr_attention_stats *out_stats);
 
 /**
  * Writes K and V of the planned tokens into the rows that were reserved for them.

@@ -4,47 +4,11 @@
 
 mod common;
 
-use common::{Engine, Random, Step, config, relative_error};
+use common::{Engine, Random, Step, check, config};
 use kvmgr::attention::Options;
-use kvmgr::attention::reference;
 use kvmgr::dtype::DType;
 use kvmgr::manager::Session;
 use kvmgr::shape::{KeepSet, LaneWidth, ModelShape};
-
-/// Compares every query of a step with the reference.
-fn check(
-    engine: &Engine,
-    sessions: &[&mut Session],
-    counts: &[usize],
-    steps: &[Step],
-    options: &Options<'_>,
-) {
-    let tolerance = common::tolerance(engine);
-    let shape = engine.shape();
-    for (layer, step) in steps.iter().enumerate() {
-        let mut token = 0;
-        for (session, n) in sessions.iter().zip(counts) {
-            for i in 0..*n {
-                for head in 0..shape.num_q_heads {
-                    let row = (token + i) * shape.num_q_heads + head;
-                    let query = &step.query[row * shape.head_dim..][..shape.head_dim];
-                    let expected =
-                        reference::attend(session.sequence(), layer, head, query, (i, *n), options);
-                    let output = &step.output[row * shape.head_dim..][..shape.head_dim];
-                    let error = relative_error(output, &expected.output);
-                    assert!(error < tolerance, "layer {layer} token {i}/{n} head {head}: {error}");
-                    let lse = f64::from(step.lse[row]);
-                    assert!(
-                        lse == expected.lse || (lse - expected.lse).abs() < tolerance * 10.0,
-                        "layer {layer} token {i}/{n} head {head}: lse {lse} {}",
-                        expected.lse
-                    );
-                }
-            }
-            token += n;
-        }
-    }
-}
 
 /// Attends in every layer with random queries for the `n` planned tokens.
 fn run_layers(engine: &Engine, n: usize, options: &Options<'_>, random: &mut Random) -> Vec<Step> {
@@ -120,6 +84,7 @@ fn options_agree_with_the_reference() {
                 sliding_window: random.pick(&[0, 1, 5, 30, 1000]),
                 sinks: random.chance(50).then_some(&sinks),
                 alibi_slopes: random.chance(50).then_some(&slopes),
+                ..Options::default()
             };
             let steps = run_layers(&engine, n, &options, &mut random);
             check(&engine, &[&mut session], &[n], &steps, &options);

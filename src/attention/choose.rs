@@ -7,7 +7,8 @@
 use parking_lot::Mutex;
 
 use super::cpu::Call;
-use super::plan::{Plan, Planned, Task};
+use super::plan::{Plan, Planned};
+use super::tasks::Task;
 use super::walk::{Blocks, Walk};
 use crate::device::tensor::Tensor;
 use crate::order::ordered;

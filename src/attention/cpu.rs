@@ -6,9 +6,10 @@ use super::Options;
 use super::choose::ChoiceScratch;
 use super::decoded::DECODE_FROM;
 use super::job::{Job, Piece};
-use super::plan::{Plan, Task};
+use super::plan::Plan;
 use super::received::Weights;
 use super::state::States;
+use super::tasks::{Extent, Task, Tasks};
 use super::walk::Blocks;
 use crate::cache::{Cache, OPEN};
 use crate::device::tensor::{Tensor, TensorMut};
@@ -34,7 +35,9 @@ pub(super) struct Scratch {
     /// The state of one format.
     part: States,
     /// The state of all formats.
-    total: States,
+    pub(super) total: States,
+    /// The state of the queries of several sequences.
+    pub(super) shared: States,
     /// Log-sum-exp of each row.
     pub(super) lse: Vec<f32>,
     /// The queries of a group as they came, `[group, dim]`.
@@ -71,51 +74,73 @@ impl Call<'_> {
         num_workers: usize,
     ) {
         SCRATCH.with_borrow_mut(|scratch| {
-            for task in self.plan.share(self.layer, worker, num_workers) {
-                let task = self.plan.tasks[task];
+            let tasks = match self.cascades() {
+                true => &self.plan.cascade.tasks,
+                false => &self.plan.tasks,
+            };
+            for task in tasks.share(self.layer, worker, num_workers) {
+                let task = tasks.list[task];
+                if let Extent::Shared(tile) = task.extent {
+                    self.run_shared(task, tile, (query, output, lse), scratch);
+                    continue;
+                }
                 let mut blocks = std::mem::take(&mut scratch.blocks);
                 let is_chosen = self.choose(task, query, &mut blocks, &mut scratch.choice);
                 let mut job = self.job(task);
                 if is_chosen {
                     job.walk.chosen = Some(blocks.chosen());
                 }
-                self.run_job(&job, query, output, lse, scratch);
+                self.attend(&job, query, scratch);
+                if self.arrive(&job, tasks, task.part, scratch) {
+                    self.write(&job, (query, output, lse), scratch);
+                }
                 scratch.blocks = blocks;
             }
         });
     }
 
-    fn run_job(
+    /// Whether `scratch.total` is the state of all rows: it brings a part of them to the others, and the
+    /// last to come takes the sum.
+    pub(super) fn arrive(
         &self,
         job: &Job<'_>,
-        query: &Tensor<'_>,
-        output: &TensorMut<'_>,
-        lse: Option<&TensorMut<'_>>,
+        tasks: &Tasks,
+        part: usize,
+        scratch: &mut Scratch,
+    ) -> bool {
+        let Task { num_meeting, split, .. } = job.task;
+        num_meeting == 1
+            || tasks.splits[split].arrive(self.layer, part, num_meeting, &mut scratch.total)
+    }
+
+    /// Writes the results of `scratch.total`, the state of all rows.
+    pub(super) fn write(
+        &self,
+        job: &Job<'_>,
+        (query, output, lse): (&Tensor<'_>, &TensorMut<'_>, Option<&TensorMut<'_>>),
         scratch: &mut Scratch,
     ) {
-        self.attend(job, query, scratch);
-        let Task { part, num_parts, split, .. } = job.task;
-        if num_parts > 1 {
-            let split = &self.plan.splits[split];
-            if !split.arrive(self.layer, part, num_parts, &mut scratch.total) {
-                return;
-            }
-        }
         self.finish(job, scratch);
         write_out(job, scratch, output, lse);
         self.observe(job, query, scratch);
     }
 
-    fn job(&self, task: Task) -> Job<'_> {
+    pub(super) fn job(&self, task: Task) -> Job<'_> {
         let shape = &self.cache.config().shape;
         let sequence = &self.plan.sequences[task.sequence];
         let (_, cell) = self.cache.config().lane_width.locate(shape, self.layer, task.kv_head);
         let (lane, walk) = self.plan.walk(self.cache, self.layer, task.sequence, task.kv_head);
-        Job { task, sequence, lane, walk, cell, group: shape.group(), dim: shape.head_dim }
+        let extent = self.plan.extent(self.cache, self.layer, &task);
+        let tokens = match task.extent {
+            Extent::Shared(tile) => self.plan.cascade.tile(tile).1,
+            _ => &[],
+        };
+        let (group, dim) = (shape.group(), shape.head_dim);
+        Job { task, sequence, lane, walk, extent, tokens, cell, group, dim }
     }
 
     /// Fills `scratch.total` with the state of the task's part of the rows.
-    fn attend(&self, job: &Job<'_>, query: &Tensor<'_>, scratch: &mut Scratch) {
+    pub(super) fn attend(&self, job: &Job<'_>, query: &Tensor<'_>, scratch: &mut Scratch) {
         let rows = job.rows();
         scratch.queries.resize(rows * job.dim, 0.0);
         let scale = self.options.scale_for(job.dim);
@@ -125,8 +150,12 @@ impl Call<'_> {
         }
         scratch.total.reset(rows, job.dim);
         scratch.weights.clear();
+        let part = job.part();
+        let stops = job.walk.stop_of(part.start)..job.walk.stop_of(part.end.saturating_sub(1)) + 1;
+        let stops = stops.start..stops.end.min(job.walk.num_stops());
         for format in 0..self.cache.formats().len() {
-            if job.walk.spans.iter().any(|span| span.block.view.format() == format) {
+            let is_in = |i| job.walk.stop(i).span.block.view.format() == format;
+            if stops.clone().any(is_in) {
                 self.attend_format(job, format, scratch);
                 scratch.total.merge(&scratch.part);
             }

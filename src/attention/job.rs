@@ -14,7 +14,8 @@
 
 use std::ops::Range;
 
-use super::plan::{Planned, PlannedLane, Task};
+use super::plan::{Planned, PlannedLane};
+use super::tasks::{Extent, Task};
 use super::walk::{Stop, Walk};
 use crate::sequence::Span;
 
@@ -24,6 +25,10 @@ pub(super) struct Job<'a> {
     pub(super) sequence: &'a Planned,
     pub(super) lane: &'a PlannedLane,
     pub(super) walk: Walk<'a>,
+    /// The rows that the task is a part of, unless they are those of the walk.
+    pub(super) extent: Range<usize>,
+    /// The rows of Q and O of the queries of several sequences.
+    pub(super) tokens: &'a [usize],
     pub(super) cell: usize,
     pub(super) group: usize,
     pub(super) dim: usize,
@@ -74,7 +79,10 @@ impl<'a> Job<'a> {
 
     /// The row of Q and O of a query vector.
     pub(super) fn token(&self, row: usize) -> usize {
-        self.sequence.first_token + self.task.first_query + row / self.group
+        match self.task.extent {
+            Extent::Shared(_) => self.tokens[row / self.group],
+            _ => self.sequence.first_token + self.task.first_query + row / self.group,
+        }
     }
 
     /// The query head of a query vector.
@@ -169,13 +177,20 @@ impl<'a> Job<'a> {
 
     /// The index in the lane of the token of a query of the task: the last it may see.
     pub(super) fn last_index(&self, query: usize) -> usize {
+        if let Extent::Shared(_) = self.task.extent {
+            return self.lane.len - 1; // Shared rows are before all queries.
+        }
         self.lane.len - self.sequence.num_queries + self.task.first_query + query
     }
 
     /// The rows of the walk that the task attends to.
     pub(super) fn part(&self) -> Range<usize> {
         let Task { part, num_parts, .. } = self.task;
-        let rows = self.walk.rows();
-        part * rows / num_parts..(part + 1) * rows / num_parts
+        let Range { start, end } = match self.task.extent {
+            Extent::All => 0..self.walk.rows(),
+            _ => self.extent.clone(),
+        };
+        let edge = |part| start + part * (end - start) / num_parts;
+        edge(part)..edge(part + 1)
     }
 }

@@ -12,12 +12,16 @@
 //! `(worker, num_workers)`. With few queries over a long context the rows are split as well, and
 //! the last worker to finish a head merges. Outputs do not depend on the number of workers.
 //!
+//! Sequences that start with the same blocks attend to them together (`cascade`), and merge that with
+//! what each has alone. So what is in a batch may change the rounding of a result.
+//!
 //! A sequence whose policy has a selector chooses for itself which blocks a decode step reads.
 //!
 //! Row `t` of a lane is visible to query `i` of `n` if `t <= len - n + i` and, with a sliding
 //! window, if their distance is below it. Distances are differences of original positions, or of
 //! indices inside the cache for sequences that are cache relative.
 
+mod cascade;
 mod choose;
 mod counts;
 mod cpu;
@@ -30,11 +34,13 @@ pub mod reference;
 mod replay;
 pub(crate) mod split;
 mod state;
+mod tasks;
 mod walk;
 mod write;
 
 use std::sync::Arc;
 
+pub use cascade::PlanStatistics;
 pub(crate) use state::States;
 pub use write::write_sequence;
 
@@ -59,6 +65,9 @@ pub struct Options<'a> {
     pub sinks: Option<&'a [f32]>,
     /// Slopes, `[num_q_heads]`: logits lose `slope * distance`.
     pub alibi_slopes: Option<&'a [f32]>,
+    /// Every sequence attends for itself, also where several share the first blocks. Equal for all
+    /// workers of a run.
+    pub no_cascade: bool,
 }
 
 /// [`Options`] of a layer on a device.
@@ -134,6 +143,11 @@ impl Attention {
             bail!(InvalidArgument, "starts[{}] is {next}, below starts[{i}], {this}", i + 1);
         }
         self.plan.select(&self.cache, layer, &starts[1..], blocks)
+    }
+
+    /// What the current plan shares between sequences; zeros on a device, which shares nothing.
+    pub fn statistics(&self) -> PlanStatistics {
+        self.plan.cascade.statistics()
     }
 
     /// Tokens of the planned batch: rows of Q and O.

@@ -3,13 +3,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::cascade::Cascade;
 use super::choose::Choice;
-use super::split::{self, Split};
+use super::split;
+use super::tasks::{Extent, Task, Tasks};
 use super::walk::{Selection, Walk};
 use crate::cache::Cache;
 use crate::error::{Result, ensure};
 use crate::sequence::{Observation, Replay, Sequence, Shared, Span};
-use crate::shape::Needs;
+use crate::shape::{ModelShape, Needs};
 
 /// Queries of one task. Enough to reuse a dequantized row many times, few enough to keep the
 /// accumulators of a group in the first-level cache.
@@ -22,17 +24,15 @@ pub(super) struct Plan {
     pub(super) lanes: Vec<PlannedLane>,
     pub(super) spans: Vec<Span>,
     /// For each span, the rows of its lane before it.
-    starts: Vec<usize>,
+    pub(super) starts: Vec<usize>,
     /// Explicit block lists, for each layer.
     selections: Vec<Selection>,
     /// What selectors choose, for each head of each sequence.
     pub(super) choices: Vec<Choice>,
-    pub(super) tasks: Vec<Task>,
-    /// For each layer, the running sum of the costs of its tasks.
-    costs: Vec<u64>,
-    /// Meeting points; the first `num_splits` are in use.
-    pub(super) splits: Vec<Split>,
-    num_splits: usize,
+    /// Every sequence for itself.
+    pub(super) tasks: Tasks,
+    /// Shared rows once for all, and the rest.
+    pub(super) cascade: Cascade,
     pub(super) num_tokens: usize,
 }
 
@@ -53,29 +53,53 @@ pub(super) struct Planned {
     pub(super) observation: Option<Arc<Observation>>,
     /// What the reserved tokens replay, if they do.
     pub(super) replay: Option<Replay>,
+    /// The group that it shares its first rows with.
+    pub(super) group: Option<usize>,
 }
 
 /// One block table.
 #[derive(Debug, Clone)]
 pub(super) struct PlannedLane {
-    spans: Range<usize>,
+    pub(super) spans: Range<usize>,
     /// Rows.
     pub(super) len: usize,
     pub(super) evicted: i32,
 }
 
-/// A KV head of a sequence, a tile of its queries and a part of its rows.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Task {
-    pub(super) sequence: usize,
-    pub(super) kv_head: usize,
-    pub(super) first_query: usize,
-    pub(super) num_queries: usize,
-    /// Which of `num_parts` equal parts of the rows of the lane.
-    pub(super) part: usize,
-    pub(super) num_parts: usize,
-    /// Where the parts meet, if there are several.
-    pub(super) split: usize,
+impl Planned {
+    /// One part of the head over all rows, for these queries.
+    pub(super) fn task(&self, sequence: usize, kv_head: usize, queries: Range<usize>) -> Task {
+        Task {
+            sequence,
+            kv_head,
+            first_query: queries.start,
+            num_queries: queries.len(),
+            extent: Extent::All,
+            part: 0,
+            num_parts: 1,
+            num_meeting: 1,
+            split: 0,
+        }
+    }
+
+    /// Adds the tasks of the sequence, which is the `index`-th, for itself.
+    pub(super) fn push_tasks(
+        &self,
+        index: usize,
+        num_parts: usize,
+        shape: &ModelShape,
+        tasks: &mut Tasks,
+    ) {
+        for kv_head in 0..shape.num_kv_heads {
+            for first in (0..self.num_queries).step_by(TILE) {
+                let queries = first..self.num_queries.min(first + TILE);
+                let vectors = queries.len() * shape.group();
+                let task = self.task(index, kv_head, queries);
+                let task = Task { num_parts, num_meeting: num_parts, ..task };
+                tasks.push_parts(task, vectors, shape.head_dim);
+            }
+        }
+    }
 }
 
 impl Plan {
@@ -86,8 +110,7 @@ impl Plan {
         self.starts.clear();
         self.selections.iter_mut().for_each(Selection::clear);
         self.tasks.clear();
-        self.costs.clear();
-        self.num_splits = 0;
+        self.cascade.clear();
         self.num_tokens = 0;
     }
 
@@ -174,63 +197,72 @@ impl Plan {
             cache_relative: sequence.config().cache_relative,
             observation: sequence.observation().cloned(),
             replay: sequence.observation().and_then(|seen| seen.replay()),
+            group: None,
         });
         self.num_tokens += num_queries;
     }
 
     fn push_tasks(&mut self, cache: &Cache) {
         let shape = &cache.config().shape;
+        let mut tasks = std::mem::take(&mut self.tasks);
         for (i, sequence) in self.sequences.iter().enumerate() {
-            let n = sequence.num_queries;
-            let num_parts = self.num_parts(cache, sequence);
-            for kv_head in 0..shape.num_kv_heads {
-                for first_query in (0..n).step_by(TILE) {
-                    let num_queries = TILE.min(n - first_query);
-                    let split = self.num_splits;
-                    for part in 0..num_parts {
-                        self.tasks.push(Task {
-                            sequence: i,
-                            kv_head,
-                            first_query,
-                            num_queries,
-                            part,
-                            num_parts,
-                            split,
-                        });
-                    }
-                    if num_parts > 1 {
-                        if self.splits.len() == split {
-                            self.splits.push(Split::default());
-                        }
-                        let rows = num_queries * shape.group();
-                        self.splits[split].reset(num_parts, rows, shape.head_dim);
-                        self.num_splits += 1;
-                    }
-                }
-            }
+            sequence.push_tasks(i, self.num_parts(cache, sequence), shape, &mut tasks);
         }
+        self.tasks = tasks;
+        self.push_cascade(cache);
         self.selections.resize_with(shape.num_layers, Selection::default);
         self.reset_choices(shape.num_kv_heads);
-        self.costs.resize(shape.num_layers * self.tasks.len(), 0);
         for layer in 0..shape.num_layers {
             self.count_costs(cache, layer);
         }
     }
 
-    /// Fills the running sum of the costs of a layer.
+    /// Fills the running sums of the costs of a layer.
     fn count_costs(&mut self, cache: &Cache, layer: usize) {
-        let mut sum = 0;
-        for (i, task) in self.tasks.iter().enumerate() {
-            let sequence = &self.sequences[task.sequence];
-            let (_, walk) = self.walk(cache, layer, task.sequence, task.kv_head);
-            let after = sequence.num_queries - task.first_query - task.num_queries;
-            let rows = match sequence.selector(layer) {
-                Some(selector) if walk.chosen.is_none() => selector.reach().limit(walk.rows()),
-                _ => walk.rows(),
-            };
-            sum += ((rows - after) * task.num_queries / task.num_parts) as u64 + 1;
-            self.costs[layer * self.tasks.len() + i] = sum;
+        let num_layers = cache.config().shape.num_layers;
+        let mut tasks = std::mem::take(&mut self.tasks);
+        tasks.count_costs(layer, num_layers, |task| self.cost(cache, layer, task));
+        self.tasks = tasks;
+        let mut tasks = std::mem::take(&mut self.cascade.tasks);
+        tasks.count_costs(layer, num_layers, |task| self.cost(cache, layer, task));
+        self.cascade.tasks = tasks;
+    }
+
+    /// Rows times queries, about.
+    fn cost(&self, cache: &Cache, layer: usize, task: &Task) -> u64 {
+        let sequence = &self.sequences[task.sequence];
+        let (_, walk) = self.walk(cache, layer, task.sequence, task.kv_head);
+        let extent = self.extent(cache, layer, task);
+        let rows = match (sequence.selector(layer), task.extent) {
+            (Some(selector), Extent::All) if walk.chosen.is_none() => {
+                selector.reach().limit(walk.rows())
+            }
+            (_, Extent::All) => walk.rows(),
+            _ => extent.len(),
+        };
+        let after = match task.extent {
+            Extent::Shared(_) => 0,
+            _ => sequence.num_queries - task.first_query - task.num_queries,
+        };
+        ((rows - after) * task.num_queries / task.num_parts) as u64 + 1
+    }
+
+    /// The rows of its lane that a task of some sort is about, if nothing was chosen from it.
+    pub(super) fn extent(&self, cache: &Cache, layer: usize, task: &Task) -> Range<usize> {
+        let config = cache.config();
+        let (lane, _) = config.lane_width.locate(&config.shape, layer, task.kv_head);
+        let sequence = &self.sequences[task.sequence];
+        let len = self.lane(sequence, lane).0.len;
+        match (task.extent, sequence.group) {
+            (Extent::Shared(tile), _) => 0..self.cascade.rows(self.cascade.tile(tile).0, lane),
+            (Extent::Rest, Some(group)) => self.cascade.rows(group, lane)..len,
+            _ => 0..len,
         }
+    }
+
+    /// Whether a layer attends to chosen blocks.
+    pub(super) fn selects(&self, layer: usize) -> bool {
+        self.selections[layer].head(0).is_some()
     }
 
     /// See [`super::Attention::select`].
@@ -265,7 +297,7 @@ impl Plan {
 
     /// Parts of the rows of each head of a sequence: by its longest lane, so that all layers have
     /// the same tasks.
-    fn num_parts(&self, cache: &Cache, sequence: &Planned) -> usize {
+    pub(super) fn num_parts(&self, cache: &Cache, sequence: &Planned) -> usize {
         let observation = sequence.observation.as_ref();
         let whole = Needs::COLUMN_SUM.union(Needs::LAST_ROW).union(Needs::LOW_COUNT);
         let sums = observation.is_some_and(|seen| seen.needs().0 & whole.0 != 0);
@@ -279,28 +311,6 @@ impl Plan {
         let last = cache.config().shape.num_layers - 1;
         let read = sequence.selector(last).map(|selector| selector.reach().limit(longest));
         split::num_parts(read.unwrap_or(longest), sequence.num_queries)
-    }
-
-    /// The tasks of `layer` that `worker` does: a run whose cost is close to its fair share.
-    pub(super) fn share(&self, layer: usize, worker: usize, num_workers: usize) -> Range<usize> {
-        let num_tasks = self.tasks.len();
-        let costs = &self.costs[layer * num_tasks..][..num_tasks];
-        let total = costs.last().copied().unwrap_or(0);
-        // Worker w does the tasks whose middle falls into its share.
-        let start_of = |worker: usize| {
-            let limit = u128::from(total) * worker as u128 * 2;
-            let middle = |i: usize| {
-                let before = if i == 0 { 0 } else { costs[i - 1] };
-                u128::from(before + costs[i]) * num_workers as u128
-            };
-            let (mut low, mut high) = (0, num_tasks);
-            while low < high {
-                let i = low.midpoint(high);
-                if middle(i) < limit { low = i + 1 } else { high = i }
-            }
-            low
-        };
-        start_of(worker)..start_of(worker + 1)
     }
 
     /// The spans of a lane of a sequence.

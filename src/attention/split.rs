@@ -1,15 +1,15 @@
 //! Split rows: the state of one head over a long context is made by several workers, each from a
 //! part of the rows, and merged by whoever comes last.
 //!
-//! How many parts there are depends on the sequence alone, neither on the number of workers nor on
-//! the rest of the batch, and parts are merged in order: so the result is the same, bit for bit,
-//! however the work is shared.
+//! How many parts there are depends on the sequence alone, or on the group that it shares its first
+//! rows with, not on the number of workers, and parts are merged in order: so the result is the same,
+//! bit for bit, however the work is shared.
 
 use parking_lot::Mutex;
 
 use super::state::States;
 
-/// Most parts of a head: one bit each.
+/// Most parts of a head, and of what it shares with other sequences: one bit each.
 const MAX_PARTS: usize = 16;
 
 /// Rows that are worth a part of their own.
@@ -19,6 +19,15 @@ const MIN_ROWS: usize = 1024;
 /// larger states and are more work for each row, so they are split less.
 pub(crate) fn num_parts(rows: usize, num_queries: usize) -> usize {
     (rows / MIN_ROWS).min(MAX_PARTS / num_queries).max(1)
+}
+
+/// Rows of a shared prefix that are worth a part of their own: a part leaves a state for each of many
+/// queries.
+const MIN_SHARED_ROWS: usize = 2048;
+
+/// How many parts the rows are split into that several sequences share.
+pub(crate) fn num_shared_parts(rows: usize) -> usize {
+    (rows / MIN_SHARED_ROWS).clamp(1, MAX_PARTS)
 }
 
 /// Where the workers of one split head meet.

@@ -7,6 +7,8 @@
 //!
 //! The empty state has `m = -inf`; it must never meet another `-inf` in a subtraction.
 
+use std::ops::Range;
+
 use crate::simd::{Kernels, Softmax};
 
 /// `rows` states, each with an output of `dim` elements.
@@ -46,6 +48,14 @@ impl States {
         self.max.clone_from(&other.max);
         self.sum.clone_from(&other.sum);
         self.out.clone_from(&other.out);
+    }
+
+    /// Becomes a copy of some rows of `other`.
+    pub(crate) fn copy_rows_from(&mut self, other: &Self, rows: Range<usize>) {
+        self.reset(0, other.dim);
+        self.max.extend_from_slice(&other.max[rows.clone()]);
+        self.sum.extend_from_slice(&other.sum[rows.clone()]);
+        self.out.extend_from_slice(&other.out[rows.start * other.dim..rows.end * other.dim]);
     }
 
     /// Raises the maximum of a row to at least `max` and scales what it holds.
@@ -133,7 +143,7 @@ mod tests {
             states.sum[0] += p;
             states.out[0] += p * value;
         };
-        let make = |range: std::ops::Range<usize>| {
+        let make = |range: Range<usize>| {
             let mut states = States::default();
             states.reset(1, 1);
             range.for_each(|i| add(&mut states, logits[i], i as f32));

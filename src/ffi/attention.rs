@@ -33,6 +33,27 @@ impl Opaque for kvmgr_attention {
 
 const NAME: &str = "kvmgr_attention";
 
+/// Flag: sequences that start with the same blocks do not attend to them together but each for itself,
+/// so that results do not depend on what else is planned. Equal for all workers of a run.
+pub const KVMGR_ATTENTION_NO_CASCADE: u32 = 1;
+
+/// What a plan shares between sequences. Set struct_size before the call.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct kvmgr_attention_stats {
+    /// sizeof(kvmgr_attention_stats).
+    pub struct_size: usize,
+    /// Groups of sequences that start with the same blocks, which are read once for all of them.
+    pub shared_groups: u64,
+    /// Sequences in groups.
+    pub shared_sequences: u64,
+    /// Rows that a group shares, of its longest lane, summed over groups.
+    pub shared_rows: u64,
+    /// Tasks over shared rows that workers have done since the plan was made. 0 if the runs could not
+    /// use them: with a sliding window, ALiBi, chosen blocks or KVMGR_ATTENTION_NO_CASCADE.
+    pub shared_tasks_run: u64,
+}
+
 /// What a layer does to its logits. Set struct_size to its sizeof; zeros, or NULL instead of the
 /// struct, mean plain softmax(q . k / sqrt(head_dim)).
 #[repr(C)]
@@ -46,7 +67,7 @@ pub struct kvmgr_attention_options {
     pub softcap: f32,
     /// Keys at this distance or further are invisible; 0 means off.
     pub sliding_window: u32,
-    /// Reserved, 0.
+    /// 0 or KVMGR_ATTENTION_NO_CASCADE.
     pub flags: u32,
     /// num_q_heads learned logits, an extra term of the denominator and of the LSE; or NULL. In
     /// device memory for a cache on a CUDA device.
@@ -153,6 +174,32 @@ pub unsafe extern "C" fn kvmgr_attention_select(
             let starts = convert::slice(starts, num_starts, "starts")?;
             let blocks = convert::slice(blocks, num_blocks, "blocks")?;
             attention.attention.write(NAME)?.select(layer as usize, starts, blocks)
+        })
+    })
+}
+
+/// What the current plan shares between sequences: zeros on a CUDA device, and for sequences that are
+/// cache relative, have a selector or a replay, or whose policy wants to know what rows receive.
+///
+/// @param out_stats its struct_size must be set; receives the numbers
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_attention_get_stats(
+    attention: *const kvmgr_attention,
+    out_stats: *mut kvmgr_attention_stats,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle and a struct that starts with its size.
+    guard(|| unsafe {
+        handle::with(attention, |attention| {
+            let stats = attention.attention.read(NAME)?.statistics();
+            let stats = kvmgr_attention_stats {
+                struct_size: size_of::<kvmgr_attention_stats>(),
+                shared_groups: stats.shared_groups as u64,
+                shared_sequences: stats.shared_sequences as u64,
+                shared_rows: stats.shared_rows as u64,
+                shared_tasks_run: stats.shared_tasks_run,
+            };
+            convert::fill_struct(out_stats, &stats, "kvmgr_attention_stats")
         })
     })
 }
@@ -360,7 +407,8 @@ unsafe fn parse_device_options(options: *const kvmgr_attention_options) -> Resul
     }
     // SAFETY: the caller promises it.
     let options = unsafe { convert::config(options, "kvmgr_attention_options") }?;
-    ensure!(options.flags == 0, InvalidArgument, "flags has unknown bits {:#x}", options.flags);
+    let unknown = options.flags & !KVMGR_ATTENTION_NO_CASCADE;
+    ensure!(unknown == 0, InvalidArgument, "flags has unknown bits {unknown:#x}");
     ensure!(
         options.alibi_slopes.is_null(),
         Unsupported,
@@ -384,7 +432,8 @@ unsafe fn parse_options<'a>(
     }
     // SAFETY: the caller promises it.
     let options = unsafe { convert::config(options, "kvmgr_attention_options") }?;
-    ensure!(options.flags == 0, InvalidArgument, "flags has unknown bits {:#x}", options.flags);
+    let unknown = options.flags & !KVMGR_ATTENTION_NO_CASCADE;
+    ensure!(unknown == 0, InvalidArgument, "flags has unknown bits {unknown:#x}");
     let list = |data: *const f32, name: &str| {
         // SAFETY: the caller promises it.
         unsafe { convert::optional_slice(data, num_q_heads, name) }
@@ -395,5 +444,6 @@ unsafe fn parse_options<'a>(
         sliding_window: options.sliding_window,
         sinks: list(options.sinks, "sinks")?,
         alibi_slopes: list(options.alibi_slopes, "alibi_slopes")?,
+        no_cascade: options.flags & KVMGR_ATTENTION_NO_CASCADE != 0,
     })
 }

@@ -8,7 +8,7 @@ pub mod weights;
 
 use std::sync::Arc;
 
-use kvmgr::attention::Attention;
+use kvmgr::attention::{Attention, Options, reference};
 use kvmgr::device::tensor::{Tensor, TensorMut};
 use kvmgr::dtype::DType;
 use kvmgr::manager::{Manager, ManagerConfig, Session};
@@ -135,7 +135,7 @@ impl Engine {
                     self.append(layer, &key, &value);
                 }
                 let query = self.random.normals(total * shape.num_q_heads * shape.head_dim);
-                self.run(layer, query, &kvmgr::attention::Options::default())
+                self.run(layer, query, &Options::default())
             })
             .collect()
     }
@@ -149,12 +149,7 @@ impl Engine {
         }
     }
 
-    pub fn run(
-        &self,
-        layer: usize,
-        query: Vec<f32>,
-        options: &kvmgr::attention::Options<'_>,
-    ) -> Step {
+    pub fn run(&self, layer: usize, query: Vec<f32>, options: &Options<'_>) -> Step {
         let shape = self.shape();
         let total = self.attention.num_tokens();
         let dims = [total, shape.num_q_heads, shape.head_dim];
@@ -186,4 +181,39 @@ pub fn relative_error(a: &[f32], b: &[f64]) -> f64 {
     let difference: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
     let norm: f64 = b.iter().map(|b| b * b).sum();
     difference.sqrt() / norm.sqrt().max(1e-9)
+}
+
+/// Compares every query of a step with the reference.
+pub fn check(
+    engine: &Engine,
+    sessions: &[&mut Session],
+    counts: &[usize],
+    steps: &[Step],
+    options: &Options<'_>,
+) {
+    let tolerance = tolerance(engine);
+    let shape = engine.shape();
+    for (layer, step) in steps.iter().enumerate() {
+        let mut token = 0;
+        for (session, n) in sessions.iter().zip(counts) {
+            for i in 0..*n {
+                for head in 0..shape.num_q_heads {
+                    let row = (token + i) * shape.num_q_heads + head;
+                    let query = &step.query[row * shape.head_dim..][..shape.head_dim];
+                    let expected =
+                        reference::attend(session.sequence(), layer, head, query, (i, *n), options);
+                    let output = &step.output[row * shape.head_dim..][..shape.head_dim];
+                    let error = relative_error(output, &expected.output);
+                    assert!(error < tolerance, "layer {layer} token {i}/{n} head {head}: {error}");
+                    let lse = f64::from(step.lse[row]);
+                    assert!(
+                        lse == expected.lse || (lse - expected.lse).abs() < tolerance * 10.0,
+                        "layer {layer} token {i}/{n} head {head}: lse {lse} {}",
+                        expected.lse
+                    );
+                }
+            }
+            token += n;
+        }
+    }
 }
