@@ -220,22 +220,28 @@ fn errors_name_what_is_wrong_and_change_nothing() {
 }
 
 #[test]
-fn bad_values_of_later_tokens_do_not_reach_earlier_queries() {
+fn bad_values_do_not_reach_queries_that_do_not_see_them() {
     let shape = ModelShape { num_layers: 1, num_q_heads: 2, num_kv_heads: 1, head_dim: 32 };
-    for (n, bad) in [(5, 3), (20, 15), (40, 17)] {
+    let cases =
+        [(5, 3, 0), (20, 15, 0), (40, 17, 0), (40, 17, 1), (40, 15, 4), (60, 0, 17), (90, 16, 33)];
+    for (n, bad, window) in cases {
         let mut engine = Engine::new(config(shape, "full"), 7);
         let mut session = engine.session();
         session.sequence_mut().reserve(n).unwrap();
         engine.attention.plan(&[(session.sequence(), n)]).unwrap();
-        let key = engine.random.normals(n * 32);
+        let mut key = engine.random.normals(n * 32);
         let mut value = engine.random.normals(n * 32);
+        key[bad * 32..][..32].fill(f32::INFINITY);
         value[bad * 32..][..32].fill(f32::NAN);
         engine.append(0, &key, &value);
         let query = engine.random.normals(n * 2 * 32);
-        let step = engine.run(0, query, &Options::default());
+        let options = Options { sliding_window: window, ..Options::default() };
+        let step = engine.run(0, query, &options);
+        let sees = |i: usize| i >= bad && (window == 0 || i < bad + window as usize);
         for (i, output) in step.output.chunks_exact(2 * 32).enumerate() {
-            assert_eq!(output.iter().all(|x| x.is_nan()), i >= bad, "token {i} of {n}");
-            assert_eq!(output.iter().all(|x| x.is_finite()), i < bad, "token {i} of {n}");
+            let case = format!("token {i} of {n}, bad {bad}, window {window}");
+            assert_eq!(output.iter().all(|x| x.is_nan()), sees(i), "{case}");
+            assert_eq!(output.iter().all(|x| x.is_finite()), !sees(i), "{case}");
         }
     }
 }

@@ -2,13 +2,13 @@
 //!
 //! ```text
 //!            rows of the lane
-//! query 0    s s s s s                 s: shared piece, all queries of the task at once
-//! query 1    s s s s s 1               1, 2: pieces of one query
-//! query 2    s s s s s 2 2
+//! query 0    0 0 s s s                 s: shared piece, all queries of the task at once
+//! query 1      1 s s s 1               0, 1, 2: pieces of one query, at the start of a sliding window
+//! query 2        s s s 2 2             and at the end of what a query sees
 //! ```
 //!
-//! Every query of a piece may see every row of it, as far as causality goes. So a row is never
-//! weighted with 0 to hide it from an earlier query: 0 times NaN would not hide it. The one exception are
+//! Every query of a piece may see every row of it. So a row is never weighted with 0 to hide it from
+//! another query: 0 times NaN would not hide it. The one exception are
 //! rows that a policy has evicted between others of their block: whoever split the span has made sure
 //! that their values are finite, and such a piece goes over them rather than be many short ones.
 
@@ -53,6 +53,19 @@ impl<'a> Piece<'a> {
     fn of_spans(spans: &'a [Span], index: usize) -> Self {
         let rows = spans[0].first as usize..spans[spans.len() - 1].end();
         Self { span: &spans[0], index, rows, spans, queries: 0..1 }
+    }
+
+    /// Some rows of the piece, counted from its first; `None` if there are none.
+    fn part(&self, rows: Range<usize>) -> Option<Self> {
+        let Range { start, end } = rows;
+        let rows = self.rows.start + start..self.rows.start + end;
+        let queries = self.queries.clone();
+        (start < end).then(|| Self { index: self.index + start, rows, queries, ..*self })
+    }
+
+    /// The same for one of the queries.
+    fn of_query(&self, query: usize, rows: Range<usize>) -> Option<Self> {
+        self.part(rows).map(|part| Self { queries: query..query + 1, ..part })
     }
 
     /// Hides evicted rows: their logits in `scores`, `[n, rows]`, become negative infinity.
@@ -135,26 +148,39 @@ impl<'a> Job<'a> {
     }
 
     fn pieces_of_span(&self, stop: Stop<'a>, window: u32) -> impl Iterator<Item = Piece<'a>> {
+        let num_queries = self.task.num_queries;
         let shared_end = self.last_index(0) + 1;
+        let hidden = move |query, piece: &Piece<'_>| match window {
+            0 => 0,
+            _ => self.beyond(query, piece, window),
+        };
         let own = move |query| {
             let rows = shared_end..self.last_index(query) + 1;
-            self.piece(stop, rows, query..query + 1, window)
+            let piece = self.piece(stop, rows, query..query + 1)?;
+            let first = hidden(query, &piece);
+            let rows = first..piece.rows.len();
+            piece.of_query(query, rows)
         };
-        let num_queries = self.task.num_queries;
         let is_diagonal = stop.index + stop.span.count as usize > shared_end;
         let owners = if is_diagonal { 1..num_queries } else { 0..0 };
-        let shared = self.piece(stop, 0..shared_end, 0..num_queries, window);
-        shared.into_iter().chain(owners.filter_map(own))
+        let all = self.piece(stop, 0..shared_end, 0..num_queries);
+        // The last query's window starts last.
+        let first = all.as_ref().map_or(0, |all| hidden(num_queries - 1, all));
+        let shared = all.as_ref().and_then(|all| all.part(first..all.rows.len()));
+        let lookers = if first > 0 { 0..num_queries - 1 } else { 0..0 };
+        let before = lookers.filter_map(move |query| {
+            let all = all.as_ref()?;
+            all.of_query(query, hidden(query, all)..first)
+        });
+        before.chain(shared).chain(owners.filter_map(own))
     }
 
-    /// The rows `lane_rows` of the lane that lie in the span and in the task's part, without those
-    /// beyond the window of the first of `queries`, which sees furthest back.
+    /// The rows `lane_rows` of the lane that lie in the span and in the task's part.
     fn piece(
         &self,
         Stop { span, index, offset }: Stop<'a>,
         lane_rows: Range<usize>,
         queries: Range<usize>,
-        window: u32,
     ) -> Option<Piece<'a>> {
         let part = self.part();
         let start = index + part.start.saturating_sub(offset);
@@ -164,15 +190,8 @@ impl<'a> Job<'a> {
         if start >= end {
             return None;
         }
-        let rows = |i: usize| span.first as usize + i - index;
-        let rows = rows(start)..rows(end);
-        let mut piece = Piece { span, index: start, rows, spans: &[], queries };
-        if window > 0 {
-            let hidden = self.beyond(piece.queries.start, &piece, window);
-            piece.index += hidden;
-            piece.rows.start += hidden;
-        }
-        (!piece.rows.is_empty()).then_some(piece)
+        let row = |i: usize| span.first as usize + i - index;
+        Some(Piece { span, index: start, rows: row(start)..row(end), spans: &[], queries })
     }
 
     /// The index in the lane of the token of a query of the task: the last it may see.
