@@ -59,3 +59,49 @@ impl<'a> MeanRotation<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `sum over c of m[a, c] row[c]` for each a, where `m` is the mean of the rotations, by hand.
+    fn mean_rotated(rope: &Rope, row: &[f32], first: i32, count: i32) -> Vec<f64> {
+        let mut mean = vec![0.0f64; row.len()];
+        for position in first..first + count {
+            let mut turned = row.to_vec();
+            rope.rotate(&mut turned, position);
+            for (sum, x) in mean.iter_mut().zip(turned) {
+                *sum += f64::from(x) / f64::from(count);
+            }
+        }
+        mean
+    }
+
+    #[test]
+    fn it_is_the_mean_of_the_rotations_in_both_styles() {
+        let dim = 12;
+        let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 20.0;
+        for style in [RopeStyle::Half, RopeStyle::Interleaved] {
+            // The last two elements do not turn.
+            let rope = Rope::new(style, dim - 2, 100.0);
+            let layer = LayerInput { sequence_len: 77, rope: Some(&rope), ..Default::default() };
+            let rotation = MeanRotation::of_next("a test", &layer, 9).unwrap();
+            let mut row: Vec<f32> = (0..dim).map(value).collect();
+            let expected = mean_rotated(&rope, &row, 77, 9);
+            rotation.apply(&mut row);
+            for (found, expected) in row.iter().zip(&expected) {
+                assert!((f64::from(*found) - expected).abs() < 1e-5, "{style:?}");
+            }
+            // R (x x') R' is (R x)(R x)', whatever x; sums of such are every covariance.
+            let x: Vec<f32> = (5..5 + dim).map(value).collect();
+            let product = |i: usize| x[i / dim] * x[i % dim];
+            let mut matrix: Vec<f32> = (0..dim * dim).map(product).collect();
+            rotation.apply_both_sides(&mut matrix, dim);
+            let turned = mean_rotated(&rope, &x, 77, 9);
+            for (i, found) in matrix.iter().enumerate() {
+                let expected = turned[i / dim] * turned[i % dim];
+                assert!((f64::from(*found) - expected).abs() < 1e-4, "{style:?} {i}");
+            }
+        }
+    }
+}
