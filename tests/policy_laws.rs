@@ -289,6 +289,7 @@ fn laws_of_maps() {
                 }
                 assert!(total(&run("chunk(9) | ")) <= total(&plain), "{score} {keep}");
                 assert_eq!(run("global | "), run("adakv(floor=0) | "), "{score} {keep}");
+                assert_eq!(run("compose | "), plain, "{score} {keep}");
                 let chunked = run("chunk(1) | ");
                 assert!(chunked.windows(2).all(|pair| pair[0] == pair[1]));
                 if heads == 1 {

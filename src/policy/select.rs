@@ -78,7 +78,7 @@ impl Phase {
             let lens: Vec<usize> = heads.iter().map(|head| head.scores.len()).collect();
             shares = divide(&preferences, &counts, &lens, &shares);
         }
-        let budgets = self.budget.spread(0, &heads, &shares)?;
+        let budgets = self.budget.spread_layers(&counts, &heads, &shares)?;
         let mut sets = heads.iter().zip(budgets).map(|(head, budget)| top(head, budget));
         Ok(counts.into_iter().map(|count| sets.by_ref().take(count).collect()).collect())
     }

@@ -11,7 +11,7 @@ pub(super) use preferences::divide;
 
 registry! {
     /// Every budget, in the order of the documentation.
-    pub static BUDGETS: Entry = { uniform, adakv, global, pyramid, preferences, lukv, headkv, }
+    pub static BUDGETS: Entry = { uniform, adakv, global, compose, pyramid, preferences, lukv, headkv, }
 }
 
 /// What a budget over layers knows of one head.
@@ -56,8 +56,18 @@ pub trait Budget: Debug + Send + Sync {
     /// others leave.
     fn spread(&self, layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>>;
 
-    /// Whether the heads of all layers compete: then `spread` is called once, with the heads of
-    /// layer 0, of layer 1 and so on one after the other.
+    /// The same for all layers at once, for budgets over all layers: `counts[l]` heads of layer `l`, one
+    /// layer after the other.
+    fn spread_layers(
+        &self,
+        _counts: &[usize],
+        scores: &[HeadScores],
+        shares: &[usize],
+    ) -> Result<Vec<usize>> {
+        self.spread(0, scores, shares)
+    }
+
+    /// Whether heads of different layers compete: then `spread_layers` is called instead of `spread`.
     fn is_global(&self) -> bool {
         false
     }
