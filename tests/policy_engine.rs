@@ -153,7 +153,10 @@ fn budgets_hold_to_the_token_in_every_combination_of_stages() {
             // Tables give heads what they say; the others share the allowance of all.
             if !spec.contains("lukv") && !spec.contains("headkv") && !spec.contains("pyramid") {
                 let chunked = spec.contains("chunk(len=20)");
-                assert!(after == 4 * 40 || (chunked && after <= 4 * 40), "{spec}: {after} rows");
+                // The two heads of a layer that agree keep as much: of an odd allowance one is left.
+                let agreed = spec.contains("agree") && spec.contains("preferences");
+                let least = if chunked { 0 } else { 4 * 40 - if agreed { 2 } else { 0 } };
+                assert!((least..=4 * 40).contains(&after), "{spec}: {after} rows");
             }
         }
     }
