@@ -214,3 +214,8 @@ KVM_DEVICE float kvm_sum_rows(float x) {
 KVM_DEVICE float kvm_max_rows(float x) { return kvm_max_over<4, 32>(x); }
 /// The maximum over the lanes of a warp.
 KVM_DEVICE float kvm_max_lanes(float x) { return kvm_max_rows(kvm_max_over<1, 4>(x)); }
+
+/// What makes a rotation of D elements orthonormal.
+template <int D> KVM_DEVICE constexpr float kvm_rotation_factor() {
+    return D == 64 ? 0.125f : D == 128 ? 0.0883883461f : 0.0625f;
+}

@@ -77,7 +77,6 @@ template <int D> KVM_DEVICE void kvm_rotate(float (&x)[D / 32]) {
             float other = kvm_shfl_xor(x[i], mask);
             x[i] = lane & mask ? other - x[i] : x[i] + other;
         }
-    constexpr float FACTOR = D == 64 ? 0.125f : D == 128 ? 0.0883883461f : 0.0625f;
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] *= FACTOR;
+    for (int i = 0; i < N; i++) x[i] *= kvm_rotation_factor<D>();
 }
