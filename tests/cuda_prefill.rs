@@ -8,8 +8,6 @@ mod common;
 #[path = "common/emulator.rs"]
 mod emulator;
 
-use std::cell::Cell;
-
 use common::Random;
 use emulator::{Grid, Half, Kernels, address, address_mut};
 use kvmgr::device::cuda::params::{Decode, Item};
@@ -288,17 +286,8 @@ fn the_emulator_notices_missing_barriers_and_waits() {
     ];
     let world = World::new(PLAIN, &[(0, 32), (100, 40)], &mut Random(2));
     for (from, to) in mutations {
-        let is_there = Cell::new(false);
-        let kernels = Kernels::build_edited(SOURCE, |text| {
-            is_there.set(is_there.get() || text.contains(from));
-            // One kernel is enough, and quicker to build.
-            let is_other = |line: &&str| {
-                !line.starts_with("KVM_PREFILL(") || line.contains("kvm_prefill_bf16_d128")
-            };
-            text.replace(from, to).lines().filter(is_other).collect::<Vec<_>>().join("\n")
-        });
-        let Some(kernels) = kernels else { return };
-        assert!(is_there.get(), "{from} is not in the kernels");
+        let only = ("KVM_PREFILL(", "kvm_prefill_bf16_d128");
+        let Some(kernels) = Kernels::build_mutated(SOURCE, (from, to), only) else { return };
         let is_seen = (1..=6).any(|seed| {
             let (error, lse) = world.error(kernels, seed);
             error > PLAIN.half.limit() || lse > 1e-3

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part")]
 
+use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::process::Command;
@@ -75,6 +76,23 @@ impl Kernels {
             assert!(!symbol.is_null());
             Some(Self(mem::transmute::<*mut c_void, Launch>(symbol)))
         }
+    }
+
+    /// Builds a source in which `from`, which is there, reads `to`. Of the lines that start with the macro
+    /// `only.0`, which make kernels, just those with `only.1` stay: they are quicker to build.
+    pub fn build_mutated(
+        source: &str,
+        (from, to): (&str, &str),
+        only: (&str, &str),
+    ) -> Option<Self> {
+        let is_there = Cell::new(false);
+        let kernels = Self::build_edited(source, |text| {
+            is_there.set(is_there.get() || text.contains(from));
+            let stays = |line: &&str| !line.starts_with(only.0) || line.contains(only.1);
+            text.replace(from, to).lines().filter(stays).collect::<Vec<_>>().join("\n")
+        })?;
+        assert!(is_there.get(), "{from} is not in the kernels");
+        Some(kernels)
     }
 
     /// Runs a kernel; answers what the emulator saw that is forbidden. Every address in `params`,
