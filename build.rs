@@ -1,6 +1,10 @@
 //! Gives the shared library its SONAME, and lists the CUDA kernels it embeds. Before 1.0 the minor
 //! version is part of the ABI.
 
+#[path = "src/device/cuda/ptx.rs"]
+#[expect(dead_code, reason = "the library uses all of it")]
+mod ptx;
+
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,6 +18,7 @@ fn main() {
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libkvmgr.so.{soname}");
     }
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=src/device/cuda/ptx.rs");
     let (root, out) = (variable("CARGO_MANIFEST_DIR"), variable("OUT_DIR"));
     list_kernels(Path::new(&root), Path::new(&out));
 }
@@ -28,11 +33,21 @@ fn list_kernels(root: &Path, out: &Path) {
         .unwrap_or_default();
     files.retain(|path| path.to_string_lossy().ends_with(".ptx.gz"));
     files.sort();
-    let list: String =
-        files.iter().map(|path| format!("    include_bytes!({path:?}),\n")).collect();
+    let files: Vec<(PathBuf, String)> = files
+        .into_iter()
+        .map(|path| {
+            let text = unpack(&path);
+            (path, text)
+        })
+        .collect();
+    let list: String = files
+        .iter()
+        .map(|(path, text)| format!("    (&{:?}, include_bytes!({path:?})),\n", names(text)))
+        .collect();
     let cubins = make_cubins(&files, out);
     let text = format!(
-        "/// PTX, gzipped.\npub(super) static FILES: &[&[u8]] = &[\n{list}];\n\
+        "/// Names of kernels, and the gzipped PTX that has them.\n\
+         pub(super) static FILES: &[(&[&str], &[u8])] = &[\n{list}];\n\
          /// Architecture and cubin.\npub(super) static CUBINS: &[(u32, &[u8])] = &[\n{cubins}];\n"
     );
     if let Err(error) = std::fs::write(out.join("kernels.rs"), text) {
@@ -40,29 +55,35 @@ fn list_kernels(root: &Path, out: &Path) {
     }
 }
 
+/// The kernels of a text.
+fn names(text: &str) -> Vec<&str> {
+    text.split(ptx::ENTRY).skip(1).map(ptx::name_of).collect()
+}
+
+fn unpack(path: &Path) -> String {
+    let packed = std::fs::read(path).expect("a file that was listed");
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(&packed[..]).read_to_string(&mut text).expect("gzipped PTX");
+    text
+}
+
 /// If KVMGR_NVCC names an nvcc, assembles the PTX for the architectures of data centres, so that the
 /// driver has nothing to compile. What the build can do does not depend on it.
-fn make_cubins(files: &[PathBuf], out: &Path) -> String {
+fn make_cubins(files: &[(PathBuf, String)], out: &Path) -> String {
     println!("cargo:rerun-if-env-changed=KVMGR_NVCC");
     let Some(nvcc) = std::env::var_os("KVMGR_NVCC").filter(|nvcc| !nvcc.is_empty()) else {
         return String::new();
     };
     let mut list = String::new();
-    for file in files {
-        let packed = std::fs::read(file).expect("a file that was listed");
-        let mut text = String::new();
-        let mut unpacked = flate2::read::GzDecoder::new(&packed[..]);
-        unpacked.read_to_string(&mut text).expect("gzipped PTX");
+    for (file, text) in files {
         for sm in [80, 90] {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
-            let ptx = out.join(name.replace(".ptx.gz", &format!(".sm_{sm}.ptx")));
-            let cubin = ptx.with_extension("cubin");
-            // As src/device/cuda/images.rs does for the driver.
-            let newer = text.replace("//sm_90 ", "").replace(".target sm_80", ".target sm_90");
-            std::fs::write(&ptx, if sm == 90 { &newer } else { &text }).expect("OUT_DIR");
+            let path = out.join(name.replace(".ptx.gz", &format!(".sm_{sm}.ptx")));
+            let cubin = path.with_extension("cubin");
+            std::fs::write(&path, ptx::for_device(text.clone(), sm)).expect("OUT_DIR");
             let status = Command::new(&nvcc)
                 .args(["-cubin", &format!("-arch=sm_{sm}"), "-o"])
-                .args([&cubin, &ptx])
+                .args([&cubin, &path])
                 .status();
             assert!(
                 status.as_ref().is_ok_and(|status| status.success()),

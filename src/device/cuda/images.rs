@@ -8,8 +8,8 @@ use std::borrow::Cow;
 use std::ffi::CString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
+use super::ptx;
 use crate::error::{Result, bail};
 
 mod embedded {
@@ -39,9 +39,9 @@ pub(super) fn find(name: &str, sm: u32) -> Result<Image> {
     let from_folder = std::env::var_os(FOLDER).map(PathBuf::from);
     let from_folder = from_folder.as_deref().map(read_folder).transpose()?.unwrap_or_default();
     let is_own = |text: &&String| from_folder.iter().any(|own| std::ptr::eq(own, *text));
-    for text in from_folder.iter().chain(embedded()) {
-        let Some(ptx) = only(text, name) else { continue };
-        let ptx = for_device(ptx, sm);
+    for text in from_folder.iter().chain(&embedded(name)) {
+        let Some(ptx) = ptx::only(text, name) else { continue };
+        let ptx = ptx::for_device(ptx, sm);
         let starts_early = ptx.contains("\tgriddepcontrol.wait");
         let bytes = match cubin(name, sm).filter(|_| !is_own(&text)) {
             Some(cubin) => Cow::Borrowed(cubin),
@@ -59,26 +59,13 @@ fn cubin(name: &str, sm: u32) -> Option<&'static [u8]> {
     embedded::CUBINS.iter().find(|(own, bytes)| *own == sm && has(bytes)).map(|(_, bytes)| *bytes)
 }
 
-/// Instructions that older devices lack stand in comments; build.rs does the same for cubins.
-fn for_device(image: String, sm: u32) -> String {
-    match sm >= 90 {
-        true => image.replace("//sm_90 ", "").replace(".target sm_80", ".target sm_90"),
-        false => image,
-    }
-}
-
-/// The embedded files, unpacked.
-fn embedded() -> &'static [String] {
-    static TEXTS: OnceLock<Vec<String>> = OnceLock::new();
-    TEXTS.get_or_init(|| {
-        let unpack = |packed: &&[u8]| {
-            let mut text = String::new();
-            // A file that does not unpack has no kernel in it, which is reported by name.
-            _ = flate2::read::GzDecoder::new(*packed).read_to_string(&mut text);
-            text
-        };
-        embedded::FILES.iter().map(unpack).collect()
-    })
+/// The embedded file that has a kernel, unpacked.
+fn embedded(name: &str) -> Option<String> {
+    let (_, packed) = embedded::FILES.iter().find(|(names, _)| names.contains(&name))?;
+    let mut text = String::new();
+    // A file that does not unpack has no kernel in it, which is reported by name.
+    _ = flate2::read::GzDecoder::new(*packed).read_to_string(&mut text);
+    Some(text)
 }
 
 fn read_folder(folder: &Path) -> Result<Vec<String>> {
@@ -98,58 +85,18 @@ fn read_folder(folder: &Path) -> Result<Vec<String>> {
     }
 }
 
-/// `ptx` without the kernels that have another name; `None` if it has none of this name.
-fn only(ptx: &str, name: &str) -> Option<String> {
-    if !ptx.contains(&format!(".visible .entry {name}(")) {
-        return None;
-    }
-    let mut out = String::new();
-    let mut rest = ptx;
-    while let Some(start) = rest.find(".visible .entry ") {
-        out.push_str(&rest[..start]);
-        let entry = &rest[start..];
-        // A body ends at the first brace in the first column.
-        let end = entry.find("\n}").map_or(entry.len(), |end| end + 2);
-        let found = entry[".visible .entry ".len()..].split('(').next().unwrap_or("").trim();
-        if found == name {
-            out.push_str(&entry[..end]);
-        }
-        rest = &entry[end..];
-    }
-    out.push_str(rest);
-    Some(out)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const PTX: &str = ".version 8.1\n.extern .shared .align 16 .b8 smem[];\n\
-        .visible .entry kvm_a(\n\t.param .b8 p[8]\n)\n.maxntid 128\n{\n{ add; }\n\n}\n\
-        // between\n.visible .entry kvm_ab(\n)\n{\n\tret;\n\n}\n\n";
-
     #[test]
-    fn one_kernel_is_taken_out_with_what_all_share() {
-        let a = only(PTX, "kvm_a").unwrap();
-        assert!(a.contains(".version") && a.contains("smem") && a.contains("add;"), "{a}");
-        assert!(a.contains("// between") && !a.contains("kvm_ab"), "{a}");
-        let ab = only(PTX, "kvm_ab").unwrap();
-        assert!(ab.contains("ret;") && !ab.contains("kvm_a("), "{ab}");
-        assert_eq!(only(PTX, "kvm_b"), None);
-    }
-
-    #[test]
-    fn newer_devices_get_their_instructions() {
-        let ptx = || "//\n.target sm_80\n//sm_90 griddepcontrol.wait;\n".to_string();
-        assert_eq!(for_device(ptx(), 89), ptx());
-        assert_eq!(for_device(ptx(), 120), "//\n.target sm_90\ngriddepcontrol.wait;\n");
-    }
-
-    #[test]
-    fn embedded_files_unpack_to_ptx() {
-        for text in embedded() {
+    fn embedded_files_have_the_kernels_they_are_listed_with() {
+        for (names, _) in embedded::FILES {
+            let text = embedded(names[0]).unwrap();
             assert!(text.contains(".version 8.1") && text.contains(".target sm_80"));
-            assert!(text.contains(".visible .entry kvm_"));
+            assert!(names.iter().all(|name| ptx::only(&text, name).is_some()));
+            assert_eq!(names.len(), text.matches(ptx::ENTRY).count());
         }
+        assert_eq!(embedded("kvm_none"), None);
     }
 }

@@ -11,6 +11,7 @@ mod images;
 mod kernels;
 mod memory;
 pub mod params;
+mod ptx;
 mod tensor;
 
 use std::fmt;
