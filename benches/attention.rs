@@ -17,7 +17,7 @@ use kvmgr::cache::{Cache, CacheConfig, MemoryFormats};
 use kvmgr::device::tensor::{Tensor, TensorMut};
 use kvmgr::dtype::DType;
 use kvmgr::sequence::{Sequence, SequenceConfig};
-use kvmgr::shape::{LaneWidth, ModelShape};
+use kvmgr::shape::ModelShape;
 
 const SHAPE: ModelShape =
     ModelShape { num_layers: 4, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 };
@@ -52,17 +52,8 @@ impl Setup {
     fn new((key, value): (&str, &str), committed: usize, reserved: usize) -> Self {
         let open = if key == "f32" { DType::F32 } else { DType::F16 };
         let cache = Cache::new(CacheConfig {
-            shape: SHAPE,
-            block_size: BLOCK_SIZE,
-            lane_width: LaneWidth::Sequence,
-            num_blocks: (committed + reserved).div_ceil(BLOCK_SIZE) + 1,
-            memory_limit: 0,
             memory: Some(MemoryFormats::new(open, key, value)),
-            evictor: "lru".into(),
-            salt: 0,
-            prefix: false,
-            rope: None,
-            device: None,
+            ..CacheConfig::new(SHAPE, BLOCK_SIZE, (committed + reserved).div_ceil(BLOCK_SIZE) + 1)
         });
         let cache = cache.expect("a valid configuration");
         let mut sequence = Sequence::new(Arc::clone(&cache), SequenceConfig::default(), None);

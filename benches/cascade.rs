@@ -18,7 +18,7 @@ use kvmgr::cache::{Cache, CacheConfig, MemoryFormats};
 use kvmgr::device::tensor::{Tensor, TensorMut};
 use kvmgr::dtype::DType;
 use kvmgr::sequence::{Sequence, SequenceConfig};
-use kvmgr::shape::{LaneWidth, ModelShape};
+use kvmgr::shape::ModelShape;
 
 const SHAPE: ModelShape =
     ModelShape { num_layers: 4, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 };
@@ -66,17 +66,8 @@ impl Setup {
         let Batch { sequences: count, shared, own } = batch;
         let blocks = shared.div_ceil(BLOCK_SIZE) + count * ((own + 1).div_ceil(BLOCK_SIZE) + 1);
         let cache = Cache::new(CacheConfig {
-            shape: SHAPE,
-            block_size: BLOCK_SIZE,
-            lane_width: LaneWidth::Sequence,
-            num_blocks: blocks + 1,
-            memory_limit: 0,
             memory: Some(MemoryFormats::new(DType::F16, spec, spec)),
-            evictor: "lru".into(),
-            salt: 0,
-            prefix: false,
-            rope: None,
-            device: None,
+            ..CacheConfig::new(SHAPE, BLOCK_SIZE, blocks + 1)
         });
         let cache = cache.expect("a valid configuration");
         let mut leader = Sequence::new(Arc::clone(&cache), SequenceConfig::default(), None);

@@ -9,23 +9,12 @@ use kvmgr::cache::{Cache, CacheConfig, MemoryFormats};
 use kvmgr::device::tensor::Tensor;
 use kvmgr::dtype::DType;
 use kvmgr::sequence::{Sequence, SequenceConfig};
-use kvmgr::shape::{LaneWidth, ModelShape};
+use kvmgr::shape::ModelShape;
 
 fn cache(shape: ModelShape, formats: Option<(&str, &str)>, prefix: bool) -> Arc<Cache> {
     let memory = formats.map(|(key, value)| MemoryFormats::new(DType::F16, key, value));
-    let config = CacheConfig {
-        shape,
-        block_size: if formats.is_some() { 32 } else { 16 },
-        lane_width: LaneWidth::Sequence,
-        num_blocks: 20_000,
-        memory_limit: 0,
-        memory,
-        evictor: "lru".to_string(),
-        salt: 0,
-        prefix,
-        rope: None,
-        device: None,
-    };
+    let block_size = if formats.is_some() { 32 } else { 16 };
+    let config = CacheConfig { memory, prefix, ..CacheConfig::new(shape, block_size, 20_000) };
     Cache::new(config).expect("a valid configuration")
 }
 

@@ -102,8 +102,6 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
         tickets: address_mut(&mut tickets),
         k: address(&pool[0]),
         v: address(&pool[1]),
-        sealed_k: 0,
-        sealed_v: 0,
         q_token: hd,
         q_head: d,
         o_token: hd,
@@ -112,14 +110,12 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
         kv_block: KV_HEADS as i64 * bd,
         kv_head: bd,
         kv_token: d,
-        sealed_block: 0,
-        sealed_head: 0,
         scale: 1.0 / (dim as f32).sqrt(),
         softcap: case.softcap as f32,
         window: case.window as u32,
         group: group as u32,
         block_size: block as u32,
-        rotates: 0,
+        ..Decode::default()
     };
     let warps = if dim == 256 { 2 } else { 4 } * if case.is_wide { 2 } else { 1 };
     let shared_q = if dim * columns >= 4096 { 2 * dim * columns } else { 0 };

@@ -156,12 +156,8 @@ impl World {
             sinks: if has_sinks { address(&self.sinks) } else { 0 },
             pages: address(&self.pages),
             items: address(&items),
-            partials: 0,
-            tickets: 0,
             k: address(&self.pools[0]),
             v: address(&self.pools[1]),
-            sealed_k: 0,
-            sealed_v: 0,
             q_token,
             q_head,
             o_token,
@@ -170,14 +166,12 @@ impl World {
             kv_block,
             kv_head,
             kv_token,
-            sealed_block: 0,
-            sealed_head: 0,
             scale: 1.0 / (dim as f32).sqrt(),
             softcap: softcap as f32,
             window: window as u32,
             group: group as u32,
             block_size: block as u32,
-            rotates: 0,
+            ..Decode::default()
         };
         let name = format!("kvm_prefill_{}_d{dim}", half.name());
         let smem = if dim == 256 { 256 } else { 512 } * dim + 64;

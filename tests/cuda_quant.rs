@@ -150,7 +150,6 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
         q: address(&q),
         o: address_mut(&mut o),
         lse: address_mut(&mut lse),
-        sinks: 0,
         pages: address(&pages),
         items: address(&items),
         partials: address_mut(&mut partials),
@@ -165,16 +164,15 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
         o_head: row,
         lse_token: group as i64,
         kv_block: (TOKENS * dim) as i64,
-        kv_head: 0,
         kv_token: row,
         sealed_block: page as i64,
-        sealed_head: 0,
         scale: 1.0 / (dim as f32).sqrt(),
         softcap: case.softcap as f32,
         window: case.window as u32,
         group: group as u32,
         block_size: TOKENS as u32,
         rotates: case.rotates,
+        ..Decode::default()
     };
     let chunk = sizes.map(|bytes| (bytes * format.chunk() / TOKENS).next_multiple_of(512));
     let smem = 4 * 2 * (chunk[0] + chunk[1]).max(64 * dim);

@@ -101,6 +101,23 @@ impl Exact {
 }
 
 impl CacheConfig {
+    /// Bookkeeping without memory: lanes as wide as a sequence, `lru`, no prefix index, on the host.
+    pub fn new(shape: ModelShape, block_size: usize, num_blocks: usize) -> Self {
+        Self {
+            shape,
+            block_size,
+            lane_width: LaneWidth::Sequence,
+            num_blocks,
+            memory_limit: 0,
+            memory: None,
+            evictor: "lru".into(),
+            salt: 0,
+            prefix: false,
+            rope: None,
+            device: None,
+        }
+    }
+
     /// Lanes of each sequence.
     pub fn num_lanes(&self) -> usize {
         self.lane_width.num_lanes(&self.shape)

@@ -57,7 +57,7 @@ impl Item {
 
 /// `KvmDecode`.
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[expect(missing_docs, reason = "kernels/kvm_attn.cuh describes them")]
 pub struct Decode {
     pub q: u64,
