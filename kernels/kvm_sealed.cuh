@@ -10,8 +10,8 @@
 #pragma once
 #include "kvm_quant.cuh"
 
-/// What a right operand gives with middle codes, exactly as the tensor cores see it: sums of its columns, times
-/// what fragments add.
+/// What a right operand gives with middle codes, exactly as the tensor cores see it: sums of its columns,
+/// times what fragments add.
 template <class F, int STEPS, int NT>
 KVM_DEVICE void kvm_middle_products(const u32 (&b)[STEPS][NT][2], float (&acc)[NT][4]) {
 #pragma unroll
@@ -35,7 +35,8 @@ struct KvmOnes {
 template <int D, int NT> struct KvmQueries {
     u32 b[D / 16][NT][2];
     float gain[NT][2];
-    /// Where keys are scaled by token: the sums of the columns of `b`, and its products with middle codes.
+    /// Where keys are scaled by token: the sums of the columns of `b`, if there are minima, and its products
+    /// with middle codes.
     float sum[NT][2], middle[NT][4];
 };
 
@@ -88,9 +89,11 @@ KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<
             q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4)) * unit;
     }
     if constexpr (F::IS_PER_CHANNEL) return;
-    float sum[NT][4];
-    kvm_middle_products<KvmOnes>(q.b, sum);
-    for (int n = 0; n < NT; n++) q.sum[n][0] = sum[n][0], q.sum[n][1] = sum[n][1];
+    if constexpr (F::FLOATS == 2) { // there are minima
+        float sum[NT][4];
+        kvm_middle_products<KvmOnes>(q.b, sum);
+        for (int n = 0; n < NT; n++) q.sum[n][0] = sum[n][0], q.sum[n][1] = sum[n][1];
+    }
     if constexpr (F::HAS_OFFSET) kvm_middle_products<F>(q.b, q.middle);
 }
 
