@@ -97,6 +97,10 @@ impl Manager {
                 key: key.unwrap_or(open).to_string(),
                 value: value.unwrap_or(fallback).to_string(),
                 exact: policy.exact(),
+                low_rank: policy
+                    .low_rank()
+                    .resolve(&config.shape)
+                    .map_err(|error| error.within("spec"))?,
                 demoted: policy.demoted().map(|(_, names)| names.map(str::to_string)).collect(),
             }),
             evictor: config.evictor,

@@ -162,7 +162,9 @@ impl Call<'_> {
         let index = head.index.get_or_insert_with(|| BlockIndex::new(selector, dim));
         index.follow(&walk.spans[..sealed], dim, &head.received.sums, |span, keys| {
             let rows = span.first as usize..span.end();
-            self.cache.read_rows(&span.block.view, cell, Side::Key, rows, keys);
+            let view = &span.block.view;
+            let basis = self.basis(sequence, task.kv_head, Side::Key, view.format());
+            self.cache.read_rows(view, cell, Side::Key, rows, basis, keys);
         });
         index.score(queries, scores);
     }

@@ -6,13 +6,14 @@ use super::Options;
 use super::choose::ChoiceScratch;
 use super::decoded::DECODE_FROM;
 use super::job::{Job, Piece};
-use super::plan::Plan;
+use super::plan::{Plan, Planned};
 use super::received::Weights;
 use super::state::States;
 use super::tasks::{Extent, Task, Tasks};
 use super::walk::Blocks;
 use crate::cache::{Cache, OPEN};
 use crate::device::tensor::{Tensor, TensorMut};
+use crate::quantizer::basis::Basis;
 use crate::quantizer::{Cell, Quantizer, Side};
 use crate::sequence::{FIRST_STATISTIC, MAX_DRAFTS, QueryStatistics, Span};
 use crate::shape::Needs;
@@ -34,6 +35,8 @@ pub(super) struct Scratch {
     pub(super) rows: RowScratch,
     /// The state of one format.
     part: States,
+    /// Outputs on their way out of a subspace.
+    restored: Vec<f32>,
     /// The state of all formats.
     pub(super) total: States,
     /// The state of the queries of several sequences.
@@ -54,6 +57,8 @@ pub(super) struct Scratch {
 pub(super) struct RowScratch {
     /// Queries in the space of the format at hand.
     prepared: Vec<f32>,
+    /// Queries on their way into a subspace.
+    projected: Vec<f32>,
     /// Logits and then probabilities of one piece, `[queries * group, rows]`.
     scores: Vec<f32>,
     /// Decoded rows of one piece, `[rows, dim]`.
@@ -157,6 +162,10 @@ impl Call<'_> {
             let is_in = |i| job.walk.stop(i).span.block.view.format() == format;
             if stops.clone().any(is_in) {
                 self.attend_format(job, format, scratch);
+                if let Some(basis) = self.basis(job.sequence, job.task.kv_head, Side::Value, format)
+                {
+                    scratch.part.restore(basis, &mut scratch.restored);
+                }
                 scratch.total.merge(&scratch.part);
             }
         }
@@ -165,7 +174,8 @@ impl Call<'_> {
     /// Attends to the spans in one format: fills `scratch.part`.
     fn attend_format(&self, job: &Job<'_>, format: usize, scratch: &mut Scratch) {
         let Scratch { queries, rows, part, weights, .. } = scratch;
-        part.reset(job.rows(), job.out_dim);
+        let out_dim = self.cache.formats()[format].dim(Side::Value);
+        part.reset(job.rows(), out_dim);
         let keeps_weights = job.keeps_weights();
         let kernels = simd::active();
         let value = self.cache.formats()[format].side(Side::Value);
@@ -179,7 +189,7 @@ impl Call<'_> {
             let mut cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
             cell.ahead = next;
             let end = piece.queries.end * job.group;
-            let out = &mut part.out[first * job.out_dim..end * job.out_dim];
+            let out = &mut part.out[first * out_dim..end * out_dim];
             if decodes(job, piece, format) {
                 kernels.axpy(Format::F32, &decode(value, &cell, decoded), scores, out);
             } else {
@@ -187,7 +197,7 @@ impl Call<'_> {
             }
         });
         if job.rows() < DECODE_FROM {
-            value.finish_outputs(job.out_dim, &mut part.out);
+            value.finish_outputs(out_dim, &mut part.out);
         }
     }
 
@@ -202,7 +212,7 @@ impl Call<'_> {
         scratch: &mut RowScratch,
         mut each: impl FnMut(&Piece<'_>, &[u8], &mut [f32], &mut Vec<f32>),
     ) {
-        let RowScratch { prepared, scores, decoded } = scratch;
+        let RowScratch { prepared, projected, scores, decoded } = scratch;
         let part = job.part();
         let mut ready: Option<(usize, i32)> = None;
         let mut following = job.walk.stop_of(part.start);
@@ -220,17 +230,23 @@ impl Call<'_> {
                 continue;
             }
             let key = self.cache.formats()[this].side(Side::Key);
+            let dim = self.cache.formats()[this].dim(Side::Key);
             let next = |side| self.bytes_of_stop(job, following, side);
             let shift = job.shift(span);
             for piece in job.pieces(stop, spans, self.options.sliding_window) {
                 if ready != Some((this, shift)) {
                     self.turn(job, shift, queries, prepared);
+                    if let Some(basis) = self.basis(job.sequence, job.task.kv_head, Side::Key, this)
+                    {
+                        basis.project_queries(prepared, projected);
+                        std::mem::swap(prepared, projected);
+                    }
                     if job.rows() < DECODE_FROM {
-                        key.prepare_queries(job.dim, prepared);
+                        key.prepare_queries(dim, prepared);
                     }
                     ready = Some((this, shift));
                 }
-                let wide = job.group * job.dim;
+                let wide = job.group * dim;
                 let queries = &prepared[piece.queries.start * wide..piece.queries.end * wide];
                 scores.resize(piece.queries.len() * job.group * piece.rows.len(), 0.0);
                 let view = &span.block.view;
@@ -272,6 +288,21 @@ impl Call<'_> {
         let part = job.part();
         let fits = part.start <= rows.start && rows.end <= part.end.min(job.last_index(0) + 1);
         if fits { &walk.spans[i..=last] } else { &[] }
+    }
+
+    /// The subspace of one side of a head of the layer in blocks of `format`; `None` for whole rows.
+    pub(super) fn basis<'a>(
+        &self,
+        sequence: &'a Planned,
+        kv_head: usize,
+        side: Side,
+        format: usize,
+    ) -> Option<&'a Basis> {
+        if !self.cache.formats()[format].is_low_rank {
+            return None;
+        }
+        let head = self.layer * self.cache.config().shape.num_kv_heads + kv_head;
+        sequence.bases.as_ref()?.get(head, side)
     }
 
     /// One side of what is at a stop of the walk, if there is one.

@@ -10,6 +10,7 @@ use super::tasks::{Extent, Task, Tasks};
 use super::walk::{Selection, Walk};
 use crate::cache::Cache;
 use crate::error::{Result, ensure};
+use crate::quantizer::basis::Bases;
 use crate::sequence::{Observation, Replay, Sequence, Shared, Span};
 use crate::shape::{ModelShape, Needs};
 
@@ -51,6 +52,8 @@ pub(super) struct Planned {
     pub(super) num_tokens: usize,
     pub(super) cache_relative: bool,
     pub(super) observation: Option<Arc<Observation>>,
+    /// The subspaces of blocks whose rows are coordinates.
+    pub(super) bases: Option<Arc<Bases>>,
     /// What the reserved tokens replay, if they do.
     pub(super) replay: Option<Replay>,
     /// The group that it shares its first rows with.
@@ -196,6 +199,7 @@ impl Plan {
             num_tokens: sequence.num_tokens() + sequence.num_reserved(),
             cache_relative: sequence.config().cache_relative,
             observation: sequence.observation().cloned(),
+            bases: sequence.bases().cloned(),
             replay: sequence.observation().and_then(|seen| seen.replay()),
             group: None,
         });

@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 
+use crate::quantizer::basis::Basis;
 use crate::simd::{Kernels, Softmax};
 
 /// `rows` states, each with an output of `dim` elements.
@@ -90,6 +91,14 @@ impl States {
                 kernels.scale(out, self.factor[row]);
             }
         }
+    }
+
+    /// Turns outputs in a subspace into outputs; `buffer` is for them.
+    pub(crate) fn restore(&mut self, basis: &Basis, buffer: &mut Vec<f32>) {
+        buffer.resize(self.max.len() * basis.dim(), 0.0);
+        basis.restore(&self.out, buffer);
+        std::mem::swap(&mut self.out, buffer);
+        self.dim = basis.dim();
     }
 
     /// Adds the states of `other`.

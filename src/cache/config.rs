@@ -6,6 +6,7 @@ use crate::device::cuda::Gpu;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::evictor;
+use crate::quantizer::basis::Bases;
 use crate::shape::{LaneWidth, MAX_BLOCK_SIZE, ModelShape, Rope};
 
 use super::Format;
@@ -47,7 +48,7 @@ pub struct DeviceConfig {
 }
 
 /// The formats of a cache with memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct MemoryFormats {
     /// Of open blocks.
     pub open: DType,
@@ -57,6 +58,8 @@ pub struct MemoryFormats {
     pub value: String,
     /// What stays in the format of open blocks.
     pub exact: Exact,
+    /// Which sides of sealed blocks are kept as coordinates in a subspace.
+    pub low_rank: LowRank,
     /// Quantizer specs of keys and values for rows that policies demote.
     pub demoted: Vec<[String; 2]>,
 }
@@ -73,11 +76,62 @@ pub struct Exact {
     pub residual: usize,
 }
 
+/// Rows of sealed blocks that are kept as their coordinates in a subspace: [`crate::quantizer::basis`].
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LowRank {
+    /// Dimensions that are kept of keys and of values; `None` for whole rows.
+    pub ranks: [Option<usize>; 2],
+    /// The subspaces of the model; without, each sequence has its own, fitted to its prompt.
+    pub bases: Option<Arc<Bases>>,
+    /// What tells the subspaces of this file from those of another.
+    pub digest: [u8; 32],
+}
+
+impl LowRank {
+    /// Whether no side is kept so.
+    pub fn is_none(&self) -> bool {
+        self.ranks == [None, None]
+    }
+
+    fn check(&self, config: &CacheConfig) -> Result<()> {
+        if self.is_none() {
+            return Ok(());
+        }
+        let shape = &config.shape;
+        let names = [("k_rank", shape.head_dim), ("v_rank", shape.value_dim())];
+        for (rank, (name, dim)) in self.ranks.iter().zip(names) {
+            let rank = rank.unwrap_or(1);
+            ensure!(
+                (1..=dim).contains(&rank),
+                InvalidArgument,
+                "{name} is {rank}, must be in 1..={dim}, the elements of a row"
+            );
+        }
+        ensure!(
+            shape.stores_values(),
+            Unsupported,
+            "k_rank and v_rank need values with rows of their own; those of this model are in keys"
+        );
+        ensure!(
+            self.bases.is_some() || !config.prefix,
+            Unsupported,
+            "prefixes are shared, but each prompt would have a basis of its own: name a file, basis=\"...\""
+        );
+        Ok(())
+    }
+}
+
 impl MemoryFormats {
     /// Sealed blocks of these quantizers, nothing stays as it is.
     pub fn new(open: DType, key: &str, value: &str) -> Self {
-        let exact = Exact::default();
-        Self { open, key: key.into(), value: value.into(), exact, demoted: Vec::new() }
+        Self {
+            open,
+            key: key.into(),
+            value: value.into(),
+            exact: Exact::default(),
+            low_rank: LowRank::default(),
+            demoted: Vec::new(),
+        }
     }
 }
 
@@ -165,6 +219,9 @@ impl CacheConfig {
                 head_dim - dims
             );
         }
+        if let Some(memory) = &self.memory {
+            memory.low_rank.check(self)?;
+        }
         let exact = self.exact();
         exact.check(self.shape.num_layers)?;
         ensure!(
@@ -185,6 +242,11 @@ impl CacheConfig {
         let Exact { skip_layers, first, .. } = self.exact();
         if skip_layers > 0 || first > 0 {
             scope += &format!(" exact {skip_layers} {first}");
+        }
+        if let Some(MemoryFormats { low_rank, .. }) = &self.memory
+            && !low_rank.is_none()
+        {
+            scope += &format!(" basis {:02x?}", low_rank.digest);
         }
         if self.device.is_some() && formats.len() > 1 {
             scope += " fragments"; // Quantized blocks have another layout on a device.

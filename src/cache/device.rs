@@ -47,6 +47,11 @@ pub(super) fn check(config: &CacheConfig) -> Result<()> {
         Unsupported,
         "skip_layers, first and residual are not supported on a CUDA device yet"
     );
+    ensure!(
+        memory.low_rank.is_none(),
+        Unsupported,
+        "k_rank and v_rank are not supported on a CUDA device yet"
+    );
     ensure!(memory.demoted.is_empty(), Unsupported, "rows on a CUDA device cannot be demoted yet");
     let open = memory.open.name();
     ensure!(

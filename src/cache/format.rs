@@ -29,20 +29,25 @@ pub struct Format {
     pub tokens: usize,
     key_dim: usize,
     value_dim: usize,
+    /// Whether rows of a side are coordinates in a subspace.
+    pub is_low_rank: bool,
     /// Bytes of a block.
     pub block_bytes: usize,
 }
 
 impl Format {
-    /// Sizes for blocks of `cells` cells of `tokens` rows; blocks are multiples of `alignment`.
+    /// Sizes for blocks of `cells` cells of `tokens` rows, of which `ranks` coordinates are kept where
+    /// given; blocks are multiples of `alignment`.
     pub(super) fn new(
         key: Arc<dyn Quantizer>,
         value: Arc<dyn Quantizer>,
         shape: &ModelShape,
+        ranks: [Option<usize>; 2],
         (cells, tokens): (usize, usize),
         alignment: usize,
     ) -> Result<Self> {
-        let (key_dim, value_dim) = (shape.head_dim, shape.value_row_dim());
+        let (full_key, full_value) = (shape.head_dim, shape.value_row_dim());
+        let (key_dim, value_dim) = (ranks[0].unwrap_or(full_key), ranks[1].unwrap_or(full_value));
         key.check(tokens, key_dim).map_err(|error| error.within("keys"))?;
         value.check(tokens, value_dim).map_err(|error| error.within("values"))?;
         let key_bytes = key.bytes(tokens, key_dim);
@@ -51,12 +56,27 @@ impl Format {
         let key_bytes = key_bytes.next_multiple_of(4);
         let value_bytes = value_bytes.next_multiple_of(4);
         let block_bytes = (cells * (key_bytes + value_bytes)).next_multiple_of(alignment);
-        Ok(Self { key, value, key_bytes, value_bytes, tokens, key_dim, value_dim, block_bytes })
+        let is_low_rank = ranks != [None, None];
+        Ok(Self {
+            key,
+            value,
+            key_bytes,
+            value_bytes,
+            tokens,
+            key_dim,
+            value_dim,
+            is_low_rank,
+            block_bytes,
+        })
     }
 
-    /// The specs of both quantizers.
+    /// The specs of both quantizers, with the elements of a row where these are coordinates.
     pub fn spec(&self) -> (String, String) {
-        (self.key.spec(), self.value.spec())
+        let name = |side: Side| match self.is_low_rank {
+            true => format!("{} of {}", self.side(side).spec(), self.dim(side)),
+            false => self.side(side).spec(),
+        };
+        (name(Side::Key), name(Side::Value))
     }
 
     /// The quantizer of one side.

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
-pub use config::{CacheConfig, DeviceConfig, Exact, MemoryFormats};
+pub use config::{CacheConfig, DeviceConfig, Exact, LowRank, MemoryFormats};
 pub use device::PAGE_BYTES;
 pub use format::Format;
 pub use view::BlockView;
@@ -189,11 +189,12 @@ impl Cache {
         let shape = &config.shape;
         let sizes = (config.lane_width.cells(shape), config.block_size);
         let alignment = if config.device.is_some() { PAGE_BYTES } else { 64 };
-        let make = |key: &str, value: &str| {
+        let make = |key: &str, value: &str, ranks| {
             let (key, value) = make_sides(shape, key, value)?;
-            Format::new(key, value, shape, sizes, alignment)
+            Format::new(key, value, shape, ranks, sizes, alignment)
         };
-        let mut formats = vec![make(memory.open.name(), memory.open.name())?];
+        let whole = [None; 2];
+        let mut formats = vec![make(memory.open.name(), memory.open.name(), whole)?];
         let mut index_of = |format: Format| {
             let found = formats.iter().position(|other| other.spec() == format.spec());
             found.unwrap_or_else(|| {
@@ -201,11 +202,12 @@ impl Cache {
                 formats.len() - 1
             })
         };
-        let sealed = make(&memory.key, &memory.value)?;
+        let sealed = make(&memory.key, &memory.value, memory.low_rank.ranks)?;
         let limit = sealed.block_bytes;
         let sealed = index_of(sealed);
         for [key, value] in &memory.demoted {
-            let format = make(key, value).map_err(|error| error.within("demoted rows"))?;
+            let format = make(key, value, whole);
+            let format = format.map_err(|error| error.within("demoted rows"))?;
             let bytes = format.block_bytes;
             ensure!(
                 bytes <= limit,
@@ -237,6 +239,12 @@ impl Cache {
     /// Index of the format that full blocks are sealed in.
     pub fn sealed_format(&self) -> usize {
         self.sealed
+    }
+
+    /// What is kept of sealed blocks as coordinates, if anything is.
+    pub fn low_rank(&self) -> Option<&LowRank> {
+        let memory = self.config.memory.as_ref()?;
+        (!memory.low_rank.is_none()).then_some(&memory.low_rank)
     }
 
     /// Index of the format that a full block of `lane` is sealed in whose first row has `position`.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::{Block, BlockView, Cache, OPEN};
+use crate::quantizer::basis::Basis;
 use crate::quantizer::{Cell, Granularity, Side};
 
 /// Both sides.
@@ -21,17 +22,24 @@ impl Cache {
         if self.config().shape.stores_values() { &SIDES } else { &SIDES[..1] }
     }
 
-    /// Decodes rows of one cell side into `out`, `[rows, dim]` with the `dim` of the side's rows.
+    /// Decodes rows of one cell side into `out`, `[rows, dim]` with the `dim` of the side's rows; those
+    /// that are coordinates are restored by their `basis`.
     pub fn read_rows(
         &self,
         view: &BlockView,
         cell: usize,
         side: Side,
         rows: Range<usize>,
+        basis: Option<&Basis>,
         out: &mut [f32],
     ) {
         let format = &self.formats()[view.format()];
-        format.side(side).decode(&self.cell(view, cell, side, rows), out);
+        let Some(basis) = basis else {
+            return format.side(side).decode(&self.cell(view, cell, side, rows), out);
+        };
+        let mut coordinates = vec![0.0; rows.len() * basis.rank()];
+        format.side(side).decode(&self.cell(view, cell, side, rows), &mut coordinates);
+        basis.restore(&coordinates, out);
     }
 
     /// One side of one cell, ready for a quantizer.
@@ -49,7 +57,12 @@ impl Cache {
 
     /// Seals a full open block: encodes its cells once. `None` if the block is shared or there is
     /// no memory for it now; it stays open and can be sealed later.
-    pub fn seal(&self, block: Block) -> Option<BlockView> {
+    /// `basis` names that of a side of a cell whose rows become coordinates.
+    pub fn seal<'a>(
+        &self,
+        block: Block,
+        basis: &dyn Fn(usize, Side) -> Option<&'a Basis>,
+    ) -> Option<BlockView> {
         if let Some(sealer) = &self.sealer {
             return self.seal_on_device(block, sealer);
         }
@@ -59,17 +72,33 @@ impl Cache {
             for cell in 0..self.config().lane_width.cells(&self.config().shape) {
                 for side in self.sides() {
                     rows.resize(tokens * self.formats()[OPEN].dim(*side), 0.0);
-                    self.read_rows(&block.view, cell, *side, 0..tokens, &mut rows);
-                    self.encode_cell(target, cell, *side, &rows);
+                    self.read_rows(&block.view, cell, *side, 0..tokens, None, &mut rows);
+                    self.encode_cell(target, cell, *side, &rows, basis(cell, *side));
                 }
             }
         })
     }
 
-    /// Encodes a whole cell side, `[block_size, dim]`, into a block nobody else sees yet.
-    pub fn encode_cell(&self, view: &BlockView, cell: usize, side: Side, rows: &[f32]) {
+    /// Encodes a whole cell side, `[block_size, dim]`, into a block nobody else sees yet; with a `basis`
+    /// the coordinates of its rows.
+    pub fn encode_cell(
+        &self,
+        view: &BlockView,
+        cell: usize,
+        side: Side,
+        rows: &[f32],
+        basis: Option<&Basis>,
+    ) {
         let format = &self.formats()[view.format()];
         let out = view.write(format.range(cell, side));
+        let mut coordinates = Vec::new();
+        let rows = match basis {
+            None => rows,
+            Some(basis) => {
+                basis.project(rows, &mut coordinates);
+                &coordinates
+            }
+        };
         format.side(side).encode(rows, format.dim(side), out);
     }
 

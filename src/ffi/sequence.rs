@@ -62,6 +62,9 @@ pub struct kvmgr_sequence_stats {
     pub num_blocks: u64,
     /// Bytes of what the spec's selector knows of the blocks; not part of `bytes`.
     pub selector_bytes: u64,
+    /// Bytes of the subspaces that were fitted to the sequence's prompt (k_rank, v_rank), which forks share;
+    /// not part of `bytes`.
+    pub basis_bytes: u64,
 }
 
 /// Ends a sequence and frees what only it refers to. NULL is fine.
@@ -449,6 +452,7 @@ pub unsafe extern "C" fn kvmgr_sequence_get_stats(
                 num_blocks: if sequence.is_swapped() { 0 } else { sequence.num_blocks() as u64 },
                 selector_bytes: sequence.observation().map_or(0, |seen| seen.selector_bytes())
                     as u64,
+                basis_bytes: sequence.basis_bytes() as u64,
             };
             convert::fill_struct(out_stats, &stats, "kvmgr_sequence_stats")
         })

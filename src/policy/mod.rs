@@ -25,6 +25,7 @@
 pub mod act;
 pub mod budget;
 pub mod custom;
+mod low_rank;
 pub mod map;
 mod parse;
 mod quant;
@@ -41,6 +42,7 @@ use crate::error::Result;
 use crate::selector::Selector;
 use crate::shape::{KeepSet, LaneWidth, Needs, Rope};
 use crate::spec;
+pub use low_rank::LowRanks;
 
 pub use stages::{STAGES, StageClass, StageInfo};
 
@@ -207,6 +209,7 @@ pub struct Pipeline {
     position: PositionMode,
     quantizers: (Option<String>, Option<String>),
     exact: Exact,
+    low_rank: LowRanks,
     width: (LaneWidth, Option<String>),
     /// What decode steps read, with its name in the spec.
     selector: Option<(String, Arc<dyn Selector>)>,
@@ -323,6 +326,11 @@ impl Pipeline {
     /// What the quantizers leave as it is.
     pub fn exact(&self) -> Exact {
         self.exact
+    }
+
+    /// Which sides of blocks are kept as coordinates in a subspace.
+    pub fn low_rank(&self) -> &LowRanks {
+        &self.low_rank
     }
 
     /// What chooses the blocks that decode steps read, if not all of them.

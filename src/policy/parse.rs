@@ -281,11 +281,16 @@ impl Builder {
 
     fn finish(self, text: &str) -> Result<Pipeline> {
         self.check_demotion()?;
-        let Quant { sides: [key, value], exact } = self.quant.unwrap_or_default();
+        let Quant { sides: [key, value], exact, low_rank } = self.quant.unwrap_or_default();
         for (side, asked) in [(Side::Key, &key), (Side::Value, &value)] {
             if let Some((name, column)) = asked {
                 check_quantizer(name, side, *column, self.step_evictor.as_deref())?;
             }
+        }
+        if let (Some(_), Some(PositionMode::CacheRelative)) = (low_rank.ranks[0], self.position) {
+            let text =
+                "k_rank keeps keys in a subspace, out of which cache_relative would turn them";
+            return Err(at(low_rank.column, text));
         }
         if let (Some((name, _)), Some(PositionMode::CacheRelative)) =
             (&self.selector, self.position)
@@ -304,6 +309,7 @@ impl Builder {
             position: self.position.unwrap_or_default(),
             quantizers: (name(key), name(value)),
             exact,
+            low_rank,
             width: (width.unwrap_or(LaneWidth::Sequence), stage),
             selector: self.selector.map(|(name, selector)| (name.to_string(), selector)),
         })

@@ -1,5 +1,6 @@
 //! The stage `quant`: the formats of sealed blocks, and what stays exact.
 
+use super::low_rank::LowRanks;
 use super::parse::{at, in_column};
 use crate::cache::Exact;
 use crate::dtype::DType;
@@ -16,6 +17,7 @@ pub(super) type Sides = [Option<(String, usize)>; 2];
 pub(super) struct Quant {
     pub(super) sides: Sides,
     pub(super) exact: Exact,
+    pub(super) low_rank: LowRanks,
 }
 
 impl Quant {
@@ -31,10 +33,12 @@ impl Quant {
             first: count("first"),
             residual: count("residual"),
         };
-        let quant = Self { sides: [key, value], exact };
+        let low_rank = LowRanks::new(stage, args)?;
+        let quant = Self { sides: [key, value], exact, low_rank };
         let options = ["skip_layers", "first", "residual"];
         if let Some(name) = options.into_iter().find(|name| count(name) > 0)
             && quant.is_raw()
+            && quant.low_rank.ranks == [None, None]
         {
             let text = format!("{name} has no effect, {stage} quantizes nothing");
             return Err(at(column(stage, name), &text));
@@ -63,7 +67,7 @@ fn named<'a>(stage: &'a Stage, name: &str) -> Option<&'a Arg> {
     stage.args.iter().find(|arg| arg.name.as_deref() == Some(name))
 }
 
-fn column(stage: &Stage, name: &str) -> usize {
+pub(super) fn column(stage: &Stage, name: &str) -> usize {
     named(stage, name).map_or(stage.column, |arg| arg.column)
 }
 

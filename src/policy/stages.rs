@@ -204,6 +204,21 @@ const PLUMBING: &[StageInfo] = &[
                 help: "latest tokens that are exact; a block is quantized once all of it is older",
                 domain: Domain::Int { default: 0, min: 0, max: 1 << 20 },
             },
+            Param {
+                name: "k_rank",
+                help: "dimensions kept of a key, in a subspace of each head; 0 for all",
+                domain: Domain::Int { default: 0, min: 0, max: 1 << 10 },
+            },
+            Param {
+                name: "v_rank",
+                help: "dimensions kept of a value, in a subspace of each head; 0 for all",
+                domain: Domain::Int { default: 0, min: 0, max: 1 << 10 },
+            },
+            Param {
+                name: "basis",
+                help: "a safetensors file with the subspaces; without, they are fitted to each prompt",
+                domain: Domain::File,
+            },
         ],
         needs: Needs::NONE,
         examples: &[
@@ -211,6 +226,7 @@ const PLUMBING: &[StageInfo] = &[
             "quant(k=had+q4_0, v=q4_0)",
             "quant(v=q8_0)",
             "quant(kivi2, first=4, residual=32)",
+            "quant(q8_0, k_rank=32, v_rank=32)",
         ],
     },
 ];

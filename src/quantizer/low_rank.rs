@@ -30,7 +30,7 @@ pub(super) fn approximate(matrix: &[f32], dim: usize, rank: usize) -> (Vec<f32>,
 }
 
 /// Numbers in -1..1 without structure.
-fn start(count: usize) -> Vec<f32> {
+pub(super) fn start(count: usize) -> Vec<f32> {
     let mut state = 1u32;
     let mut next = || {
         // The generator of Numerical Recipes.

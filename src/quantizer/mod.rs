@@ -21,6 +21,7 @@
 //! To add a quantizer: one file with an `ENTRY`, and one word in the list below. Parsing, the
 //! listing from C, `tests/quantizers.rs`, the bench row and the README table follow from it.
 
+pub mod basis;
 mod grouped;
 mod low_rank;
 mod scratch;

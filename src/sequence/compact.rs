@@ -194,15 +194,17 @@ impl Sequence {
                     move |span: &Span| gap.start.max(span.first as usize)..gap.end.min(span.end());
                 old.iter().map(part)
             });
-            lost.all(|rows| rows.is_empty() || self.values_are_finite(&spans[0].block, rows))
+            lost.all(|rows| rows.is_empty() || self.values_are_finite(index, &spans[0].block, rows))
         })
     }
 
-    fn values_are_finite(&self, block: &Block, rows: Range<usize>) -> bool {
+    fn values_are_finite(&self, lane: usize, block: &Block, rows: Range<usize>) -> bool {
         let shape = &self.cache.config().shape;
         let mut values = vec![0.0f32; rows.len() * shape.value_row_dim()];
         (0..self.cache.config().lane_width.cells(shape)).all(|cell| {
-            self.cache.read_rows(&block.view, cell, Side::Value, rows.clone(), &mut values);
+            let basis = self.basis(lane, cell, Side::Value, block.view.format());
+            let rows = rows.clone();
+            self.cache.read_rows(&block.view, cell, Side::Value, rows, basis, &mut values);
             values.iter().all(|x| x.is_finite())
         })
     }
@@ -266,7 +268,7 @@ impl Sequence {
         let mut rows = Vec::new();
         for cell in 0..cells {
             for &side in cache.sides() {
-                let dim = cache.formats()[target].dim(side);
+                let dim = cache.formats()[OPEN].dim(side);
                 rows.resize(sources.len() * dim, 0.0);
                 let new = values.get(cell).filter(|new| side == Side::Value && !new.is_empty());
                 let as_bytes = new.is_none()
@@ -290,7 +292,8 @@ impl Sequence {
                     self.rotate_sources(lane, sources, start, evicted, &mut rows);
                 }
                 if is_full {
-                    cache.encode_cell(&block.view, cell, side, &rows);
+                    let basis = self.basis(lane, cell, side, target);
+                    cache.encode_cell(&block.view, cell, side, &rows, basis);
                 } else {
                     for (row, values) in rows.chunks_exact(dim).enumerate() {
                         cache.write_row(&block.view, cell, side, row, values);
@@ -316,7 +319,8 @@ impl Sequence {
             let view = &spans[run[0].span as usize].block.view;
             let range = run[0].row as usize..run[0].row as usize + run.len();
             let out = &mut rows[at * dim..][..run.len() * dim];
-            self.cache.read_rows(view, cell, side, range, out);
+            let basis = self.basis(lane, cell, side, view.format());
+            self.cache.read_rows(view, cell, side, range, basis, out);
             at += run.len();
         }
     }

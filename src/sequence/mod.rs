@@ -16,6 +16,7 @@ mod prefix;
 mod received;
 mod seal;
 mod statistics;
+mod subspace;
 mod swap;
 
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use crate::block::{BlockId, EntryId};
 use crate::cache::{Block, Cache, OPEN};
 use crate::error::{Result, ensure};
 use crate::quantizer::Side;
+use crate::quantizer::basis::Bases;
 
 /// How a sequence treats what it holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -61,9 +63,13 @@ pub struct Sequence {
     /// Set when a fork may share the open tail.
     tail_shared: AtomicBool,
     defer: bool,
+    /// Whether the prompt has ended: then subspaces may be fitted to what is there.
+    may_fit: bool,
     swapped: bool,
     copies: Vec<(BlockId, BlockId)>,
     observation: Option<Arc<Observation>>,
+    /// The subspaces of blocks whose rows are coordinates, once they are known.
+    bases: Option<Arc<Bases>>,
     shared: Arc<Shared>,
     evicted: u64,
 }
@@ -104,8 +110,10 @@ impl Sequence {
         let num_lanes = cache.config().num_lanes();
         let written = (0..cache.config().shape.num_layers).map(|_| AtomicU64::new(0)).collect();
         Cache::count(&cache.counters.num_sequences, 1);
+        let bases = cache.low_rank().and_then(|low_rank| low_rank.bases.clone());
         Self {
             cache,
+            bases,
             config,
             lanes: vec![Lane::default(); num_lanes],
             tokens: Vec::new(),
@@ -117,6 +125,7 @@ impl Sequence {
             entries: Vec::new(),
             tail_shared: AtomicBool::new(false),
             defer: config.defer_sealing,
+            may_fit: false,
             swapped: false,
             copies: Vec::new(),
             observation,
@@ -146,8 +155,9 @@ impl Sequence {
         child.digests.clone_from(&self.digests);
         child.entries.clone_from(&self.entries);
         child.tail_shared = AtomicBool::new(true);
-        child.defer = self.defer;
+        (child.defer, child.may_fit) = (self.defer, self.may_fit);
         child.observation = self.observation.as_ref().map(|seen| Arc::new(seen.fork()));
+        child.bases.clone_from(&self.bases);
         child.evicted = self.evicted;
         Ok(child)
     }
@@ -284,6 +294,7 @@ impl Sequence {
     /// they fill.
     pub fn seal_deferred(&mut self) {
         self.defer = false;
+        self.may_fit = true;
         self.seal_full();
         self.register_full();
         self.touch();
@@ -327,6 +338,11 @@ impl Sequence {
     /// What attention saw, if the policy wants to know.
     pub fn observation(&self) -> Option<&Arc<Observation>> {
         self.observation.as_ref()
+    }
+
+    /// The subspaces of blocks whose rows are coordinates, once they are known.
+    pub fn bases(&self) -> Option<&Arc<Bases>> {
+        self.bases.as_ref()
     }
 
     /// Bytes of the blocks that the sequence refers to, shared ones included.
@@ -494,7 +510,9 @@ impl Sequence {
         for span in &self.lanes[lane].spans {
             let (rows, tail) = rest.split_at_mut(span.count as usize * dim);
             let range = span.first as usize..span.end();
-            self.cache.read_rows(&span.block.view, cell, side, range, rows);
+            let view = &span.block.view;
+            let basis = self.basis(lane, cell, side, view.format());
+            self.cache.read_rows(view, cell, side, range, basis, rows);
             rest = tail;
         }
         if side == Side::Value && !self.cache.config().shape.stores_values() {

@@ -10,9 +10,14 @@ use crate::cache::OPEN;
 impl Sequence {
     /// Seals every full block that nobody shares, unless it holds tokens of the residual window.
     pub(super) fn seal_full(&mut self) {
+        self.fit_bases();
         let block_size = self.cache.config().block_size;
+        let cells = self.cache.config().lane_width.cells(&self.cache.config().shape);
         let limit = self.residual_start();
+        let bases = self.bases.as_deref();
+        let waits = self.cache.low_rank().is_some() && bases.is_none();
         for (index, lane) in self.lanes.iter_mut().enumerate() {
+            let basis = |cell, side| bases.and_then(|bases| bases.get(index * cells + cell, side));
             let last = lane.spans.len().saturating_sub(1);
             for i in lane.first_open..lane.spans.len() {
                 let span = &mut lane.spans[i];
@@ -22,9 +27,12 @@ impl Sequence {
                     if !is_full || span.last_position() >= limit {
                         break;
                     }
-                    if self.cache.format_of(index, span.position(0)) == OPEN {
+                    let format = self.cache.format_of(index, span.position(0));
+                    if format == OPEN {
                         span.sealed = true;
-                    } else if let Some(view) = self.cache.seal(span.block) {
+                    } else if waits {
+                        break;
+                    } else if let Some(view) = self.cache.seal(span.block, &basis) {
                         span.block.view = view;
                         span.sealed = true;
                     }
@@ -45,7 +53,8 @@ impl Sequence {
         let is_full = positions.len() == self.cache.config().block_size;
         match (positions.first(), positions.last()) {
             (Some(first), Some(last)) if is_full && *last < self.residual_start() => {
-                (self.cache.format_of(index, *first), true)
+                let format = self.cache.format_of(index, *first);
+                if self.can_encode(format) { (format, true) } else { (OPEN, false) }
             }
             _ => (OPEN, false),
         }

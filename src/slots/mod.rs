@@ -147,6 +147,12 @@ pub fn parse_spec(spec: &str) -> Result<Pipeline> {
         policy.column_of("quant")
     );
     ensure!(
+        policy.low_rank().ranks == [None, None],
+        Unsupported,
+        "column {}: k_rank and v_rank need prompts, which slots do not know",
+        policy.column_of("quant")
+    );
+    ensure!(
         policy.selector().is_none(),
         Unsupported,
         "slots are read as the mask says, a selector would have to choose among them"

@@ -1,0 +1,70 @@
+//! Blocks whose rows are coordinates in a subspace: which one, and how a sequence comes by it.
+
+use std::sync::Arc;
+
+use super::{Lane, Sequence};
+use crate::cache::OPEN;
+use crate::quantizer::Side;
+use crate::quantizer::basis::{Bases, Basis};
+
+/// Rows for each dimension that a subspace is fitted to, at least: with fewer it would be theirs alone.
+const ROWS_PER_DIMENSION: usize = 2;
+
+impl Sequence {
+    /// The subspace of one side of a cell of a lane in blocks of `format`; `None` for whole rows.
+    pub(super) fn basis(
+        &self,
+        lane: usize,
+        cell: usize,
+        side: Side,
+        format: usize,
+    ) -> Option<&Basis> {
+        if !self.cache.formats()[format].is_low_rank {
+            return None;
+        }
+        // Heads are counted over layers, and lanes are of consecutive heads.
+        let config = self.cache.config();
+        let head = lane * config.lane_width.cells(&config.shape) + cell;
+        self.bases.as_ref()?.get(head, side)
+    }
+
+    /// Whether blocks can be sealed in `format`: the subspaces of their rows are known.
+    pub(super) fn can_encode(&self, format: usize) -> bool {
+        self.bases.is_some() || !self.cache.formats()[format].is_low_rank
+    }
+
+    /// Fits subspaces to the rows of all heads, if they are needed and the prompt has left enough rows.
+    pub(super) fn fit_bases(&mut self) {
+        let Some(low_rank) = self.cache.low_rank() else { return };
+        if self.bases.is_some() || !self.may_fit {
+            return;
+        }
+        let ranks = low_rank.ranks;
+        let most = ranks.iter().flatten().max().map_or(0, |rank| ROWS_PER_DIMENSION * rank);
+        if self.lanes.iter().map(Lane::len).min().unwrap_or(0) < most {
+            return;
+        }
+        let shape = self.cache.config().shape;
+        let mut rows = Vec::new();
+        let mut fit = |layer: usize, head: usize, side: Side| {
+            let rank = ranks[side as usize]?;
+            self.decode(layer, head, side, &mut rows);
+            let dim = self.cache.formats()[OPEN].dim(side);
+            // Rows that are reserved are not written yet.
+            let (lane, _) = self.locate(layer, head);
+            let written = self.lanes[lane].len() - self.reserved;
+            Some(Basis::fit(&rows[..written * dim], dim, rank))
+        };
+        let heads = (0..shape.num_layers * shape.num_kv_heads)
+            .map(|i| (i / shape.num_kv_heads, i % shape.num_kv_heads))
+            .map(|(layer, head)| [Side::Key, Side::Value].map(|side| fit(layer, head, side)))
+            .collect();
+        self.bases = Some(Arc::new(Bases::new(heads)));
+    }
+
+    /// Bytes of subspaces that are fitted to the sequence, shared with its forks; 0 if they are the cache's.
+    pub fn basis_bytes(&self) -> usize {
+        let is_own = self.cache.low_rank().is_some_and(|low_rank| low_rank.bases.is_none());
+        self.bases.as_ref().filter(|_| is_own).map_or(0, |bases| bases.bytes())
+    }
+}
