@@ -1259,6 +1259,11 @@ typedef struct {
    * Bytes of what the spec's selector knows of the blocks; not part of `bytes`.
    */
   uint64_t selector_bytes;
+  /**
+   * Bytes of the subspaces that were fitted to the sequence's prompt (k_rank, v_rank), which forks share;
+   * not part of `bytes`.
+   */
+  uint64_t basis_bytes;
 } kvmgr_sequence_stats;
 
 /**

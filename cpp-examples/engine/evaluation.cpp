@@ -120,15 +120,29 @@ class Run {
           if (full.empty()) log_probs.insert(log_probs.end(), row, row + vocab());
         }
         if (first == 0)
-          row_.bytes.push_back(double(kvmgr::stats(cache_).bytes_used) / double(windows.size()));
+          row_.bytes.push_back(held(sequences) / double(windows.size()));
       }
       if (first == 0) {
         const double tokens = double((window - 1) * windows.size());
-        row_.bits = 8 * double(kvmgr::stats(cache_).bytes_used) / (tokens * elements());
+        row_.bits = 8 * held(sequences) / (tokens * elements());
       }
     }
     row_.loss /= double(scored);
     row_.kl /= double(scored);
+  }
+
+  /// Bytes of blocks and of what was fitted to each prompt.
+  double held(const std::vector<kvmgr::sequence> &sequences) const {
+    double bytes = double(kvmgr::stats(cache_).bytes_used);
+    for (const kvmgr::sequence &sequence : sequences) bytes += double(stats_of(sequence).basis_bytes);
+    return bytes;
+  }
+
+  static kvmgr_sequence_stats stats_of(const kvmgr::sequence &sequence) {
+    kvmgr_sequence_stats stats{};
+    stats.struct_size = sizeof stats;
+    check(kvmgr_sequence_get_stats(sequence.get(), &stats));
+    return stats;
   }
 
   /// Elements of K and V of a token.
@@ -152,10 +166,8 @@ class Run {
   void end_prefill(const kvmgr::sequence &sequence, const int32_t *prompt, size_t count) {
     if (replays_) replay(sequence, prompt, count);
     check(kvmgr_sequence_end_prefill(sequence.get()));
-    kvmgr_sequence_stats stats{};
-    stats.struct_size = sizeof stats;
-    check(kvmgr_sequence_get_stats(sequence.get(), &stats));
-    kept_bytes_ += double(stats.bytes);
+    const kvmgr_sequence_stats stats = stats_of(sequence);
+    kept_bytes_ += double(stats.bytes + stats.basis_bytes);
     lossless_bytes_ += 2 * elements() * double(stats.num_tokens);
   }
 
