@@ -86,6 +86,7 @@ impl Engine {
             rope: None,
             store: None,
             device: None,
+            recurrent: None,
         });
         let manager = manager.expect("a valid configuration");
         let session = Session::new(&manager, None).expect("a policy of this cache");
