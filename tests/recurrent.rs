@@ -26,6 +26,7 @@ fn hybrid(num_states: usize, max_snapshots: usize) -> ManagerConfig {
     ManagerConfig { recurrent: Some(recurrent), prefix: true, ..config(SHAPE, "full") }
 }
 
+#[expect(clippy::mut_from_ref, reason = "the memory is the library's")]
 fn state(session: &Session, layer: usize) -> &mut [u8] {
     let (address, bytes) = session.sequence().recurrent_state(layer).unwrap();
     assert_eq!((address.addr().get() % 64, bytes), (0, BYTES));

@@ -56,6 +56,7 @@ struct Expected {
 
 impl Expected {
     /// The state of a layer in place, as three copies of a number.
+    #[expect(clippy::mut_from_ref, reason = "the memory is the library's")]
     fn state(&self, layer: u32) -> &mut [u64] {
         let (mut address, mut bytes) = (ptr::null_mut(), 0);
         // SAFETY: a live handle and places.
@@ -452,8 +453,8 @@ fn bad_values_are_refused_by_name() {
         assert_eq!(kvmgr_sequence_snapshot(sequence, 0), KVMGR_OK);
         let status = kvmgr_sequence_snapshots(sequence, ptr::null_mut(), 0, &raw mut count);
         assert_eq!((status, count), (KVMGR_OK, 1));
-        let mut stats = kvmgr_sequence_stats::default();
-        stats.struct_size = size_of::<kvmgr_sequence_stats>();
+        let struct_size = size_of::<kvmgr_sequence_stats>();
+        let mut stats = kvmgr_sequence_stats { struct_size, ..Default::default() };
         assert_eq!(kvmgr_sequence_get_stats(sequence, &raw mut stats), KVMGR_OK);
         assert_eq!((stats.state_bytes, stats.bytes), (2 * 4096, 0));
     }
