@@ -15,8 +15,7 @@ use kvmgr::manager::{Manager, ManagerConfig, Session};
 use kvmgr::shape::ModelShape;
 use kvmgr::store::{self, Key, Store, StoreStats};
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 2, num_q_heads: 2, num_kv_heads: 1, head_dim: 32 };
+const SHAPE: ModelShape = ModelShape::new(2, 2, 1, 32);
 const BLOCK: usize = 16;
 const LAYERS: usize = 3;
 const BYTES: usize = 100;

@@ -111,12 +111,11 @@ fn states_go_back_fork_and_are_shared() {
         assert_state(other, [1, 2]);
 
         ok(kvmgr_cache_set_stream(engine.cache, stream.pointer()));
-        let graph = stream.capture(|| {
+        _ = stream.capture(|| {
             assert_eq!(kvmgr_sequence_restore(other, 16), KVMGR_INVALID_STATE);
             assert!(message().contains("captured"), "{}", message());
             assert_eq!(kvmgr_sequence_restore(sequence, 16), KVMGR_INVALID_STATE);
         });
-        drop(graph);
         ok(kvmgr_sequence_restore(other, 16));
         assert_state(other, [1, 2]);
         [sequence, other].into_iter().for_each(|sequence| kvmgr_sequence_destroy(sequence));
