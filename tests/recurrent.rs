@@ -467,7 +467,8 @@ fn a_replay_needs_a_way_back() {
 
 #[test]
 fn configurations_are_checked() {
-    let limits: [(&str, fn(&mut RecurrentConfig, usize), usize); 4] = [
+    type Set = fn(&mut RecurrentConfig, usize);
+    let limits: [(&str, Set, usize); 4] = [
         ("recurrent_layers", |config, value| config.num_layers = value, 4097),
         ("recurrent_bytes", |config, value| config.bytes = value, 1 << 32),
         ("num_states", |config, value| config.num_states = value, (1 << 20) + 1),
