@@ -103,6 +103,7 @@ impl LayerSource for Prompt {
                     width: HEADS * GROUP * DIM,
                 },
             ),
+            attention_cosine: None,
         })
     }
 }
