@@ -2632,8 +2632,9 @@ kvmgr_status kvmgr_sequence_observe(kvmgr_sequence *sequence,
  * Hands over how attention of a layer changes the residual stream of the reserved tokens
  * (KVMGR_NEEDS_RESIDUAL), once for each layer before they are committed. Both rows are at hand just
  * before the engine adds one to the other, in place or not. They are not kept, only the cosine between
- * the stream before and after. Only tokens of the prompt count: a policy that does not need it, and any
- * after kvmgr_sequence_end_prefill, does not look at it.
+ * the stream before and after. Only tokens of the prompt that the engine computes count, not those of a
+ * shared prefix: a policy that does not need it, and any after kvmgr_sequence_end_prefill, does not look
+ * at it.
  *
  * @param layer below num_layers
  * @param hidden [reserved tokens, hidden_size]: the residual stream that the layer reads, before its norm
