@@ -75,6 +75,7 @@ impl Layer {
             num_layers: 1,
             group: GROUP,
             head_dim: DIM,
+            value_dim: DIM,
             sequence_len: len,
             heads: (0..HEADS).map(head).collect(),
             rope: Some(&self.rope),

@@ -84,6 +84,8 @@ impl Manager {
         let policy = Pipeline::parse(&config.spec).map_err(|error| error.within("spec"))?;
         let (key, value) = policy.quantizers();
         let open = config.dtype.name();
+        // Values in keys have the format of keys.
+        let fallback = key.filter(|_| !config.shape.stores_values()).unwrap_or(open);
         let cache = Cache::new(CacheConfig {
             shape: config.shape,
             block_size: config.block_size,
@@ -93,7 +95,7 @@ impl Manager {
             memory: Some(MemoryFormats {
                 open: config.dtype,
                 key: key.unwrap_or(open).to_string(),
-                value: value.unwrap_or(open).to_string(),
+                value: value.unwrap_or(fallback).to_string(),
                 exact: policy.exact(),
                 demoted: policy.demoted().map(|(_, names)| names.map(str::to_string)).collect(),
             }),
@@ -121,7 +123,7 @@ impl Manager {
         &self.cache
     }
 
-    /// Tells the output projection of a layer, `[hidden, 1, num_q_heads * head_dim]`, which policies
+    /// Tells the output projection of a layer, `[hidden, 1, num_q_heads * value_dim]`, which policies
     /// may read as long as the manager lives.
     pub fn set_output_projection(&self, layer: usize, weights: Tensor<'static>) -> Result<()> {
         let shape = &self.cache.config().shape;
@@ -131,11 +133,11 @@ impl Manager {
             "layer is {layer}, the model has {}",
             shape.num_layers
         );
-        let (found, width) = (weights.shape(), shape.num_q_heads * shape.head_dim);
+        let (found, width) = (weights.shape(), shape.num_q_heads * shape.value_dim());
         ensure!(
             found[0] > 0 && found[2] == width,
             InvalidArgument,
-            "weights has {} rows of {}, must have rows of num_q_heads * head_dim = {width}",
+            "weights has {} rows of {}, must have rows of num_q_heads * value_dim = {width}",
             found[0],
             found[2]
         );

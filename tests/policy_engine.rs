@@ -13,8 +13,7 @@ use kvmgr::manager::Session;
 use kvmgr::policy::{Event, Pipeline, STAGES, StageClass};
 use kvmgr::shape::{ModelShape, Needs};
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+const SHAPE: ModelShape = ModelShape::new(2, 4, 2, 32);
 const HIDDEN: usize = 6;
 const PROMPT: usize = 150;
 

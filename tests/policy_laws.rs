@@ -78,6 +78,7 @@ impl Layer {
 
     fn input(&self) -> LayerInput<'_> {
         LayerInput {
+            value_dim: self.dim,
             layer: 0,
             num_layers: 1,
             group: self.group,

@@ -133,7 +133,7 @@ pub extern "C" fn kvmgr_sequence_reserve(
 ///
 /// @param layer below num_layers
 /// @param key [n, num_kv_heads, head_dim], rotated as the model wants it
-/// @param value [n, num_kv_heads, head_dim]
+/// @param value [n, num_kv_heads, value_dim]; NULL with KVMGR_CACHE_VALUES_IN_KEYS
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_append(
@@ -146,8 +146,8 @@ pub unsafe extern "C" fn kvmgr_sequence_append(
     guard(|| unsafe {
         write(sequence, |session| {
             let key = convert::tensor(key, "key")?;
-            let value = convert::tensor(value, "value")?;
-            attention::write_sequence(session.sequence(), layer as usize, &key, &value)
+            let value = convert::optional_tensor(value, "value")?;
+            attention::write_sequence(session.sequence(), layer as usize, &key, value.as_ref())
         })
     })
 }

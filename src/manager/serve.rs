@@ -49,6 +49,14 @@ pub(super) fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Res
          it can do full and quant(...)",
         policy.spec()
     );
+    if let Some(stage) = policy.changing_stage() {
+        ensure!(
+            cache.config().shape.stores_values(),
+            Unsupported,
+            "column {}: {stage} changes values, which here are a part of the keys",
+            policy.column_of(stage)
+        );
+    }
     for (stage, [key, value]) in policy.demoted() {
         demoted_format(cache, key, value).map_err(|error| {
             error.within(format!("column {}: {stage}", policy.column_of(stage)))

@@ -141,11 +141,11 @@ impl Phase {
 
     /// The scores of a layer after all maps.
     pub(super) fn score(&self, layer: &LayerInput<'_>) -> Result<Scores> {
-        let LayerInput { group, head_dim, .. } = *layer;
+        let LayerInput { group, head_dim, value_dim, .. } = *layer;
         ensure!(
-            group > 0 && head_dim > 0,
+            group > 0 && head_dim > 0 && value_dim > 0,
             InvalidArgument,
-            "group is {group} and head_dim is {head_dim}, must be at least 1"
+            "group is {group}, head_dim is {head_dim} and value_dim is {value_dim}, must be at least 1"
         );
         let needs = self.needs(layer.offered());
         for (h, head) in layer.heads.iter().enumerate() {
@@ -204,7 +204,7 @@ fn check(needs: Needs, layer: &LayerInput<'_>, head: &HeadInput<'_>) -> Result<(
         Ok(())
     };
     exact(Needs::KEYS, "keys", head.keys.len(), len * dim)?;
-    exact(Needs::VALUES, "values", head.values.len(), len * dim)?;
+    exact(Needs::VALUES, "values", head.values.len(), len * layer.value_dim)?;
     let queries = layer.group * head.num_queries * dim;
     exact(Needs::QUERY_WINDOW, "queries", head.queries.len(), queries)?;
     if !head.query_mean.is_empty() || !head.query_covariance.is_empty() {
@@ -232,7 +232,8 @@ fn check_projection(needs: Needs, layer: &LayerInput<'_>) -> Result<()> {
     if !needs.contains(Needs::OUTPUT_PROJECTION) {
         return Ok(());
     }
-    let (found, expected) = (projection.width, layer.heads.len() * layer.group * layer.head_dim);
+    let expected = layer.heads.len() * layer.group * layer.value_dim;
+    let found = projection.width;
     ensure!(
         found == expected && projection.weights.len().is_multiple_of(found.max(1)),
         InvalidArgument,

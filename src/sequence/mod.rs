@@ -486,9 +486,10 @@ impl Sequence {
         }
     }
 
-    /// Decodes every row of one head into `out`, `[rows, head_dim]`.
+    /// Decodes every row of one head into `out`, `[rows, head_dim]` or `[rows, value_dim]`.
     pub fn decode(&self, layer: usize, kv_head: usize, side: Side, out: &mut Vec<f32>) {
-        let dim = self.cache.config().shape.head_dim;
+        let Some(open) = self.cache.formats().first() else { return out.clear() };
+        let dim = open.dim(side);
         let (lane, cell) = self.locate(layer, kv_head);
         out.resize(self.lanes[lane].len() * dim, 0.0);
         let mut rest = &mut out[..];
@@ -497,6 +498,13 @@ impl Sequence {
             let range = span.first as usize..span.end();
             self.cache.read_rows(&span.block.view, cell, side, range, rows);
             rest = tail;
+        }
+        if side == Side::Value && !self.cache.config().shape.stores_values() {
+            let value_dim = self.cache.config().shape.value_dim();
+            for row in 0..out.len() / dim {
+                out.copy_within(row * dim..row * dim + value_dim, row * value_dim);
+            }
+            out.truncate(out.len() / dim * value_dim);
         }
     }
 
