@@ -211,8 +211,7 @@ fn ragged_heads_keep_the_total_and_no_more_than_they_have() {
     }
 }
 
-const SMALL: ModelShape =
-    ModelShape { num_layers: 4, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+const SMALL: ModelShape = ModelShape::new(4, 4, 2, 32);
 
 /// Reserves, appends and attends `n` tokens.
 fn attend(engine: &mut Engine, session: &mut Session, n: usize) {
