@@ -65,6 +65,7 @@ impl LayerSource for Model {
             num_layers: self.lens.len(),
             group: 1,
             head_dim: 1,
+            value_dim: 1,
             sequence_len: self.positions.len(),
             heads: self.lens[layer].iter().map(head).collect(),
             attention_cosine: self.cosines[layer],
