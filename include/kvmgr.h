@@ -130,6 +130,11 @@
 #define KVMGR_NEEDS_LOW_COUNT 1024
 
 /**
+ * The policy reads how much attention changes the residual stream: kvmgr_sequence_observe_residual.
+ */
+#define KVMGR_NEEDS_RESIDUAL 4096
+
+/**
  * Flag: the score acts after each decode step too, not only when the prompt ends.
  */
 #define KVMGR_SCORE_EACH_STEP 1
@@ -2036,8 +2041,8 @@ void kvmgr_policy_release(kvmgr_policy *policy);
 /**
  * What the engine has to hand over: KVMGR_NEEDS_ bits, and how many queries of each head.
  * kvmgr_attention_run observes queries and probabilities by itself; the rotation is told in
- * kvmgr_cache_config, hidden states by kvmgr_sequence_observe, projections by
- * kvmgr_cache_set_weights.
+ * kvmgr_cache_config, hidden states by kvmgr_sequence_observe and kvmgr_sequence_observe_residual,
+ * projections by kvmgr_cache_set_weights.
  */
 KVMGR_NODISCARD
 kvmgr_status kvmgr_policy_needs(const kvmgr_policy *policy,
@@ -2055,7 +2060,8 @@ kvmgr_status kvmgr_policy_score(const kvmgr_policy *policy,
                                 float *out_scores);
 
 /**
- * Chooses the tokens of a layer that stay.
+ * Chooses the tokens of a layer that stay. A policy that needs KVMGR_NEEDS_RESIDUAL compares all layers
+ * and is KVMGR_UNSUPPORTED here.
  *
  * @param out_kept [num_kv_heads, T]: for each KV head its kept indices, ascending, in front
  * @param out_counts [num_kv_heads]: how many each KV head keeps
@@ -2712,6 +2718,24 @@ kvmgr_status kvmgr_sequence_observe(kvmgr_sequence *sequence,
                                     uint32_t layer,
                                     uint32_t what,
                                     const kvmgr_tensor *rows);
+
+/**
+ * Hands over how attention of a layer changes the residual stream of the reserved tokens
+ * (KVMGR_NEEDS_RESIDUAL), once for each layer before they are committed. Both rows are at hand just
+ * before the engine adds one to the other, in place or not. They are not kept, only the cosine between
+ * the stream before and after. Only tokens of the prompt that the engine computes count, not those of a
+ * shared prefix: a policy that does not need it, and any after kvmgr_sequence_end_prefill, does not look
+ * at it.
+ *
+ * @param layer below num_layers
+ * @param hidden [reserved tokens, hidden_size]: the residual stream that the layer reads, before its norm
+ * @param added [reserved tokens, hidden_size]: what is added to it, attention after its output projection
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_observe_residual(kvmgr_sequence *sequence,
+                                             uint32_t layer,
+                                             const kvmgr_tensor *hidden,
+                                             const kvmgr_tensor *added);
 
 /**
  * Starts a replay (KVMGR_NEEDS_REPLAY): the engine feeds a request to repeat the prompt and then

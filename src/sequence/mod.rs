@@ -15,6 +15,7 @@ mod observation;
 mod prefix;
 mod received;
 mod recurrent;
+mod residual;
 mod seal;
 mod statistics;
 mod swap;
@@ -26,6 +27,7 @@ pub use index::BlockIndex;
 pub use lane::{Lane, Positions, Span};
 pub use observation::{FIRST_STATISTIC, HeadObservation, Observation, Replay};
 pub use received::{MAX_DRAFTS, Received};
+pub use residual::{Residual, cosine};
 pub use statistics::QueryStatistics;
 
 use crate::block::prefix::Digest;
