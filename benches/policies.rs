@@ -83,6 +83,7 @@ impl Layer {
                 weights: &self.rows[..HIDDEN * HEADS * GROUP * DIM],
                 width: HEADS * GROUP * DIM,
             }),
+            attention_cosine: Some(0.5),
         }
     }
 }

@@ -220,7 +220,11 @@ impl Needs {
     /// of this library knows them, so scores may ask it for them instead of computing them again.
     pub const LAST_ROW: Self = Self(1 << 11);
 
-    const NAMES: [(Self, &'static str); 12] = [
+    /// The residual stream before attention and what attention adds to it, in each layer for each token
+    /// of the prompt.
+    pub const RESIDUAL: Self = Self(1 << 12);
+
+    const NAMES: [(Self, &'static str); 13] = [
         (Self::KEYS, "KEYS"),
         (Self::VALUES, "VALUES"),
         (Self::QUERY_WINDOW, "QUERY_WINDOW"),
@@ -233,6 +237,7 @@ impl Needs {
         (Self::REPLAY_HIDDEN, "REPLAY_HIDDEN"),
         (Self::LOW_COUNT, "LOW_COUNT"),
         (Self::LAST_ROW, "LAST_ROW"),
+        (Self::RESIDUAL, "RESIDUAL"),
     ];
 
     /// Both sets together.

@@ -241,7 +241,7 @@ fn what_does_not_fit_is_refused() {
     refused(SHAPE, &format!("quant(q8_0, basis=\"{path}\")"), "column 13: basis has no effect");
     refused(SHAPE, "quant(q8_0, k_rank=32, basis=\"none\")", "column 24: basis is \"none\"");
     let spec = "stream(sink=4, recent=60) | pos(cache_relative) | quant(q8_0, k_rank=32)";
-    refused(SHAPE, spec, "column 62: k_rank keeps keys in a subspace");
+    refused(SHAPE, spec, "column 63: k_rank keeps keys in a subspace");
     let spec = format!("quant(q8_0, k_rank=32, basis=\"{path}\")");
     refused(SHAPE, &spec, "has 16 directions, fewer than the rank 32");
     refused(

@@ -104,6 +104,7 @@ impl LayerSource for Prompt {
                     width: HEADS * GROUP * DIM,
                 },
             ),
+            attention_cosine: None,
         })
     }
 }

@@ -90,6 +90,7 @@ impl Layer {
                 weights: &self.projection,
                 width: self.heads.len() * self.group * self.dim,
             }),
+            attention_cosine: Some(0.5),
         }
     }
 

@@ -9,7 +9,7 @@ use crate::evictor;
 use crate::quantizer::basis::Bases;
 use crate::shape::{LaneWidth, MAX_BLOCK_SIZE, ModelShape, Rope};
 
-use super::Format;
+use super::{Format, RecurrentConfig};
 
 /// Everything a cache needs to know. Fixed for its life.
 #[derive(Debug, Clone)]
@@ -36,6 +36,8 @@ pub struct CacheConfig {
     pub rope: Option<Rope>,
     /// The device whose memory the blocks are in; `None` for the host.
     pub device: Option<DeviceConfig>,
+    /// The recurrent layers of the model, if it has some.
+    pub recurrent: Option<RecurrentConfig>,
 }
 
 /// Where the blocks of a cache on a device are.
@@ -169,6 +171,7 @@ impl CacheConfig {
             prefix: false,
             rope: None,
             device: None,
+            recurrent: None,
         }
     }
 
@@ -222,6 +225,9 @@ impl CacheConfig {
         if let Some(memory) = &self.memory {
             memory.low_rank.check(self)?;
         }
+        if let Some(recurrent) = &self.recurrent {
+            recurrent.validate()?;
+        }
         let exact = self.exact();
         exact.check(self.shape.num_layers)?;
         ensure!(
@@ -247,6 +253,9 @@ impl CacheConfig {
             && !low_rank.is_none()
         {
             scope += &format!(" basis {:02x?}", low_rank.digest);
+        }
+        if let Some(RecurrentConfig { num_layers, bytes, .. }) = self.recurrent {
+            scope += &format!(" recurrent {num_layers} {bytes}");
         }
         if self.device.is_some() && formats.len() > 1 {
             scope += " fragments"; // Quantized blocks have another layout on a device.

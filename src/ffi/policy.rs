@@ -51,6 +51,8 @@ pub const KVMGR_NEEDS_REPLAY: u32 = 256;
 pub const KVMGR_NEEDS_REPLAY_HIDDEN: u32 = 512;
 /// The policy reads how many queries gave a token less than an even share.
 pub const KVMGR_NEEDS_LOW_COUNT: u32 = 1024;
+/// The policy reads how much attention changes the residual stream: kvmgr_sequence_observe_residual.
+pub const KVMGR_NEEDS_RESIDUAL: u32 = 4096;
 
 const _: () = {
     assert!(KVMGR_NEEDS_KEYS == Needs::KEYS.0 && KVMGR_NEEDS_VALUES == Needs::VALUES.0);
@@ -60,6 +62,7 @@ const _: () = {
     assert!(KVMGR_NEEDS_HIDDEN == Needs::HIDDEN.0 && KVMGR_NEEDS_REPLAY == Needs::REPLAY.0);
     assert!(KVMGR_NEEDS_REPLAY_HIDDEN == Needs::REPLAY_HIDDEN.0);
     assert!(KVMGR_NEEDS_LOW_COUNT == Needs::LOW_COUNT.0);
+    assert!(KVMGR_NEEDS_RESIDUAL == Needs::RESIDUAL.0);
     assert!(KVMGR_NEEDS_OUTPUT_PROJECTION == Needs::OUTPUT_PROJECTION.0);
 };
 
@@ -236,8 +239,8 @@ pub extern "C" fn kvmgr_policy_release(policy: *mut kvmgr_policy) {
 
 /// What the engine has to hand over: KVMGR_NEEDS_ bits, and how many queries of each head.
 /// kvmgr_attention_run observes queries and probabilities by itself; the rotation is told in
-/// kvmgr_cache_config, hidden states by kvmgr_sequence_observe, projections by
-/// kvmgr_cache_set_weights.
+/// kvmgr_cache_config, hidden states by kvmgr_sequence_observe and kvmgr_sequence_observe_residual,
+/// projections by kvmgr_cache_set_weights.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_policy_needs(
@@ -281,7 +284,8 @@ pub unsafe extern "C" fn kvmgr_policy_score(
     })
 }
 
-/// Chooses the tokens of a layer that stay.
+/// Chooses the tokens of a layer that stay. A policy that needs KVMGR_NEEDS_RESIDUAL compares all layers
+/// and is KVMGR_UNSUPPORTED here.
 ///
 /// @param out_kept [num_kv_heads, T]: for each KV head its kept indices, ascending, in front
 /// @param out_counts [num_kv_heads]: how many each KV head keeps
@@ -297,6 +301,12 @@ pub unsafe extern "C" fn kvmgr_policy_select(
     guard(|| unsafe {
         handle::with(policy, |policy| {
             let input = Input::new(input, &policy.0)?;
+            ensure!(
+                !policy.0.needs().contains(Needs::RESIDUAL),
+                Unsupported,
+                "the policy {} compares all layers, here is only one",
+                policy.0.spec()
+            );
             let kept = convert::slice_mut(out_kept, input.heads * input.tokens, "out_kept")?;
             let counts = convert::slice_mut(out_counts, input.heads, "out_counts")?;
             let sets = policy.0.select(input.event, &mut OneLayer(input.layer()))?;
@@ -478,6 +488,7 @@ impl<'a> Input<'a> {
                 weights: self.output_projection,
                 width: self.raw.num_q_heads as usize * self.value_dim,
             }),
+            attention_cosine: None,
         }
     }
 }

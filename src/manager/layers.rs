@@ -181,6 +181,10 @@ impl LayerSource for Layers<'_> {
             rope: config.rope.as_ref(),
             output_projection: (width > 0)
                 .then_some(OutputProjection { weights: &self.projection, width }),
+            attention_cosine: self
+                .sequence
+                .observation()
+                .and_then(|seen| seen.residual(layer).lock().mean()),
         })
     }
 }

@@ -128,6 +128,9 @@ pub struct LayerInput<'a> {
     pub rope: Option<&'a Rope>,
     /// The output projection, if known.
     pub output_projection: Option<OutputProjection<'a>>,
+    /// Mean cosine between the residual stream before and after attention, over the tokens of the prompt;
+    /// `None` unless needed and seen.
+    pub attention_cosine: Option<f64>,
 }
 
 impl LayerInput<'_> {
@@ -226,6 +229,7 @@ struct Phase {
     /// The maps with their names, in written order.
     maps: Vec<(String, Box<dyn map::Map>)>,
     budget: Box<dyn budget::Budget>,
+    budget_name: String,
     allowance: Allowance,
     /// The act with its name.
     act: Option<(String, Box<dyn act::Act>)>,

@@ -1,7 +1,7 @@
 //! From scores to keep sets: shared by every pipeline.
 
 use super::act::Evicted;
-use super::budget::{LayerShare, divide};
+use super::budget::{LayerShare, Model};
 use super::map::{Context, Decision, Scores};
 use super::{Allowance, HeadInput, HeadScores, Kept, LayerInput, LayerSource, Phase};
 use crate::error::{Result, ensure};
@@ -41,8 +41,10 @@ impl Phase {
             return Some(&self.name);
         }
         let map = self.maps.iter().find(|(_, map)| wanted(map.needs()));
+        let budget = wanted(self.budget.needs()).then_some(&self.budget_name);
         let act = self.act.iter().find(|(_, act)| wanted(act.needs()));
-        map.map(|(name, _)| name).or(act.map(|(name, _)| name)).map(String::as_str)
+        let act = act.map(|(name, _)| name);
+        map.map(|(name, _)| name).or(budget).or(act).map(String::as_str)
     }
 
     /// What each head of each layer keeps.
@@ -76,7 +78,8 @@ impl Phase {
         }
         if !preferences.is_empty() {
             let lens: Vec<usize> = heads.iter().map(|head| head.scores.len()).collect();
-            shares = divide(&preferences, &counts, &lens, &shares);
+            let model = Model { counts: &counts, lens: &lens, shares: &shares };
+            shares = self.budget.divide(&model, &preferences);
         }
         let budgets = self.budget.spread_layers(&counts, &heads, &shares)?;
         let mut sets = heads.iter().zip(budgets).map(|(head, budget)| top(head, budget));

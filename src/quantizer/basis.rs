@@ -62,7 +62,7 @@ impl Basis {
         if basis.down.is_none() {
             let error = basis.orthonormality_error();
             ensure!(
-                error < 1e-2,
+                (0.0..1e-2).contains(&error),
                 InvalidArgument,
                 "the rows of a basis without a projection of its own must be orthonormal; they are off by \
                  {error:.3}"

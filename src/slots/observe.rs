@@ -345,6 +345,7 @@ impl LayerSource for Decoded<'_> {
             heads: heads.collect(),
             rope: None,
             output_projection: None,
+            attention_cosine: None,
         })
     }
 }
