@@ -16,7 +16,7 @@ use crate::device::tensor::{Tensor, TensorMut};
 use crate::quantizer::{Cell, Quantizer, Side};
 use crate::sequence::{FIRST_STATISTIC, MAX_DRAFTS, QueryStatistics, Span};
 use crate::shape::Needs;
-use crate::simd::{self, Format, Rows};
+use crate::simd::{self, Format, IntegerQueries, Rows};
 
 /// One call of `run`.
 pub(super) struct Call<'a> {
@@ -54,6 +54,8 @@ pub(super) struct Scratch {
 pub(super) struct RowScratch {
     /// Queries in the space of the format at hand.
     prepared: Vec<f32>,
+    /// The same as integers.
+    integers: IntegerQueries,
     /// Logits and then probabilities of one piece, `[queries * group, rows]`.
     scores: Vec<f32>,
     /// Decoded rows of one piece, `[rows, dim]`.
@@ -179,13 +181,13 @@ impl Call<'_> {
             let mut cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
             cell.ahead = next;
             let out = &mut part.out[first * job.dim..][..piece.queries.len() * job.group * job.dim];
-            if decodes(job, piece, format) {
+            if decodes_piece(job, piece, value, format) {
                 kernels.axpy(Format::F32, &decode(value, &cell, decoded), scores, out);
             } else {
                 value.axpy(&cell, scores, out);
             }
         });
-        if job.rows() < DECODE_FROM {
+        if !decodes(job, value) {
             value.finish_outputs(job.dim, &mut part.out);
         }
     }
@@ -201,7 +203,7 @@ impl Call<'_> {
         scratch: &mut RowScratch,
         mut each: impl FnMut(&Piece<'_>, &[u8], &mut [f32], &mut Vec<f32>),
     ) {
-        let RowScratch { prepared, scores, decoded } = scratch;
+        let RowScratch { prepared, integers, scores, decoded } = scratch;
         let part = job.part();
         let mut ready: Option<(usize, i32)> = None;
         let mut following = job.walk.stop_of(part.start);
@@ -224,8 +226,10 @@ impl Call<'_> {
             for piece in job.pieces(stop, spans, self.options.sliding_window) {
                 if ready != Some((this, shift)) {
                     self.turn(job, shift, queries, prepared);
-                    if job.rows() < DECODE_FROM {
+                    integers.clear();
+                    if !decodes(job, key) {
                         key.prepare_queries(job.dim, prepared);
+                        key.encode_queries(job.dim, prepared, integers);
                     }
                     ready = Some((this, shift));
                 }
@@ -235,11 +239,11 @@ impl Call<'_> {
                 let view = &span.block.view;
                 let mut cell = self.cache.cell(view, job.cell, Side::Key, piece.rows.clone());
                 cell.ahead = next(Side::Key);
-                if decodes(job, &piece, this) {
+                if decodes_piece(job, &piece, key, this) {
                     let rows = decode(key, &cell, decoded);
                     simd::active().dot(Format::F32, &rows, queries, scores);
                 } else {
-                    key.dot(&cell, queries, scores);
+                    key.dot_prepared(&cell, (queries, integers), scores);
                 }
                 self.shape_logits(job, &piece, scores);
                 piece.hide_evicted(scores);
@@ -383,10 +387,15 @@ impl Call<'_> {
     }
 }
 
-/// Whether the rows of a piece are decoded. Then queries and outputs are not in the space of the
-/// format; but the open format is raw and has none of its own, so single queries take it as it is.
-fn decodes(job: &Job<'_>, piece: &Piece<'_>, format: usize) -> bool {
-    job.rows() >= DECODE_FROM && !(format == OPEN && piece.queries.len() == 1)
+/// Whether rows of a format are decoded. Then queries and outputs are not in its space.
+fn decodes(job: &Job<'_>, side: &dyn Quantizer) -> bool {
+    job.rows() >= DECODE_FROM && !side.takes_many(job.dim)
+}
+
+/// The same for the rows of a piece: the open format is raw and has no space of its own, so single
+/// queries take it as it is.
+fn decodes_piece(job: &Job<'_>, piece: &Piece<'_>, side: &dyn Quantizer, format: usize) -> bool {
+    decodes(job, side) && !(format == OPEN && piece.queries.len() == 1)
 }
 
 /// The rows of `cell` as f32.
