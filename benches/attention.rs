@@ -19,8 +19,7 @@ use kvmgr::dtype::DType;
 use kvmgr::sequence::{Sequence, SequenceConfig};
 use kvmgr::shape::ModelShape;
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 4, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 };
+const SHAPE: ModelShape = ModelShape::new(4, 32, 8, 128);
 const BLOCK_SIZE: usize = 32;
 const SPECS: [(&str, &str); 6] = [
     ("f16", "f16"),
@@ -63,7 +62,7 @@ impl Setup {
             let rows = Tensor::from_slice(&rows, shape);
             sequence.reserve(n).expect("room");
             for layer in 0..SHAPE.num_layers {
-                write_sequence(&sequence, layer, &rows, &rows).expect("reserved rows");
+                write_sequence(&sequence, layer, &rows, Some(&rows)).expect("reserved rows");
             }
         };
         write(committed);
@@ -75,7 +74,7 @@ impl Setup {
         let rows = noise(shape.iter().product());
         let rows = Tensor::from_slice(&rows, shape);
         for layer in 0..SHAPE.num_layers {
-            attention.append(layer, &rows, &rows, 0, 1).expect("reserved rows");
+            attention.append(layer, &rows, Some(&rows), 0, 1).expect("reserved rows");
         }
         let query = noise(reserved * SHAPE.num_q_heads * SHAPE.head_dim);
         let output = vec![0.0; query.len()];

@@ -20,8 +20,7 @@ use kvmgr::dtype::DType;
 use kvmgr::sequence::{Sequence, SequenceConfig};
 use kvmgr::shape::ModelShape;
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 4, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 };
+const SHAPE: ModelShape = ModelShape::new(4, 32, 8, 128);
 const BLOCK_SIZE: usize = 32;
 const SPECS: [&str; 3] = ["f16", "q8_0", "q4_0"];
 const ROUNDS: usize = 12;
@@ -57,7 +56,7 @@ fn write(sequence: &mut Sequence, n: usize) {
     let rows = Tensor::from_slice(&rows, shape);
     sequence.reserve(n).expect("room");
     for layer in 0..SHAPE.num_layers {
-        write_sequence(sequence, layer, &rows, &rows).expect("reserved rows");
+        write_sequence(sequence, layer, &rows, Some(&rows)).expect("reserved rows");
     }
 }
 

@@ -75,6 +75,7 @@ impl Layer {
             num_layers: 1,
             group: GROUP,
             head_dim: DIM,
+            value_dim: DIM,
             sequence_len: len,
             heads: (0..HEADS).map(head).collect(),
             rope: Some(&self.rope),
@@ -82,6 +83,7 @@ impl Layer {
                 weights: &self.rows[..HIDDEN * HEADS * GROUP * DIM],
                 width: HEADS * GROUP * DIM,
             }),
+            attention_cosine: Some(0.5),
         }
     }
 }

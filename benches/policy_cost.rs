@@ -23,8 +23,7 @@ use kvmgr::dtype::DType;
 use kvmgr::manager::{Manager, ManagerConfig, Session};
 use kvmgr::shape::ModelShape;
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 1, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 };
+const SHAPE: ModelShape = ModelShape::new(1, 32, 8, 128);
 const PIECE: usize = 512;
 
 fn main() {
@@ -111,7 +110,7 @@ impl Engine {
         let [_, key, value] = &self.rows;
         let (key, value) = (Tensor::from_slice(&key[..len], shape), &value[..len]);
         let value = Tensor::from_slice(value, shape);
-        write_sequence(self.session.sequence(), 0, &key, &value).expect("reserved rows");
+        write_sequence(self.session.sequence(), 0, &key, Some(&value)).expect("reserved rows");
     }
 
     fn commit(&mut self, n: usize) {

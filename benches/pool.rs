@@ -29,7 +29,7 @@ fn extend(sequence: &mut Sequence, tokens: &[i32]) {
 
 /// One sequence of a pool: decode, fork, prefix match.
 fn pool(criterion: &mut Criterion) {
-    let shape = ModelShape { num_layers: 1, num_q_heads: 1, num_kv_heads: 1, head_dim: 1 };
+    let shape = ModelShape::new(1, 1, 1, 1);
     let pool = cache(shape, None, true);
     let prompt: Vec<i32> = (0..2049).collect();
     let mut parent = sequence(&pool);
@@ -60,7 +60,7 @@ fn pool(criterion: &mut Criterion) {
 
 /// Append, commit and seal 32 tokens of 8 KV heads of 128 elements.
 fn append_and_seal(criterion: &mut Criterion) {
-    let shape = ModelShape { num_layers: 1, num_q_heads: 8, num_kv_heads: 8, head_dim: 128 };
+    let shape = ModelShape::new(1, 8, 8, 128);
     let rows: Vec<f32> = (0..32 * 8 * 128).map(|i| (i as f32 * 0.37).sin()).collect();
     let tensor = Tensor::from_slice(&rows, [32, 8, 128]);
     let mut group = criterion.benchmark_group("append and seal");
@@ -73,7 +73,7 @@ fn append_and_seal(criterion: &mut Criterion) {
                 || sequence(&cache),
                 |sequence| {
                     sequence.reserve(32).expect("enough blocks");
-                    write_sequence(sequence, 0, &tensor, &tensor).expect("reserved");
+                    write_sequence(sequence, 0, &tensor, Some(&tensor)).expect("reserved");
                     sequence.commit(32, None).expect("written");
                 },
                 BatchSize::PerIteration,

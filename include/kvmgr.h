@@ -130,6 +130,11 @@
 #define KVMGR_NEEDS_LOW_COUNT 1024
 
 /**
+ * The policy reads how much attention changes the residual stream: kvmgr_sequence_observe_residual.
+ */
+#define KVMGR_NEEDS_RESIDUAL 4096
+
+/**
  * Flag: the score acts after each decode step too, not only when the prompt ends.
  */
 #define KVMGR_SCORE_EACH_STEP 1
@@ -177,6 +182,15 @@
  * Flag: full blocks are kept after their sequence ends and shared by prefix.
  */
 #define KVMGR_CACHE_PREFIX 1
+
+/**
+ * Flag: values are the first value_dim elements of keys, and nothing is stored for them. That is MLA
+ * (DeepSeek-V2, arXiv 2405.04434) in its absorbed form: one KV head, a key is the latent (512 elements)
+ * and the rotated part (64), all query heads attend to it, and a value is the latent. The engine's scale
+ * is not 1 / sqrt(head_dim) then: say it in kvmgr_attention_options. Keys and values have one format, and
+ * stages that change values are refused.
+ */
+#define KVMGR_CACHE_VALUES_IN_KEYS 2
 
 /**
  * Flag: sequences that start with the same blocks do not attend to them together but each for itself,
@@ -418,7 +432,7 @@ typedef struct {
    */
   uint32_t num_kv_heads;
   /**
-   * Elements of a vector.
+   * Elements of a key and of a query.
    */
   uint32_t head_dim;
   /**
@@ -438,7 +452,7 @@ typedef struct {
    */
   const float *keys;
   /**
-   * [num_kv_heads, T, head_dim].
+   * [num_kv_heads, T, value_dim].
    */
   const float *values;
   /**
@@ -471,7 +485,7 @@ typedef struct {
    */
   kvmgr_rope_style rope_style;
   /**
-   * Rotated elements of a head, even, at most head_dim; 0 means head_dim.
+   * Rotated elements of a head, even, at most head_dim - rope_first, which 0 means.
    */
   uint32_t rope_dims;
   /**
@@ -488,7 +502,7 @@ typedef struct {
    */
   const float *hidden;
   /**
-   * [hidden_size, num_q_heads * head_dim]: row i makes element i of the layer's output.
+   * [hidden_size, num_q_heads * value_dim]: row i makes element i of the layer's output.
    */
   const float *output_projection;
   /**
@@ -509,6 +523,14 @@ typedef struct {
    * mean over the group's heads.
    */
   const float *low_counts;
+  /**
+   * Elements of a value; 0 means head_dim.
+   */
+  uint32_t value_dim;
+  /**
+   * The first rotated element of a head.
+   */
+  uint32_t rope_first;
 } kvmgr_policy_input;
 
 /**
@@ -990,7 +1012,7 @@ typedef struct {
    */
   uint32_t num_kv_heads;
   /**
-   * Elements of a key and of a value, 1 to 1024.
+   * Elements of a key, and of a value unless value_dim says otherwise, 1 to 1024.
    */
   uint32_t head_dim;
   /**
@@ -1035,7 +1057,7 @@ typedef struct {
    */
   uint64_t hash_salt;
   /**
-   * KVMGR_CACHE_PREFIX or 0.
+   * KVMGR_CACHE_PREFIX, KVMGR_CACHE_VALUES_IN_KEYS, both or 0.
    */
   uint32_t flags;
   /**
@@ -1043,7 +1065,7 @@ typedef struct {
    */
   kvmgr_rope_style rope_style;
   /**
-   * Rotated elements of a head, even; 0 means head_dim.
+   * Rotated elements of a head, even; 0 means head_dim - rope_first.
    */
   uint32_t rope_dims;
   /**
@@ -1075,6 +1097,15 @@ typedef struct {
    * the device is done with it. CUDA only.
    */
   void *memory;
+  /**
+   * Elements of a value and of an output, 1 to 1024, with KVMGR_CACHE_VALUES_IN_KEYS at most head_dim;
+   * 0 means head_dim.
+   */
+  uint32_t value_dim;
+  /**
+   * The first rotated element of a head: the latent of MLA comes before those that are rotated.
+   */
+  uint32_t rope_first;
 } kvmgr_cache_config;
 
 /**
@@ -1948,8 +1979,8 @@ void kvmgr_policy_release(kvmgr_policy *policy);
 /**
  * What the engine has to hand over: KVMGR_NEEDS_ bits, and how many queries of each head.
  * kvmgr_attention_run observes queries and probabilities by itself; the rotation is told in
- * kvmgr_cache_config, hidden states by kvmgr_sequence_observe, projections by
- * kvmgr_cache_set_weights.
+ * kvmgr_cache_config, hidden states by kvmgr_sequence_observe and kvmgr_sequence_observe_residual,
+ * projections by kvmgr_cache_set_weights.
  */
 KVMGR_NODISCARD
 kvmgr_status kvmgr_policy_needs(const kvmgr_policy *policy,
@@ -1967,7 +1998,8 @@ kvmgr_status kvmgr_policy_score(const kvmgr_policy *policy,
                                 float *out_scores);
 
 /**
- * Chooses the tokens of a layer that stay.
+ * Chooses the tokens of a layer that stay. A policy that needs KVMGR_NEEDS_RESIDUAL compares all layers
+ * and is KVMGR_UNSUPPORTED here.
  *
  * @param out_kept [num_kv_heads, T]: for each KV head its kept indices, ascending, in front
  * @param out_counts [num_kv_heads]: how many each KV head keeps
@@ -2536,7 +2568,7 @@ kvmgr_status kvmgr_cache_set_stream(kvmgr_cache *cache,
  * copied: it must stay as it is until the cache is destroyed. A sequence whose policy needs it can
  * be made when every layer has it.
  *
- * @param what KVMGR_NEEDS_OUTPUT_PROJECTION: weights is [hidden_size, num_q_heads * head_dim], row
+ * @param what KVMGR_NEEDS_OUTPUT_PROJECTION: weights is [hidden_size, num_q_heads * value_dim], row
  *        i makes element i of the output
  */
 KVMGR_NODISCARD
@@ -2599,7 +2631,7 @@ KVMGR_NODISCARD kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence, si
  *
  * @param layer below num_layers
  * @param key [n, num_kv_heads, head_dim], rotated as the model wants it
- * @param value [n, num_kv_heads, head_dim]
+ * @param value [n, num_kv_heads, value_dim]; NULL with KVMGR_CACHE_VALUES_IN_KEYS
  */
 KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_append(kvmgr_sequence *sequence,
@@ -2621,6 +2653,24 @@ kvmgr_status kvmgr_sequence_observe(kvmgr_sequence *sequence,
                                     uint32_t layer,
                                     uint32_t what,
                                     const kvmgr_tensor *rows);
+
+/**
+ * Hands over how attention of a layer changes the residual stream of the reserved tokens
+ * (KVMGR_NEEDS_RESIDUAL), once for each layer before they are committed. Both rows are at hand just
+ * before the engine adds one to the other, in place or not. They are not kept, only the cosine between
+ * the stream before and after. Only tokens of the prompt that the engine computes count, not those of a
+ * shared prefix: a policy that does not need it, and any after kvmgr_sequence_end_prefill, does not look
+ * at it.
+ *
+ * @param layer below num_layers
+ * @param hidden [reserved tokens, hidden_size]: the residual stream that the layer reads, before its norm
+ * @param added [reserved tokens, hidden_size]: what is added to it, attention after its output projection
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_observe_residual(kvmgr_sequence *sequence,
+                                             uint32_t layer,
+                                             const kvmgr_tensor *hidden,
+                                             const kvmgr_tensor *added);
 
 /**
  * Starts a replay (KVMGR_NEEDS_REPLAY): the engine feeds a request to repeat the prompt and then
@@ -2833,7 +2883,7 @@ kvmgr_status kvmgr_attention_get_stats(const kvmgr_attention *attention,
  *
  * @param layer below num_layers
  * @param key [planned tokens, num_kv_heads, head_dim], rotated as the model wants it
- * @param value [planned tokens, num_kv_heads, head_dim]
+ * @param value [planned tokens, num_kv_heads, value_dim]; NULL with KVMGR_CACHE_VALUES_IN_KEYS
  * @param worker which part of the work to do, below num_workers. The caller waits for all parts
  *        before it runs the layer.
  * @param num_workers parts; 0 (with worker 0) lets the library's own threads do all of them
@@ -2857,7 +2907,7 @@ kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
  * @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
  *        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.
  * @param query [planned tokens, num_q_heads, head_dim]
- * @param output [planned tokens, num_q_heads, head_dim]
+ * @param output [planned tokens, num_q_heads, value_dim]
  * @param lse [planned tokens, num_q_heads]: receives the log-sum-exp of the logits; may be NULL
  * @param options may be NULL
  * @param worker which part of the work to do, below num_workers. The caller waits for all parts

@@ -1,9 +1,9 @@
 //! The parts put together: a cache with a policy and a tier, and sequences that use them.
 
 mod layers;
+mod observe;
 mod serve;
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -12,7 +12,7 @@ use crate::device::tensor::Tensor;
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, bail, ensure};
 use crate::policy::{Event, Pipeline, PositionMode};
-use crate::sequence::{Lane, Observation, Replay, Sequence, SequenceConfig};
+use crate::sequence::{Lane, Sequence, SequenceConfig};
 use crate::shape::{KeepSet, LaneWidth, ModelShape, Needs, Rope};
 use crate::store::{Key, Store};
 use crate::tier::{self, Tier};
@@ -84,6 +84,8 @@ impl Manager {
         let policy = Pipeline::parse(&config.spec).map_err(|error| error.within("spec"))?;
         let (key, value) = policy.quantizers();
         let open = config.dtype.name();
+        // Values in keys have the format of keys.
+        let fallback = key.filter(|_| !config.shape.stores_values()).unwrap_or(open);
         let cache = Cache::new(CacheConfig {
             shape: config.shape,
             block_size: config.block_size,
@@ -93,7 +95,7 @@ impl Manager {
             memory: Some(MemoryFormats {
                 open: config.dtype,
                 key: key.unwrap_or(open).to_string(),
-                value: value.unwrap_or(open).to_string(),
+                value: value.unwrap_or(fallback).to_string(),
                 exact: policy.exact(),
                 demoted: policy.demoted().map(|(_, names)| names.map(str::to_string)).collect(),
             }),
@@ -121,7 +123,7 @@ impl Manager {
         &self.cache
     }
 
-    /// Tells the output projection of a layer, `[hidden, 1, num_q_heads * head_dim]`, which policies
+    /// Tells the output projection of a layer, `[hidden, 1, num_q_heads * value_dim]`, which policies
     /// may read as long as the manager lives.
     pub fn set_output_projection(&self, layer: usize, weights: Tensor<'static>) -> Result<()> {
         let shape = &self.cache.config().shape;
@@ -131,11 +133,11 @@ impl Manager {
             "layer is {layer}, the model has {}",
             shape.num_layers
         );
-        let (found, width) = (weights.shape(), shape.num_q_heads * shape.head_dim);
+        let (found, width) = (weights.shape(), shape.num_q_heads * shape.value_dim());
         ensure!(
             found[0] > 0 && found[2] == width,
             InvalidArgument,
-            "weights has {} rows of {}, must have rows of num_q_heads * head_dim = {width}",
+            "weights has {} rows of {}, must have rows of num_q_heads * value_dim = {width}",
             found[0],
             found[2]
         );
@@ -278,125 +280,6 @@ impl Session {
         Ok(matched)
     }
 
-    /// Says that the tokens reserved from now on repeat `tokens` of the prompt: what they read of it is
-    /// noted, and a commit of none of them ends the replay.
-    pub fn replay(&mut self, tokens: Range<usize>) -> Result<()> {
-        self.sequence.ensure_present()?;
-        let (len, reserved) = (self.sequence.num_tokens(), self.sequence.num_reserved());
-        ensure!(
-            reserved == 0 && !self.decoding,
-            InvalidState,
-            "{reserved} tokens are reserved and the prompt has {}ended; replay before its end",
-            if self.decoding { "" } else { "not " }
-        );
-        ensure!(
-            tokens.start < tokens.end && tokens.end <= len,
-            InvalidArgument,
-            "tokens {}..{} of a sequence of {len}, must be at least one of them",
-            tokens.start,
-            tokens.end
-        );
-        let Some(observation) = self.sequence.observation().filter(|_| self.needs(Needs::REPLAY))
-        else {
-            bail!(InvalidState, "the policy {} needs no replay", self.policy.spec());
-        };
-        let sinks = self.policy.replay_sinks().min(tokens.start) as i32;
-        let tokens = tokens.start as i32..tokens.end as i32;
-        observation.set_replay(Some(Replay { tokens, sinks }));
-        Ok(())
-    }
-
-    fn needs(&self, need: Needs) -> bool {
-        self.policy.needs().contains(need)
-    }
-
-    /// Whether reserved tokens replay the prompt.
-    fn is_replaying(&self) -> bool {
-        self.sequence.observation().is_some_and(|seen| seen.replay().is_some())
-    }
-
-    /// Refuses to end a replay that is incomplete, or to commit its tokens.
-    fn end_replay(&mut self, n: usize) -> Result<()> {
-        ensure!(n == 0, InvalidState, "{n} tokens of a replay cannot be committed, only 0");
-        let reserved = self.sequence.num_reserved();
-        let Some(observation) = self.sequence.observation() else { return Ok(()) };
-        if self.needs(Needs::REPLAY_HIDDEN) {
-            for layer in 0..self.sequence.cache().config().shape.num_layers {
-                let seen = observation.replay_norms(layer).read().len();
-                ensure!(
-                    seen == reserved,
-                    InvalidState,
-                    "layer {layer} has hidden states of {seen} of {reserved} replaying tokens"
-                );
-            }
-        }
-        self.sequence.commit(0, None)?;
-        if let Some(observation) = self.sequence.observation() {
-            observation.set_replay(None);
-        }
-        Ok(())
-    }
-
-    /// Hands over the hidden states `[reserved tokens, 1, width]` of a layer: the input of its
-    /// attention after the norm. A policy without a gate does not look at them.
-    pub fn observe_hidden(&mut self, layer: usize, hidden: &Tensor<'_>) -> Result<()> {
-        self.sequence.ensure_present()?;
-        let shape = self.sequence.cache().config().shape;
-        let ([tokens, _, width], reserved) = (hidden.shape(), self.sequence.num_reserved());
-        let layers = shape.num_layers;
-        ensure!(layer < layers, InvalidArgument, "layer is {layer}, the model has {layers}");
-        ensure!(
-            tokens == reserved && tokens > 0 && width > 0,
-            InvalidArgument,
-            "hidden has the shape [{tokens}, {width}], must have a row for each of {reserved} \
-             reserved tokens"
-        );
-        let asked = Needs::HIDDEN.union(Needs::REPLAY_HIDDEN);
-        let is_asked = |seen: &&Arc<Observation>| seen.needs().0 & asked.0 != 0;
-        let Some(observation) = self.sequence.observation().filter(is_asked) else {
-            return Ok(());
-        };
-        let mut rows = vec![0.0; tokens * width];
-        for (token, row) in rows.chunks_exact_mut(width).enumerate() {
-            hidden.read(token, 0, row);
-        }
-        if self.is_replaying() {
-            let norm = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>().sqrt();
-            *observation.replay_norms(layer).write() = rows.chunks_exact(width).map(norm).collect();
-            return Ok(());
-        }
-        if !self.needs(Needs::HIDDEN) {
-            return Ok(());
-        }
-        let scores = self.policy.gate(layer, shape.num_kv_heads, &rows, width)?;
-        for (head, scores) in scores.chunks_exact(tokens).enumerate() {
-            let (lane, _) = self.sequence.locate(layer, head);
-            let first = self.sequence.lanes()[lane].len() - tokens;
-            observation.head(layer, head).lock().put_gate_scores(first, scores);
-        }
-        Ok(())
-    }
-
-    /// Refuses a commit of tokens whose hidden states the policy needs and has not seen.
-    fn check_observed(&self, n: usize) -> Result<()> {
-        let Some(observation) = self.sequence.observation().filter(|_| self.needs(Needs::HIDDEN))
-        else {
-            return Ok(());
-        };
-        let shape = self.sequence.cache().config().shape;
-        for layer in 0..shape.num_layers {
-            let (lane, _) = self.sequence.locate(layer, 0);
-            let first = self.sequence.lanes()[lane].len() - self.sequence.num_reserved();
-            let seen = observation.head(layer, 0).lock().gate_scores.len().saturating_sub(first);
-            ensure!(
-                seen >= n,
-                InvalidState,
-                "layer {layer} has hidden states of {seen} of {n} tokens; the policy needs them all"
-            );
-        }
-        Ok(())
-    }
-
     /// See [`Sequence::commit`]. After the prompt has ended this is a decode step: the decode
     /// phase of the policy runs when it is due.
     pub fn commit(&mut self, n: usize, tokens: Option<&[i32]>) -> Result<()> {
@@ -407,6 +290,9 @@ impl Session {
             self.check_observed(n)?;
         }
         self.sequence.commit(n, tokens)?;
+        if let Some(observation) = self.sequence.observation().filter(|_| !self.decoding) {
+            observation.commit_residuals(n);
+        }
         if self.decoding && n > 0 {
             self.steps += 1;
             self.run_policy(Event::Step)?;

@@ -13,8 +13,20 @@ pub struct ModelShape {
     pub num_q_heads: usize,
     /// Key/value heads of a layer, at least 1.
     pub num_kv_heads: usize,
-    /// Elements of one key and of one value vector, 1 to 1024.
+    /// Elements of one key and of one query vector, 1 to 1024.
     pub head_dim: usize,
+    /// Where the values are.
+    pub values: Values,
+}
+
+/// Where the values of a model are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Values {
+    /// Rows of their own, of so many elements, 1 to 1024.
+    Own(usize),
+    /// The first so many elements of each key, 1 to `head_dim`: the latent of MLA (DeepSeek-V2, arXiv
+    /// 2405.04434), whose key is the latent followed by a rotated part. Nothing is stored for them.
+    InKeys(usize),
 }
 
 /// Largest head dimension that any kernel accepts.
@@ -23,6 +35,36 @@ pub const MAX_HEAD_DIM: usize = 1024;
 pub const MAX_BLOCK_SIZE: usize = 1024;
 
 impl ModelShape {
+    /// A model whose values have rows of their own, as long as keys.
+    pub const fn new(
+        num_layers: usize,
+        num_q_heads: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+    ) -> Self {
+        Self { num_layers, num_q_heads, num_kv_heads, head_dim, values: Values::Own(head_dim) }
+    }
+
+    /// Elements of one value vector and of one output vector.
+    pub const fn value_dim(&self) -> usize {
+        match self.values {
+            Values::Own(dim) | Values::InKeys(dim) => dim,
+        }
+    }
+
+    /// Elements of the rows that values are read from: where these are keys, there are more than in a value.
+    pub const fn value_row_dim(&self) -> usize {
+        match self.values {
+            Values::Own(dim) => dim,
+            Values::InKeys(_) => self.head_dim,
+        }
+    }
+
+    /// Whether values have rows of their own.
+    pub const fn stores_values(&self) -> bool {
+        matches!(self.values, Values::Own(_))
+    }
+
     /// Query heads that share one key/value head.
     pub const fn group(&self) -> usize {
         self.num_q_heads / self.num_kv_heads
@@ -30,11 +72,15 @@ impl ModelShape {
 
     /// Checks every documented range.
     pub fn validate(&self) -> Result<()> {
-        let Self { num_layers, num_q_heads, num_kv_heads, head_dim } = *self;
+        let Self { num_layers, num_q_heads, num_kv_heads, head_dim, values } = *self;
         check_range("num_layers", num_layers, 4096)?;
         check_range("num_kv_heads", num_kv_heads, 4096)?;
         check_range("num_q_heads", num_q_heads, 65536)?;
         check_range("head_dim", head_dim, MAX_HEAD_DIM)?;
+        match values {
+            Values::Own(dim) => check_range("value_dim", dim, MAX_HEAD_DIM)?,
+            Values::InKeys(dim) => check_range("value_dim", dim, head_dim)?,
+        }
         ensure!(
             num_q_heads.is_multiple_of(num_kv_heads),
             InvalidArgument,
@@ -101,6 +147,8 @@ pub enum RopeStyle {
 pub struct Rope {
     /// Which elements form a pair.
     pub style: RopeStyle,
+    /// The first rotated element: 0 but for keys that start with a latent (MLA).
+    pub first: usize,
     /// One frequency for each pair; twice its length is the number of rotated elements.
     pub inv_freq: Vec<f32>,
 }
@@ -109,18 +157,23 @@ impl Rope {
     /// The usual frequencies `base^(-2i/dims)`.
     pub fn new(style: RopeStyle, dims: usize, base: f32) -> Self {
         let freq = |i: usize| f64::from(base).powf(-2.0 * i as f64 / dims as f64) as f32;
-        Self { style, inv_freq: (0..dims / 2).map(freq).collect() }
+        Self { style, first: 0, inv_freq: (0..dims / 2).map(freq).collect() }
+    }
+
+    /// The elements of pair `i`.
+    pub fn pair(&self, i: usize) -> (usize, usize) {
+        let (a, b) = match self.style {
+            RopeStyle::Half => (i, i + self.inv_freq.len()),
+            RopeStyle::Interleaved => (2 * i, 2 * i + 1),
+        };
+        (self.first + a, self.first + b)
     }
 
     /// Turns `row` by `delta` positions in place, in f64 angles: a key at `p` becomes the key at
     /// `p + delta`.
     pub fn rotate(&self, row: &mut [f32], delta: i32) {
-        let half = self.inv_freq.len();
         for (i, &freq) in self.inv_freq.iter().enumerate() {
-            let (a, b) = match self.style {
-                RopeStyle::Half => (i, i + half),
-                RopeStyle::Interleaved => (2 * i, 2 * i + 1),
-            };
+            let (a, b) = self.pair(i);
             let (sin, cos) = (f64::from(delta) * f64::from(freq)).sin_cos();
             let (sin, cos) = (sin as f32, cos as f32);
             let (x, y) = (row[a], row[b]);
@@ -167,7 +220,11 @@ impl Needs {
     /// of this library knows them, so scores may ask it for them instead of computing them again.
     pub const LAST_ROW: Self = Self(1 << 11);
 
-    const NAMES: [(Self, &'static str); 12] = [
+    /// The residual stream before attention and what attention adds to it, in each layer for each token
+    /// of the prompt.
+    pub const RESIDUAL: Self = Self(1 << 12);
+
+    const NAMES: [(Self, &'static str); 13] = [
         (Self::KEYS, "KEYS"),
         (Self::VALUES, "VALUES"),
         (Self::QUERY_WINDOW, "QUERY_WINDOW"),
@@ -180,6 +237,7 @@ impl Needs {
         (Self::REPLAY_HIDDEN, "REPLAY_HIDDEN"),
         (Self::LOW_COUNT, "LOW_COUNT"),
         (Self::LAST_ROW, "LAST_ROW"),
+        (Self::RESIDUAL, "RESIDUAL"),
     ];
 
     /// Both sets together.

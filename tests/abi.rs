@@ -161,13 +161,13 @@ fn layouts_agree() {
         kvmgr_cache_config {
             struct_size, num_layers, head_dim, block_size, lane_width, dtype, num_threads,
             num_blocks, memory_limit, spec, evictor, store, hash_salt, flags, rope_style,
-            rope_dims, rope_base, rope_inv_freq
+            rope_dims, rope_base, rope_inv_freq, memory, value_dim, rope_first
         }
         kvmgr_cache_stats { struct_size, bytes_used, bytes_peak, num_sequences }
         kvmgr_sequence_stats { struct_size, num_tokens, num_blocks }
         kvmgr_block_copy { source, target }
         kvmgr_attention_options { struct_size, scale, softcap, sliding_window, sinks, alibi_slopes }
-        kvmgr_policy_input { struct_size, layer, num_tokens, event, keys, column_sums, positions, query_mean, query_covariance, rope_inv_freq, rope_style, rope_dims, rope_base, reserved }
+        kvmgr_policy_input { struct_size, layer, num_tokens, event, keys, column_sums, positions, query_mean, query_covariance, rope_inv_freq, rope_style, rope_dims, rope_base, reserved, value_dim, rope_first }
         kvmgr_store_ops { struct_size, put, get, contains, remove, destroy }
         kvmgr_store_stats { struct_size, objects, misses }
     }

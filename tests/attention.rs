@@ -8,7 +8,7 @@ use common::{Engine, Random, Step, check, config};
 use kvmgr::attention::Options;
 use kvmgr::dtype::DType;
 use kvmgr::manager::Session;
-use kvmgr::shape::{KeepSet, LaneWidth, ModelShape};
+use kvmgr::shape::{KeepSet, LaneWidth, ModelShape, Values};
 
 /// Attends in every layer with random queries for the `n` planned tokens.
 fn run_layers(engine: &Engine, n: usize, options: &Options<'_>, random: &mut Random) -> Vec<Step> {
@@ -20,14 +20,23 @@ fn run_layers(engine: &Engine, n: usize, options: &Options<'_>, random: &mut Ran
     (0..shape.num_layers).map(run).collect()
 }
 
+/// A shape for a spec: values of any length, also in keys unless the spec says that they differ.
+fn shape_for(spec: &str, random: &mut Random) -> ModelShape {
+    let shape = shape(random);
+    let dim = shape.head_dim;
+    let values = match random.below(4) {
+        0 => Values::Own(random.pick(&[32, 64, 160])),
+        1 if !spec.contains("v=") => Values::InKeys(random.within(dim / 2, dim)),
+        _ => Values::Own(dim),
+    };
+    ModelShape { values, ..shape }
+}
+
 fn shape(random: &mut Random) -> ModelShape {
     let num_kv_heads = random.within(1, 3);
-    ModelShape {
-        num_layers: random.within(1, 2),
-        num_q_heads: num_kv_heads * random.pick(&[1, 2, 4, 7]),
-        num_kv_heads,
-        head_dim: random.pick(&[32, 64, 96, 128]),
-    }
+    let (layers, group) = (random.within(1, 2), random.pick(&[1, 2, 4, 7]));
+    let head_dim = random.pick(&[32, 64, 96, 128]);
+    ModelShape::new(layers, num_kv_heads * group, num_kv_heads, head_dim)
 }
 
 #[test]
@@ -41,8 +50,8 @@ fn random_batches_agree_with_the_reference() {
     ];
     for seed in 0..30 {
         let mut random = Random(seed);
-        let shape = shape(&mut random);
-        let mut config = config(shape, random.pick(&specs));
+        let spec = random.pick(&specs);
+        let mut config = config(shape_for(spec, &mut random), spec);
         config.block_size = random.pick(&[1, 16, 32]);
         if config.spec.contains("kivi") {
             config.block_size = 32;
@@ -70,7 +79,7 @@ fn random_batches_agree_with_the_reference() {
 fn options_agree_with_the_reference() {
     for seed in 0..20 {
         let mut random = Random(1000 + seed);
-        let shape = shape(&mut random);
+        let shape = shape_for("quant(q8_0)", &mut random);
         let mut engine = Engine::new(config(shape, "quant(q8_0)"), seed);
         let mut session = engine.session();
         let sinks = random.normals(shape.num_q_heads);
@@ -98,8 +107,8 @@ fn compacted_forked_and_truncated_sequences_agree_with_the_reference() {
     let specs = ["full", "quant(k=had+q4_0, v=q8_0)", "quant(kivi4)", "pos(cache_relative)"];
     for seed in 0..32 {
         let mut random = Random(2000 + seed);
-        let shape = shape(&mut random);
-        let mut config = config(shape, specs[seed as usize % specs.len()]);
+        let spec = specs[seed as usize % specs.len()];
+        let mut config = config(shape_for(spec, &mut random), spec);
         config.lane_width = Some(random.pick(&[LaneWidth::Layer, LaneWidth::Head]));
         config.block_size = 32;
         config.dtype = DType::F32;
@@ -157,7 +166,7 @@ fn compacted_forked_and_truncated_sequences_agree_with_the_reference() {
 
 #[test]
 fn bad_numbers_stay_where_they_are() {
-    let shape = ModelShape { num_layers: 1, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+    let shape = ModelShape::new(1, 4, 2, 32);
     let mut engine = Engine::new(config(shape, "full"), 7);
     let mut session = engine.session();
     session.sequence_mut().reserve(20).unwrap();
@@ -181,7 +190,7 @@ fn bad_numbers_stay_where_they_are() {
 #[test]
 fn errors_name_what_is_wrong_and_change_nothing() {
     use kvmgr::device::tensor::{Tensor, TensorMut};
-    let shape = ModelShape { num_layers: 2, num_q_heads: 2, num_kv_heads: 1, head_dim: 32 };
+    let shape = ModelShape::new(2, 2, 1, 32);
     let mut engine = Engine::new(config(shape, "full"), 7);
     let other = Engine::new(config(shape, "full"), 8);
     let (mut a, b) = (engine.session(), other.session());
@@ -205,7 +214,7 @@ fn errors_name_what_is_wrong_and_change_nothing() {
         engine.attention.run(layer, query, &output, None, &options, worker, workers)
     };
     assert!(run(0, &query, 0, 1).unwrap_err().message().contains("has 0 of 3 reserved tokens"));
-    engine.attention.append(0, &key, &key, 0, 1).unwrap();
+    engine.attention.append(0, &key, Some(&key), 0, 1).unwrap();
     run(0, &query, 0, 1).unwrap();
     assert!(run(2, &query, 0, 1).unwrap_err().message().contains("layer is 2"));
     assert!(run(0, &query, 1, 1).unwrap_err().message().contains("worker is 1"));
@@ -214,14 +223,14 @@ fn errors_name_what_is_wrong_and_change_nothing() {
     let error = engine.attention.run(0, &query, &output, None, &bad, 0, 1).unwrap_err();
     assert!(error.message().contains("softcap"));
     assert!(a.commit(3, None).unwrap_err().message().contains("layer 1 has 0 of 3"));
-    engine.attention.append(1, &key, &key, 0, 1).unwrap();
+    engine.attention.append(1, &key, Some(&key), 0, 1).unwrap();
     a.commit(3, None).unwrap();
     assert!(run(0, &query, 0, 1).unwrap_err().message().contains("has changed since"));
 }
 
 #[test]
 fn bad_values_do_not_reach_queries_that_do_not_see_them() {
-    let shape = ModelShape { num_layers: 1, num_q_heads: 2, num_kv_heads: 1, head_dim: 32 };
+    let shape = ModelShape::new(1, 2, 1, 32);
     let cases =
         [(5, 3, 0), (20, 15, 0), (40, 17, 0), (40, 17, 1), (40, 15, 4), (60, 0, 17), (90, 16, 33)];
     for (n, bad, window) in cases {
@@ -248,7 +257,7 @@ fn bad_values_do_not_reach_queries_that_do_not_see_them() {
 
 #[test]
 fn keys_that_are_not_numbers_are_not_taken_for_masked_ones() {
-    let shape = ModelShape { num_layers: 1, num_q_heads: 1, num_kv_heads: 1, head_dim: 32 };
+    let shape = ModelShape::new(1, 1, 1, 32);
     let mut engine = Engine::new(config(shape, "full"), 7);
     let mut session = engine.session();
     session.sequence_mut().reserve(40).unwrap();
@@ -268,7 +277,7 @@ fn keys_that_are_not_numbers_are_not_taken_for_masked_ones() {
 
 #[test]
 fn tokens_whose_rows_a_policy_evicted_cannot_be_queried() {
-    let shape = ModelShape { num_layers: 1, num_q_heads: 1, num_kv_heads: 1, head_dim: 32 };
+    let shape = ModelShape::new(1, 1, 1, 32);
     let mut engine = Engine::new(config(shape, "full"), 7);
     let mut session = engine.session();
     let _ = engine.step(&mut [&mut session], &[20]);
@@ -315,7 +324,7 @@ fn run_with(
 
 #[test]
 fn results_depend_neither_on_workers_nor_on_the_rest_of_the_batch() {
-    let shape = ModelShape { num_layers: 1, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+    let shape = ModelShape::new(1, 4, 2, 32);
     let options = Options { sliding_window: 3000, ..Options::default() };
     for (spec, counts) in [("full", [1, 40, 3]), ("quant(k=had+q4_0, v=q8_0)", [2, 1, 17])] {
         let mut engine = Engine::new(config(shape, spec), 3);
@@ -355,7 +364,7 @@ fn long_contexts_in_parts_agree_with_the_reference() {
     for (seed, spec) in ["full", "quant(k=kivi2, v=q4_0)", "pos(cache_relative)"].iter().enumerate()
     {
         let mut random = Random(3000 + seed as u64);
-        let shape = ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+        let shape = ModelShape::new(2, 4, 2, 32);
         let mut config = config(shape, spec);
         config.block_size = 32;
         config.lane_width = Some(LaneWidth::Head);
@@ -387,7 +396,7 @@ fn long_contexts_in_parts_agree_with_the_reference() {
 
 #[test]
 fn queries_that_see_nothing_get_zeros_and_the_sink() {
-    let shape = ModelShape { num_layers: 1, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+    let shape = ModelShape::new(1, 4, 2, 32);
     let mut engine = Engine::new(config(shape, "full"), 7);
     for n in [1, 20] {
         let mut session = engine.session();

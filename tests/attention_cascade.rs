@@ -17,8 +17,7 @@ use kvmgr::dtype::DType;
 use kvmgr::manager::Session;
 use kvmgr::shape::{KeepSet, LaneWidth, ModelShape};
 
-const SMALL: ModelShape =
-    ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 64 };
+const SMALL: ModelShape = ModelShape::new(2, 4, 2, 64);
 
 /// A session of `tokens` tokens.
 fn prompt(engine: &mut Engine, tokens: usize) -> Session {
@@ -78,12 +77,9 @@ fn random_batches_of_sharers_and_others_agree_with_the_reference() {
     for seed in 0..36 {
         let mut random = Random(seed);
         let num_kv_heads = random.within(1, 3);
-        let shape = ModelShape {
-            num_layers: random.within(1, 2),
-            num_q_heads: num_kv_heads * random.pick(&[1, 2, 4, 7]),
-            num_kv_heads,
-            head_dim: random.pick(&[64, 128]),
-        };
+        let (layers, group) = (random.within(1, 2), random.pick(&[1, 2, 4, 7]));
+        let head_dim = random.pick(&[64, 128]);
+        let shape = ModelShape::new(layers, num_kv_heads * group, num_kv_heads, head_dim);
         let mut config = config(shape, specs[seed as usize % specs.len()]);
         config.block_size = 32;
         config.dtype = random.pick(&[DType::F32, DType::F16, DType::Bf16]);
@@ -143,7 +139,7 @@ fn random_batches_of_sharers_and_others_agree_with_the_reference() {
 #[test]
 fn long_prefixes_are_split_and_two_groups_keep_apart() {
     for (seed, spec) in ["full", "quant(q8_0)"].into_iter().enumerate() {
-        let shape = ModelShape { num_layers: 1, num_q_heads: 8, num_kv_heads: 2, head_dim: 64 };
+        let shape = ModelShape::new(1, 8, 2, 64);
         let mut engine = Engine::new(config(shape, spec), seed as u64);
         engine.num_workers = 3;
         let (a, b) = (prompt(&mut engine, 4200), prompt(&mut engine, 700));

@@ -18,8 +18,7 @@ use safetensors::SafeTensors;
 static STATES: &[u8] = include_bytes!("golden/policy_subset.safetensors");
 static EXPECTED: &[u8] = include_bytes!("golden/attention_subset.safetensors");
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 2, num_q_heads: 8, num_kv_heads: 2, head_dim: 64 };
+const SHAPE: ModelShape = ModelShape::new(2, 8, 2, 64);
 const LEN: usize = 512;
 const TOLERANCE: f64 = 1e-5;
 
@@ -77,7 +76,7 @@ impl Model {
                 (state("k", kv_heads), state("v", kv_heads), state("q", heads));
             let key = Tensor::from_slice(&key, [n, kv_heads, dim]);
             let value = Tensor::from_slice(&value, [n, kv_heads, dim]);
-            self.attention.append(layer, &key, &value, 0, 1).unwrap();
+            self.attention.append(layer, &key, Some(&value), 0, 1).unwrap();
             let mut output = vec![f32::NAN; query.len()];
             let query = Tensor::from_slice(&query, [n, heads, dim]);
             let out = TensorMut::from_slice(&mut output, [n, heads, dim]);

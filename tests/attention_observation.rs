@@ -56,13 +56,13 @@ impl Watched {
 
     /// The same, but only the first `accepted` of the tokens are committed.
     fn draft(&mut self, n: usize, accepted: usize, options: &Options<'_>, workers: usize) {
-        let ModelShape { num_layers, num_q_heads, num_kv_heads, head_dim } = self.shape;
+        let ModelShape { num_layers, num_q_heads, num_kv_heads, head_dim, .. } = self.shape;
         self.sequence.reserve(n).unwrap();
         self.attention.plan(&[(&self.sequence, n)]).unwrap();
         for layer in 0..num_layers {
             let rows = self.random.normals(n * num_kv_heads * head_dim);
             let rows = Tensor::from_slice(&rows, [n, num_kv_heads, head_dim]);
-            self.attention.append(layer, &rows, &rows, 0, 1).unwrap();
+            self.attention.append(layer, &rows, Some(&rows), 0, 1).unwrap();
             let query = self.random.normals(n * num_q_heads * head_dim);
             let mut output = vec![0.0; query.len()];
             let dims = [n, num_q_heads, head_dim];
@@ -171,7 +171,7 @@ impl Watched {
 }
 
 fn cache(spec: &str, lane_width: LaneWidth) -> Arc<Cache> {
-    let shape = ModelShape { num_layers: 2, num_q_heads: 6, num_kv_heads: 2, head_dim: 32 };
+    let shape = ModelShape::new(2, 6, 2, 32);
     let mut config = config(shape, spec);
     config.lane_width = Some(lane_width);
     Manager::new(config).unwrap().cache().clone()
@@ -225,7 +225,7 @@ fn layers_that_share_a_cached_layer_all_count() {
         watched.attention.plan(&[(&watched.sequence, 1)]).unwrap();
         let shape = [1, num_kv_heads, head_dim];
         let row = Tensor::from_slice(&rows[..num_kv_heads * head_dim], shape);
-        watched.attention.append(layer, &row, &row, 0, 1).unwrap();
+        watched.attention.append(layer, &row, Some(&row), 0, 1).unwrap();
         for _ in 0..3 {
             let query = Tensor::from_slice(&rows, [1, num_q_heads, head_dim]);
             let mut output = vec![0.0; rows.len()];
@@ -296,7 +296,7 @@ fn sums_of_long_contexts_cover_all_rows() {
 /// What the policy is told about the queries of a head, against their mean and covariance in f64.
 #[test]
 fn statistics_are_of_all_queries_before_rotation() {
-    let shape = ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 16 };
+    let shape = ModelShape::new(2, 4, 2, 16);
     let mut engine = Engine::new(config(shape, "expected | keep(0.5)"), 77);
     let mut session = engine.session();
     let counts = [3, 2, 40, 1, 17];

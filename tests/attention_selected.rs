@@ -40,7 +40,7 @@ fn csr(lists: &[Vec<u32>]) -> (Vec<u32>, Vec<u32>) {
 fn selected_blocks_agree_with_the_reference() {
     for seed in 0..6 {
         let mut random = Random(seed);
-        let shape = ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+        let shape = ModelShape::new(2, 4, 2, 32);
         let mut config =
             config(shape, random.pick(&["full", "quant(q8_0)", "quant(k=kivi2, v=q8_0)"]));
         config.lane_width = Some(random.pick(&[LaneWidth::Sequence, LaneWidth::Head]));
@@ -90,7 +90,7 @@ fn selected_blocks_agree_with_the_reference() {
 
 #[test]
 fn a_new_plan_or_a_bad_list_brings_all_blocks_back() {
-    let shape = ModelShape { num_layers: 1, num_q_heads: 1, num_kv_heads: 1, head_dim: 32 };
+    let shape = ModelShape::new(1, 1, 1, 32);
     let mut engine = Engine::new(config(shape, "full"), 5);
     let mut session = engine.session();
     let full = engine.step(&mut [&mut session], &[100]);

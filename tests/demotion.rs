@@ -13,8 +13,7 @@ use kvmgr::quantizer::Side;
 use kvmgr::shape::{KeepSet, LaneWidth, ModelShape};
 use kvmgr::store;
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+const SHAPE: ModelShape = ModelShape::new(2, 4, 2, 32);
 const BLOCK: usize = 16;
 const DIM: usize = SHAPE.head_dim;
 

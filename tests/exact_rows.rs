@@ -17,8 +17,7 @@ use kvmgr::shape::{LaneWidth, ModelShape};
 use kvmgr::slots::{Slots, SlotsConfig};
 use kvmgr::store;
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 4, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+const SHAPE: ModelShape = ModelShape::new(4, 4, 2, 32);
 const BLOCK: usize = 16;
 const DIM: usize = SHAPE.head_dim;
 

@@ -95,11 +95,12 @@ fn compression_saves_bytes_and_keeps_recall() {
     let Some(folder) = programs() else { return };
     let out = tempfile::tempdir().unwrap();
     let (ada, stream) = ("snapkv(w=32) | adakv(0.2) | keep(0.25)", "stream(sink=4) | keep(0.25)");
+    let squeeze = "snapkv(w=32) | squeeze | keep(0.25)";
     run(Command::new(folder.join("kvmgr-compare"))
         .arg(data("tiny.gguf"))
         .args(["--text", &data("heldout.txt"), "--recall", &data("recall.txt")])
         .args(["--windows", "2", "--window", "512", "--scored", "256", "--prompts", "8"])
-        .args(["--spec", "full", "--spec", ada, "--spec", stream])
+        .args(["--spec", "full", "--spec", ada, "--spec", stream, "--spec", squeeze])
         .arg("--out")
         .arg(out.path()));
     let table = std::fs::read_to_string(out.path().join("table.md")).unwrap();
@@ -119,8 +120,10 @@ fn compression_saves_bytes_and_keeps_recall() {
         let line = csv.lines().find(|line| line.starts_with(&start)).unwrap();
         line[start.len()..].parse().unwrap()
     };
-    let share = first("snapkv(w=32) | adakv(0.2) | keep(0.25)") / first("full");
-    assert!(share < 0.40, "short windows: {share} of the bytes after the prompt");
+    for spec in ["snapkv(w=32) | adakv(0.2) | keep(0.25)", squeeze] {
+        let share = first(spec) / first("full");
+        assert!(share < 0.40, "short windows: {share} of the bytes after the prompt of {spec}");
+    }
     assert!(out.path().join("kv_bytes.svg").exists());
 }
 

@@ -9,8 +9,7 @@ use kvmgr::manager::Session;
 use kvmgr::quantizer::Side;
 use kvmgr::shape::{KeepSet, LaneWidth, ModelShape};
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 1, num_q_heads: 2, num_kv_heads: 2, head_dim: 32 };
+const SHAPE: ModelShape = ModelShape::new(1, 2, 2, 32);
 const BLOCK: usize = 16;
 
 /// A sequence and, for each KV head, the positions and keys that it must hold.

@@ -369,6 +369,15 @@ fn bad_configurations_are_refused_by_name() {
     refuse(&|c| c.lane_width = kvmgr_lane_width(9), KVMGR_INVALID_ARGUMENT, "lane_width is 9");
     refuse(&|c| c.rope_style = kvmgr_rope_style(7), KVMGR_INVALID_ARGUMENT, "rope_style is 7");
     refuse(&|c| c.flags = 64, KVMGR_INVALID_ARGUMENT, "flags");
+    refuse(&|c| c.value_dim = 2000, KVMGR_INVALID_ARGUMENT, "value_dim is 2000");
+    let latent = |c: &mut kvmgr_cache_config| {
+        (c.flags, c.value_dim) = (KVMGR_CACHE_VALUES_IN_KEYS, c.head_dim + 1);
+    };
+    refuse(&latent, KVMGR_INVALID_ARGUMENT, "value_dim is");
+    let rotated = |c: &mut kvmgr_cache_config| {
+        (c.rope_style, c.rope_dims, c.rope_first) = (KVMGR_ROPE_HALF, c.head_dim, 2);
+    };
+    refuse(&rotated, KVMGR_INVALID_ARGUMENT, "rope_first is 2, must be at most 0");
     refuse(&|c| c.evictor = c"mru".as_ptr(), KVMGR_INVALID_ARGUMENT, "mru");
     refuse(&|c| c.spec = c"snapkv | snap".as_ptr(), KVMGR_INVALID_ARGUMENT, "column 10");
     refuse(&|c| c.store = ptr::without_provenance_mut(64), KVMGR_INVALID_HANDLE, "kvmgr_store");

@@ -107,6 +107,16 @@ fn a_policy_scores_and_selects_what_it_is_told() {
         let mut scores = [f32::NAN; 12];
         assert_eq!(kvmgr_policy_score(policy, &input, scores.as_mut_ptr()), KVMGR_OK);
         assert_eq!(scores, sums);
+        kvmgr_policy_release(policy);
+        // What compares all layers has nothing to say about one.
+        let spec = c"h2o(recent=2) | squeeze | keep_tokens(4)";
+        assert_eq!(kvmgr_policy_create(spec.as_ptr(), &raw mut policy), KVMGR_OK);
+        assert_eq!(kvmgr_policy_needs(policy, &raw mut needs, &raw mut window), KVMGR_OK);
+        assert_eq!(needs, KVMGR_NEEDS_COLUMN_SUM | KVMGR_NEEDS_RESIDUAL);
+        let (mut kept, mut counts) = ([99; 12], [0; 2]);
+        let status = kvmgr_policy_select(policy, &input, kept.as_mut_ptr(), counts.as_mut_ptr());
+        assert_eq!(status, KVMGR_UNSUPPORTED);
+        assert!(message().contains("compares all layers"), "{}", message());
     }
     kvmgr_policy_release(policy);
 }

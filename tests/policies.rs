@@ -244,7 +244,7 @@ fn a_pipeline_is_due_when_triggered_and_over_budget() {
 fn what_an_engine_cannot_hand_over_is_refused_with_its_column() {
     use kvmgr::manager::Manager;
     use kvmgr::shape::ModelShape;
-    let shape = ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+    let shape = ModelShape::new(2, 4, 2, 32);
     let refused = |spec: &str, width: Option<LaneWidth>| {
         let mut config = common::config(shape, spec);
         (config.rope, config.lane_width) = (None, width);

@@ -94,6 +94,7 @@ impl LayerSource for Prompt {
             num_layers: LAYERS,
             group: GROUP,
             head_dim: DIM,
+            value_dim: DIM,
             sequence_len: LEN,
             heads: (0..HEADS).map(head).collect(),
             rope: Some(&self.rope),
@@ -103,6 +104,7 @@ impl LayerSource for Prompt {
                     width: HEADS * GROUP * DIM,
                 },
             ),
+            attention_cosine: None,
         })
     }
 }

@@ -78,6 +78,7 @@ impl Layer {
 
     fn input(&self) -> LayerInput<'_> {
         LayerInput {
+            value_dim: self.dim,
             layer: 0,
             num_layers: 1,
             group: self.group,
@@ -89,6 +90,7 @@ impl Layer {
                 weights: &self.projection,
                 width: self.heads.len() * self.group * self.dim,
             }),
+            attention_cosine: Some(0.5),
         }
     }
 

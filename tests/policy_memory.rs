@@ -6,8 +6,7 @@ use common::{Engine, config};
 use kvmgr::attention::Options;
 use kvmgr::shape::ModelShape;
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 1, num_q_heads: 2, num_kv_heads: 1, head_dim: 8 };
+const SHAPE: ModelShape = ModelShape::new(1, 2, 1, 8);
 const STEPS: usize = 100_000;
 
 /// Rows that are made once: the policies see different ones at each step all the same.

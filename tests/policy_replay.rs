@@ -15,8 +15,7 @@ use kvmgr::manager::{Manager, Session};
 use kvmgr::policy::Pipeline;
 use kvmgr::shape::ModelShape;
 
-const SMALL: ModelShape =
-    ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 8 };
+const SMALL: ModelShape = ModelShape::new(2, 4, 2, 8);
 
 /// Rows `[tokens, heads, dim]` from `[heads, tokens, dim]`.
 fn by_token(rows: &[f32], heads: usize, dim: usize) -> Vec<f32> {
@@ -153,12 +152,7 @@ fn kvzip_agrees_with_its_reference() {
     if !golden.has("kvzip@0.5/l0.rep_q") {
         return; // The queries of a replay are megabytes: only in the full set.
     }
-    let shape = ModelShape {
-        num_layers: LAYERS,
-        num_q_heads: HEADS * GROUP,
-        num_kv_heads: HEADS,
-        head_dim: DIM,
-    };
+    let shape = ModelShape::new(LAYERS, HEADS * GROUP, HEADS, DIM);
     for (press, plus, keep) in [
         ("kvzip@0.5", "no", 0.5),
         ("kvzip@0.75", "no", 0.25),
@@ -270,7 +264,7 @@ fn what_is_missing_is_refused_by_name() {
     let set = |layer, rows, width| {
         manager.set_output_projection(layer, Tensor::from_slice(weights, [rows, 1, width]))
     };
-    assert!(set(0, 10, 31).unwrap_err().message().contains("num_q_heads * head_dim = 32"));
+    assert!(set(0, 10, 31).unwrap_err().message().contains("num_q_heads * value_dim = 32"));
     assert!(set(2, 10, 32).unwrap_err().message().contains("layer is 2, the model has 2"));
     set(0, 10, 32).unwrap();
     assert!(Session::new(&manager, None).is_err());

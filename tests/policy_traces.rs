@@ -92,6 +92,7 @@ impl LayerSource for Decoder<'_> {
             num_layers: 1,
             group: GROUP,
             head_dim: DIM,
+            value_dim: DIM,
             sequence_len: self.kept.last().map_or(0, |last| *last as usize + 1),
             heads: vec![head],
             ..LayerInput::default()
@@ -264,6 +265,7 @@ impl LayerSource for LayerDecoder<'_> {
             num_layers: 1,
             group: GROUP,
             head_dim: DIM,
+            value_dim: DIM,
             sequence_len: self.position + 1,
             heads,
             ..LayerInput::default()

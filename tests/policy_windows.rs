@@ -41,6 +41,7 @@ impl Head {
             num_layers: 2,
             group: GROUP,
             head_dim: DIM,
+            value_dim: DIM,
             sequence_len: LEN,
             heads: vec![head],
             ..LayerInput::default()

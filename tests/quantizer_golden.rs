@@ -315,7 +315,7 @@ fn qjl_scores_are_unbiased_estimates() {
 fn kivi_with_its_residual_window_has_the_rows_of_the_vectors() {
     let golden = Golden::open();
     for bits in [2, 4] {
-        let shape = ModelShape { num_layers: 1, num_q_heads: 1, num_kv_heads: 1, head_dim: 64 };
+        let shape = ModelShape::new(1, 1, 1, 64);
         let mut config = config(shape, &format!("quant(kivi{bits}, residual=128)"));
         (config.block_size, config.dtype) = (32, DType::F32);
         let mut engine = Engine::new(config, 1);

@@ -268,8 +268,7 @@ fn indexes_forget_fork_and_go_on() {
     }
 }
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+const SHAPE: ModelShape = ModelShape::new(2, 4, 2, 32);
 
 /// A prompt in pieces and its end.
 fn prompt(engine: &mut Engine, counts: &[usize]) -> Session {

@@ -12,8 +12,7 @@ use kvmgr::error::Result;
 use kvmgr::shape::ModelShape;
 use kvmgr::store::{self, Key, Store, StoreStats};
 
-const SHAPE: ModelShape =
-    ModelShape { num_layers: 2, num_q_heads: 4, num_kv_heads: 2, head_dim: 32 };
+const SHAPE: ModelShape = ModelShape::new(2, 4, 2, 32);
 
 /// A host store that flips a bit of everything it returns.
 #[derive(Debug)]

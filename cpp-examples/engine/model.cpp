@@ -104,6 +104,7 @@ const std::vector<float> &Model::forward(const std::vector<Part> &parts) {
     }
     attend(l, tokens);
     multiply(layer.o, attended_, tokens, delta_);
+    observe(l, parts);
     add(delta_);
     rms_norm(layer.ffn_norm, x_.data(), tokens, shape.epsilon, norm_.data());
     multiply(layer.gate, norm_, tokens, gate_);
@@ -152,6 +153,20 @@ void Model::attend(size_t layer, size_t tokens) {
     kvmgr::check(kvmgr_attention_run(attention_.get(), uint32_t(layer), &q, &o, nullptr, nullptr,
                                      worker, count));
   });
+}
+
+// Sequences whose policy compares the residual stream before and after attention are told both, the
+// others do not look.
+void Model::observe(size_t layer, const std::vector<Part> &parts) {
+  const int64_t hidden = int64_t(weights_->shape.hidden);
+  size_t row = 0;
+  for (const Part &part : parts) {
+    const int64_t count = int64_t(part.count);
+    const kvmgr_tensor x = kvmgr::tensor(&x_[row * size_t(hidden)], {count, hidden});
+    const kvmgr_tensor added = kvmgr::tensor(&delta_[row * size_t(hidden)], {count, hidden});
+    kvmgr::check(kvmgr_sequence_observe_residual(part.sequence, uint32_t(layer), &x, &added));
+    row += part.count;
+  }
 }
 
 void Model::multiply(const Tensor &weights, const std::vector<float> &in, size_t tokens,

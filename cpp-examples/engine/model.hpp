@@ -64,6 +64,7 @@ class Model {
 
  private:
   void attend(size_t layer, size_t tokens);
+  void observe(size_t layer, const std::vector<Part> &parts);
   void multiply(const Tensor &weights, const std::vector<float> &in, size_t tokens,
                 std::vector<float> &out);
   void add(const std::vector<float> &delta);

@@ -241,7 +241,7 @@ impl Plan {
                 let task = self.sequences[sequence].task(sequence, kv_head, 0..num_queries);
                 // Its parts meet those of the rest of each member, not each other.
                 let task = Task { extent, num_parts: *num_parts, num_meeting: 1, ..task };
-                tasks.push_parts(task, num_queries * shape.group(), shape.head_dim);
+                tasks.push_parts(task, num_queries * shape.group(), shape.value_row_dim());
             }
         }
     }
@@ -262,7 +262,7 @@ impl Plan {
         self.cascade.members[member].task = task;
         for kv_head in 0..shape.num_kv_heads {
             let vectors = task.num_queries * shape.group();
-            self.cascade.tasks.push_parts(Task { kv_head, ..task }, vectors, shape.head_dim);
+            self.cascade.tasks.push_parts(Task { kv_head, ..task }, vectors, shape.value_row_dim());
         }
     }
 }

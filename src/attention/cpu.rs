@@ -137,8 +137,8 @@ impl Call<'_> {
             Extent::Shared(tile) => self.plan.cascade.tile(tile).1,
             _ => &[],
         };
-        let (group, dim) = (shape.group(), shape.head_dim);
-        Job { task, sequence, lane, walk, extent, tokens, cell, group, dim }
+        let (group, dim, out_dim) = (shape.group(), shape.head_dim, shape.value_row_dim());
+        Job { task, sequence, lane, walk, extent, tokens, cell, group, dim, out_dim }
     }
 
     /// Fills `scratch.total` with the state of the task's part of the rows.
@@ -150,7 +150,7 @@ impl Call<'_> {
             query.read(job.token(row), job.q_head(row), target);
             target.iter_mut().for_each(|x| *x *= scale);
         }
-        scratch.total.reset(rows, job.dim);
+        scratch.total.reset(rows, job.out_dim);
         scratch.weights.clear();
         let part = job.part();
         let stops = job.walk.stop_of(part.start)..job.walk.stop_of(part.end.saturating_sub(1)) + 1;
@@ -167,7 +167,7 @@ impl Call<'_> {
     /// Attends to the spans in one format: fills `scratch.part`.
     fn attend_format(&self, job: &Job<'_>, format: usize, scratch: &mut Scratch) {
         let Scratch { queries, rows, part, weights, .. } = scratch;
-        part.reset(job.rows(), job.dim);
+        part.reset(job.rows(), job.out_dim);
         let keeps_weights = job.keeps_weights();
         let kernels = simd::active();
         let value = self.cache.formats()[format].side(Side::Value);
@@ -180,15 +180,16 @@ impl Call<'_> {
             let view = &piece.span.block.view;
             let mut cell = self.cache.cell(view, job.cell, Side::Value, piece.rows.clone());
             cell.ahead = next;
-            let out = &mut part.out[first * job.dim..][..piece.queries.len() * job.group * job.dim];
-            if decodes_piece(job, piece, value, format) {
+            let end = piece.queries.end * job.group;
+            let out = &mut part.out[first * job.out_dim..end * job.out_dim];
+            if decodes_piece(job, piece, (value, job.out_dim), format) {
                 kernels.axpy(Format::F32, &decode(value, &cell, decoded), scores, out);
             } else {
                 value.axpy(&cell, scores, out);
             }
         });
-        if !decodes(job, value) {
-            value.finish_outputs(job.dim, &mut part.out);
+        if !decodes(job, (value, job.out_dim)) {
+            value.finish_outputs(job.out_dim, &mut part.out);
         }
     }
 
@@ -227,7 +228,7 @@ impl Call<'_> {
                 if ready != Some((this, shift)) {
                     self.turn(job, shift, queries, prepared);
                     integers.clear();
-                    if !decodes(job, key) {
+                    if !decodes(job, (key, job.dim)) {
                         key.prepare_queries(job.dim, prepared);
                         key.encode_queries(job.dim, prepared, integers);
                     }
@@ -239,7 +240,7 @@ impl Call<'_> {
                 let view = &span.block.view;
                 let mut cell = self.cache.cell(view, job.cell, Side::Key, piece.rows.clone());
                 cell.ahead = next(Side::Key);
-                if decodes_piece(job, &piece, key, this) {
+                if decodes_piece(job, &piece, (key, job.dim), this) {
                     let rows = decode(key, &cell, decoded);
                     simd::active().dot(Format::F32, &rows, queries, scores);
                 } else {
@@ -351,6 +352,7 @@ impl Call<'_> {
             for i in newest.saturating_sub(job.task.first_query)..job.task.num_queries {
                 for (g, row) in observed.chunks_exact_mut(job.dim).enumerate() {
                     query.read(job.token(i * job.group), job.q_head(g), row);
+                    self.rescale(row);
                 }
                 head.push_query(observation.window(), job.position(i), observed);
             }
@@ -367,6 +369,15 @@ impl Call<'_> {
         }
     }
 
+    /// Policies divide by the root of the dimension whatever a layer does: where it does something else,
+    /// they see queries of another length.
+    fn rescale(&self, query: &mut [f32]) {
+        if self.options.scale != 0.0 {
+            let factor = self.options.scale * (query.len() as f32).sqrt();
+            query.iter_mut().for_each(|x| *x *= factor);
+        }
+    }
+
     /// Adds the queries of the task, turned back to position 0, to the statistics of their heads.
     fn add_statistics(&self, job: &Job<'_>, query: &Tensor<'_>, rows: &mut Vec<f32>) {
         let Some(observation) = &job.sequence.observation else { return };
@@ -378,6 +389,7 @@ impl Call<'_> {
             rows.resize((job.task.num_queries - first) * job.dim, 0.0);
             for (i, row) in (first..).zip(rows.chunks_exact_mut(job.dim)) {
                 query.read(job.token(i * job.group), job.q_head(g), row);
+                self.rescale(row);
                 if let Some(rope) = &self.cache.config().rope {
                     rope.rotate(row, -job.position(i));
                 }
@@ -387,14 +399,19 @@ impl Call<'_> {
     }
 }
 
-/// Whether rows of a format are decoded. Then queries and outputs are not in its space.
-fn decodes(job: &Job<'_>, side: &dyn Quantizer) -> bool {
-    job.rows() >= DECODE_FROM && !side.takes_many(job.dim)
+/// Whether rows of a format and a length are decoded. Then queries and outputs are not in its space.
+fn decodes(job: &Job<'_>, (side, dim): (&dyn Quantizer, usize)) -> bool {
+    job.rows() >= DECODE_FROM && !side.takes_many(dim)
 }
 
 /// The same for the rows of a piece: the open format is raw and has no space of its own, so single
 /// queries take it as it is.
-fn decodes_piece(job: &Job<'_>, piece: &Piece<'_>, side: &dyn Quantizer, format: usize) -> bool {
+fn decodes_piece(
+    job: &Job<'_>,
+    piece: &Piece<'_>,
+    side: (&dyn Quantizer, usize),
+    format: usize,
+) -> bool {
     decodes(job, side) && !(format == OPEN && piece.queries.len() == 1)
 }
 
@@ -411,8 +428,9 @@ fn write_out(
     output: &TensorMut<'_>,
     lse: Option<&TensorMut<'_>>,
 ) {
-    for (row, values) in scratch.total.out.chunks_exact(job.dim).enumerate() {
-        output.write(job.token(row), job.q_head(row), values);
+    let value_dim = output.shape()[2];
+    for (row, values) in scratch.total.out.chunks_exact(job.out_dim).enumerate() {
+        output.write(job.token(row), job.q_head(row), &values[..value_dim]);
         if let Some(lse) = lse {
             lse.write(job.token(row), job.q_head(row), &scratch.lse[row..=row]);
         }

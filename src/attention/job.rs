@@ -31,7 +31,10 @@ pub(super) struct Job<'a> {
     pub(super) tokens: &'a [usize],
     pub(super) cell: usize,
     pub(super) group: usize,
+    /// Elements of a query and of a key.
     pub(super) dim: usize,
+    /// Elements of a row of values, and of what is summed up: no less than an output has.
+    pub(super) out_dim: usize,
 }
 
 /// Rows of a span, or of all spans of a block, and the queries of the task that see them.

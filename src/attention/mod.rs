@@ -155,27 +155,25 @@ impl Attention {
         self.plan.num_tokens
     }
 
-    /// Writes K and V (`[num_tokens, num_kv_heads, head_dim]`, plan order) of the planned tokens
-    /// into their reserved rows of `layer`. Workers `0..num_workers` each do a part; the caller
+    /// Writes K (`[num_tokens, num_kv_heads, head_dim]`, plan order) and V (the same with `value_dim`, or
+    /// none if values are in keys) of the planned tokens into their reserved rows of `layer`. Workers `0..num_workers` each do a part; the caller
     /// waits for all of them before any runs.
     pub fn append(
         &self,
         layer: usize,
         key: &Tensor<'_>,
-        value: &Tensor<'_>,
+        value: Option<&Tensor<'_>>,
         worker: usize,
         num_workers: usize,
     ) -> Result<()> {
         self.check(layer, worker, num_workers)?;
         self.ensure_on_host("key")?;
-        let shape = &self.cache.config().shape;
-        let expected = [self.plan.num_tokens, shape.num_kv_heads, shape.head_dim];
-        check_shape("key", key.shape(), expected)?;
-        check_shape("value", value.shape(), expected)?;
+        write::check_rows(&self.cache.config().shape, self.plan.num_tokens, key, value)?;
         self.plan.append(&self.cache, layer, key, value, worker, num_workers)
     }
 
-    /// Attends: `output[i] = softmax(query[i] . K) V` for `[num_tokens, num_q_heads, head_dim]`,
+    /// Attends: `output[i] = softmax(query[i] . K) V` for queries `[num_tokens, num_q_heads, head_dim]`
+    /// and outputs `[num_tokens, num_q_heads, value_dim]`,
     /// and the log-sum-exp of the logits into `lse` (`[num_tokens, num_q_heads, 1]`). A query that
     /// sees nothing gets zeros and negative infinity. Workers `0..num_workers` each do a part, in any
     /// order and at once; the caller waits for all of them before it runs another layer. After a
@@ -196,7 +194,7 @@ impl Attention {
         let shape = &self.cache.config().shape;
         let (tokens, heads) = (self.plan.num_tokens, shape.num_q_heads);
         check_shape("query", query.shape(), [tokens, heads, shape.head_dim])?;
-        check_shape("output", output.shape(), [tokens, heads, shape.head_dim])?;
+        check_shape("output", output.shape(), [tokens, heads, shape.value_dim()])?;
         if let Some(lse) = lse {
             check_shape("lse", lse.shape(), [tokens, heads, 1])?;
         }

@@ -96,7 +96,7 @@ impl Planned {
                 let vectors = queries.len() * shape.group();
                 let task = self.task(index, kv_head, queries);
                 let task = Task { num_parts, num_meeting: num_parts, ..task };
-                tasks.push_parts(task, vectors, shape.head_dim);
+                tasks.push_parts(task, vectors, shape.value_row_dim());
             }
         }
     }

@@ -8,7 +8,7 @@ use crate::sequence::Sequence;
 /// The result for one query vector.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Attended {
-    /// `softmax(logits) V`, `[head_dim]`.
+    /// `softmax(logits) V`, `[value_dim]`.
     pub output: Vec<f64>,
     /// Log of the sum of the exponentials of the logits.
     pub lse: f64,
@@ -88,7 +88,12 @@ pub fn attend_selected(
             logit - options.alibi_slopes.map_or(0.0, |s| f64::from(s[q_head])) * distance as f64
         })
         .collect();
-    finish(&logits, &values, dim, options.sinks.map(|sinks| f64::from(sinks[q_head])))
+    finish(
+        &logits,
+        &values,
+        config.shape.value_dim(),
+        options.sinks.map(|sinks| f64::from(sinks[q_head])),
+    )
 }
 
 fn finish(logits: &[f64], values: &[f32], dim: usize, sink: Option<f64>) -> Attended {

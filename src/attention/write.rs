@@ -4,24 +4,26 @@ use super::check_shape;
 use super::plan::Plan;
 use crate::cache::Cache;
 use crate::device::tensor::Tensor;
-use crate::error::{Result, ensure};
+use crate::error::{Result, bail, ensure};
 use crate::quantizer::Side;
 use crate::sequence::{Lane, Sequence, Span};
+use crate::shape::ModelShape;
 
 /// The keys and values of a layer, and where its rows start.
 struct Rows<'a> {
     key: &'a Tensor<'a>,
-    value: &'a Tensor<'a>,
+    value: Option<&'a Tensor<'a>>,
     first: usize,
 }
 
-/// Writes the next rows of `layer` of one sequence: K and V are `[n, num_kv_heads, head_dim]` for
-/// the next `n` reserved tokens that this layer has not written yet.
+/// Writes the next rows of `layer` of one sequence: K is `[n, num_kv_heads, head_dim]`, V the same with
+/// `value_dim`, or none if values are in keys, for the next `n` reserved tokens that this layer has not
+/// written yet.
 pub fn write_sequence(
     sequence: &Sequence,
     layer: usize,
     key: &Tensor<'_>,
-    value: &Tensor<'_>,
+    value: Option<&Tensor<'_>>,
 ) -> Result<()> {
     sequence.ensure_present()?;
     ensure!(
@@ -38,9 +40,7 @@ pub fn write_sequence(
     let layers = shape.num_layers;
     ensure!(layer < layers, InvalidArgument, "layer is {layer}, the model has {layers}");
     let n = key.shape()[0];
-    let expected = [n, shape.num_kv_heads, shape.head_dim];
-    check_shape("key", key.shape(), expected)?;
-    check_shape("value", value.shape(), expected)?;
+    check_rows(shape, n, key, value)?;
     let written = sequence.shared().written(layer) / shape.num_kv_heads;
     let open = sequence.num_reserved().saturating_sub(written);
     ensure!(
@@ -65,7 +65,7 @@ impl Plan {
         cache: &Cache,
         layer: usize,
         key: &Tensor<'_>,
-        value: &Tensor<'_>,
+        value: Option<&Tensor<'_>>,
         worker: usize,
         num_workers: usize,
     ) -> Result<()> {
@@ -87,6 +87,26 @@ impl Plan {
     }
 }
 
+/// Refuses keys and values of other shapes than `n` tokens of the model have.
+pub(super) fn check_rows(
+    shape: &ModelShape,
+    n: usize,
+    key: &Tensor<'_>,
+    value: Option<&Tensor<'_>>,
+) -> Result<()> {
+    check_shape("key", key.shape(), [n, shape.num_kv_heads, shape.head_dim])?;
+    match value {
+        Some(_) if !shape.stores_values() => {
+            bail!(InvalidArgument, "value is given, but values are the first elements of keys")
+        }
+        Some(value) => {
+            check_shape("value", value.shape(), [n, shape.num_kv_heads, shape.value_dim()])
+        }
+        None if shape.stores_values() => bail!(InvalidArgument, "value is NULL"),
+        None => Ok(()),
+    }
+}
+
 /// Writes `n` rows of one head, the first of which is `from_end` rows before the end of the lane.
 fn write_head(
     cache: &Cache,
@@ -99,16 +119,20 @@ fn write_head(
 ) {
     const MAX: usize = crate::shape::MAX_HEAD_DIM;
     let mut buffer = [0.0; MAX];
-    let row = &mut buffer[..cache.config().shape.head_dim];
+    let shape = &cache.config().shape;
     let mut token = rows.first;
     for (span, first, count) in Lane::tail(spans, from_end) {
         for target in first..first + count {
             if token == rows.first + n {
                 return;
             }
-            for (side, source) in [(Side::Key, rows.key), (Side::Value, rows.value)] {
+            let write = |side, source: &Tensor<'_>, row: &mut [f32]| {
                 source.read(token, head, row);
                 cache.write_row(&span.block.view, cell, side, target, row);
+            };
+            write(Side::Key, rows.key, &mut buffer[..shape.head_dim]);
+            if let Some(value) = rows.value {
+                write(Side::Value, value, &mut buffer[..shape.value_dim()]);
             }
             token += 1;
         }

@@ -157,6 +157,13 @@ impl CacheConfig {
                 InvalidArgument,
                 "rope_dims is {dims}, must be in 2..={head_dim} (head_dim)"
             );
+            let first = rope.first;
+            ensure!(
+                first <= head_dim - dims,
+                InvalidArgument,
+                "rope_first is {first}, must be at most {} (head_dim - rope_dims)",
+                head_dim - dims
+            );
         }
         let exact = self.exact();
         exact.check(self.shape.num_layers)?;

@@ -11,6 +11,7 @@ use crate::device::layout::{self, Sealed};
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
 use crate::quantizer::{ROTATION, Side};
+use crate::shape::Values;
 
 /// Blocks on a device start at multiples of this, so that a page table of 32-bit numbers reaches a
 /// terabyte: page `i` starts `i * PAGE_BYTES` bytes behind the start of the memory.
@@ -24,6 +25,11 @@ pub(super) fn check(config: &CacheConfig) -> Result<()> {
         [64, 128, 256].contains(&dim),
         Unsupported,
         "head_dim is {dim}, must be 64, 128 or 256 on a CUDA device"
+    );
+    ensure!(
+        shape.values == Values::Own(dim),
+        Unsupported,
+        "values must have rows of their own of head_dim {dim} elements on a CUDA device"
     );
     ensure!(
         [16, 32, 64].contains(&block_size),
@@ -180,11 +186,9 @@ impl Cache {
         let gpu = memory.gpu();
         let _entered = gpu.enter().ok()?;
         gpu.ensure_not_capturing("commit").ok()?;
-        let (shape, tokens) = (&self.config().shape, self.config().block_size);
+        let shape = &self.config().shape;
         let [open, sealed] = [OPEN, self.sealed_format()].map(|i| &self.formats()[i]);
-        let start = |format: &Format, cell, side| {
-            format.range(cell, side, tokens, shape.head_dim).start as i64
-        };
+        let start = |format: &Format, cell, side| format.range(cell, side).start as i64;
         let cells = self.config().lane_width.cells(shape) as u32;
         self.replace(block, self.sealed_format(), |target| {
             let params = Seal {

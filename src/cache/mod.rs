@@ -27,7 +27,8 @@ use crate::block::{BlockId, BlockPool, EntryId, Released};
 use crate::device::cuda::DeviceMemory;
 use crate::error::{Result, bail, ensure};
 use crate::evictor;
-use crate::quantizer::{self, Side};
+use crate::quantizer::{self, Quantizer, Side};
+use crate::shape::ModelShape;
 
 /// Index of the open format in [`Cache::formats`].
 pub const OPEN: usize = 0;
@@ -86,6 +87,25 @@ struct State {
     views: Vec<BlockView>,
     idle_bytes: AtomicUsize,
     peak_bytes: AtomicUsize,
+}
+
+/// The quantizers of these names for the keys and values of a model.
+fn make_sides(
+    shape: &ModelShape,
+    key: &str,
+    value: &str,
+) -> Result<(Arc<dyn Quantizer>, Arc<dyn Quantizer>)> {
+    let own = quantizer::create(key, Side::Key)?;
+    let value_side = quantizer::create(value, Side::Value)?;
+    if shape.stores_values() {
+        return Ok((own, value_side));
+    }
+    ensure!(
+        key == value,
+        Unsupported,
+        "values are the first elements of keys, which are {key}; they cannot be {value}"
+    );
+    Ok((own.clone(), own))
 }
 
 /// A snapshot of what a cache holds. Bytes are bytes of blocks, as allocated.
@@ -166,13 +186,12 @@ impl Cache {
         let Some(memory) = &config.memory else {
             return Ok((Vec::new(), OPEN));
         };
-        let cells = config.lane_width.cells(&config.shape);
+        let shape = &config.shape;
+        let sizes = (config.lane_width.cells(shape), config.block_size);
+        let alignment = if config.device.is_some() { PAGE_BYTES } else { 64 };
         let make = |key: &str, value: &str| {
-            let key = quantizer::create(key, Side::Key)?;
-            let value = quantizer::create(value, Side::Value)?;
-            let sizes = (config.block_size, config.shape.head_dim);
-            let alignment = if config.device.is_some() { PAGE_BYTES } else { 64 };
-            Format::new(key, value, cells, sizes, alignment)
+            let (key, value) = make_sides(shape, key, value)?;
+            Format::new(key, value, shape, sizes, alignment)
         };
         let mut formats = vec![make(memory.open.name(), memory.open.name())?];
         let mut index_of = |format: Format| {
@@ -200,9 +219,8 @@ impl Cache {
 
     /// The index of the format of these quantizers, if blocks can have it.
     pub fn find_format(&self, key: &str, value: &str) -> Result<Option<usize>> {
-        let key = quantizer::create(key, Side::Key)?.spec();
-        let value = quantizer::create(value, Side::Value)?.spec();
-        let spec = (key, value);
+        let (key, value) = make_sides(&self.config.shape, key, value)?;
+        let spec = (key.spec(), value.spec());
         Ok(self.formats.iter().position(|format| format.spec() == spec))
     }
 

@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::{Block, BlockView, Cache, OPEN};
 use crate::quantizer::{Cell, Granularity, Side};
 
-/// Both sides, for loops.
-pub const SIDES: [Side; 2] = [Side::Key, Side::Value];
+/// Both sides.
+const SIDES: [Side; 2] = [Side::Key, Side::Value];
 
 impl Cache {
     /// Encodes one row into an open block.
@@ -16,7 +16,12 @@ impl Cache {
         quantizer.encode(values, values.len(), view.write(self.row_range(OPEN, cell, side, row)));
     }
 
-    /// Decodes rows of one cell side into `out`, `[rows, head_dim]`.
+    /// The sides that have rows of their own.
+    pub fn sides(&self) -> &'static [Side] {
+        if self.config().shape.stores_values() { &SIDES } else { &SIDES[..1] }
+    }
+
+    /// Decodes rows of one cell side into `out`, `[rows, dim]` with the `dim` of the side's rows.
     pub fn read_rows(
         &self,
         view: &BlockView,
@@ -37,9 +42,9 @@ impl Cache {
         side: Side,
         rows: Range<usize>,
     ) -> Cell<'a> {
-        let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
-        let range = self.formats()[view.format()].range(cell, side, tokens, dim);
-        Cell { bytes: view.read(range), tokens, dim, rows, ahead: &[] }
+        let format = &self.formats()[view.format()];
+        let bytes = view.read(format.range(cell, side));
+        Cell { bytes, tokens: format.tokens, dim: format.dim(side), rows, ahead: &[] }
     }
 
     /// Seals a full open block: encodes its cells once. `None` if the block is shared or there is
@@ -49,23 +54,23 @@ impl Cache {
             return self.seal_on_device(block, sealer);
         }
         self.replace(block, self.sealed_format(), |target| {
-            let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
-            let mut rows = vec![0.0; tokens * dim];
+            let tokens = self.config().block_size;
+            let mut rows = Vec::new();
             for cell in 0..self.config().lane_width.cells(&self.config().shape) {
-                for side in SIDES {
-                    self.read_rows(&block.view, cell, side, 0..tokens, &mut rows);
-                    self.encode_cell(target, cell, side, &rows);
+                for side in self.sides() {
+                    rows.resize(tokens * self.formats()[OPEN].dim(*side), 0.0);
+                    self.read_rows(&block.view, cell, *side, 0..tokens, &mut rows);
+                    self.encode_cell(target, cell, *side, &rows);
                 }
             }
         })
     }
 
-    /// Encodes a whole cell side, `[block_size, head_dim]`, into a block nobody else sees yet.
+    /// Encodes a whole cell side, `[block_size, dim]`, into a block nobody else sees yet.
     pub fn encode_cell(&self, view: &BlockView, cell: usize, side: Side, rows: &[f32]) {
-        let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
         let format = &self.formats()[view.format()];
-        let out = view.write(format.range(cell, side, tokens, dim));
-        format.side(side).encode(rows, dim, out);
+        let out = view.write(format.range(cell, side));
+        format.side(side).encode(rows, format.dim(side), out);
     }
 
     /// Whether a row of `side` can move from format `source` to `target` as bytes.
@@ -88,10 +93,9 @@ impl Cache {
     }
 
     fn row_range(&self, format: usize, cell: usize, side: Side, row: usize) -> Range<usize> {
-        let (tokens, dim) = (self.config().block_size, self.config().shape.head_dim);
         let format = &self.formats()[format];
-        let bytes = format.side(side).bytes(1, dim);
-        let start = format.range(cell, side, tokens, dim).start + row * bytes;
+        let bytes = format.side(side).bytes(1, format.dim(side));
+        let start = format.range(cell, side).start + row * bytes;
         start..start + bytes
     }
 }

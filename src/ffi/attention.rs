@@ -212,7 +212,7 @@ pub unsafe extern "C" fn kvmgr_attention_get_stats(
 ///
 /// @param layer below num_layers
 /// @param key [planned tokens, num_kv_heads, head_dim], rotated as the model wants it
-/// @param value [planned tokens, num_kv_heads, head_dim]
+/// @param value [planned tokens, num_kv_heads, value_dim]; NULL with KVMGR_CACHE_VALUES_IN_KEYS
 /// @param worker which part of the work to do, below num_workers. The caller waits for all parts
 ///        before it runs the layer.
 /// @param num_workers parts; 0 (with worker 0) lets the library's own threads do all of them
@@ -237,10 +237,10 @@ pub unsafe extern "C" fn kvmgr_attention_append(
                 return plan.append_on_device(layer as usize, &key, &value, part);
             }
             let key = convert::tensor(key, "key")?;
-            let value = convert::tensor(value, "value")?;
+            let value = convert::optional_tensor(value, "value")?;
             let plan = attention.attention.read(NAME)?;
             in_parts(&attention.manager, worker, num_workers, |worker, num_workers| {
-                plan.append(layer as usize, &key, &value, worker, num_workers)
+                plan.append(layer as usize, &key, value.as_ref(), worker, num_workers)
             })
         })
     })
@@ -256,7 +256,7 @@ pub unsafe extern "C" fn kvmgr_attention_append(
 /// @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
 ///        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.
 /// @param query [planned tokens, num_q_heads, head_dim]
-/// @param output [planned tokens, num_q_heads, head_dim]
+/// @param output [planned tokens, num_q_heads, value_dim]
 /// @param lse [planned tokens, num_q_heads]: receives the log-sum-exp of the logits; may be NULL
 /// @param options may be NULL
 /// @param worker which part of the work to do, below num_workers. The caller waits for all parts

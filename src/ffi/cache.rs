@@ -22,7 +22,7 @@ use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
 use crate::log::{Level, log};
 use crate::manager::{Manager, ManagerConfig, Session};
-use crate::shape::{LaneWidth, ModelShape};
+use crate::shape::{LaneWidth, ModelShape, Values};
 use crate::simd;
 
 /// The KV cache of a model: block memory, formats, policies, prefix sharing and offload as one.
@@ -44,6 +44,13 @@ impl Opaque for kvmgr_cache {
 /// Flag: full blocks are kept after their sequence ends and shared by prefix.
 pub const KVMGR_CACHE_PREFIX: u32 = 1;
 
+/// Flag: values are the first value_dim elements of keys, and nothing is stored for them. That is MLA
+/// (DeepSeek-V2, arXiv 2405.04434) in its absorbed form: one KV head, a key is the latent (512 elements)
+/// and the rotated part (64), all query heads attend to it, and a value is the latent. The engine's scale
+/// is not 1 / sqrt(head_dim) then: say it in kvmgr_attention_options. Keys and values have one format, and
+/// stages that change values are refused.
+pub const KVMGR_CACHE_VALUES_IN_KEYS: u32 = 2;
+
 /// Settings of a cache. Set struct_size to its sizeof; every other zero means the default.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -56,7 +63,7 @@ pub struct kvmgr_cache_config {
     pub num_q_heads: u32,
     /// Key/value heads of a layer, 1 to 4096.
     pub num_kv_heads: u32,
-    /// Elements of a key and of a value, 1 to 1024.
+    /// Elements of a key, and of a value unless value_dim says otherwise, 1 to 1024.
     pub head_dim: u32,
     /// Tokens of a block, 1 to 1024; 0 means 32.
     pub block_size: u32,
@@ -79,11 +86,11 @@ pub struct kvmgr_cache_config {
     pub store: *mut kvmgr_store,
     /// The operator's secret that separates tenants' prefixes.
     pub hash_salt: u64,
-    /// KVMGR_CACHE_PREFIX or 0.
+    /// KVMGR_CACHE_PREFIX, KVMGR_CACHE_VALUES_IN_KEYS, both or 0.
     pub flags: u32,
     /// How the model rotates queries and keys; needed by specs with pos(cache_relative).
     pub rope_style: kvmgr_rope_style,
-    /// Rotated elements of a head, even; 0 means head_dim.
+    /// Rotated elements of a head, even; 0 means head_dim - rope_first.
     pub rope_dims: u32,
     /// Base of the frequencies; 0 means 10000.
     pub rope_base: f32,
@@ -104,6 +111,11 @@ pub struct kvmgr_cache_config {
     /// the cache takes memory_limit bytes from the driver. It must stay until the cache is gone and
     /// the device is done with it. CUDA only.
     pub memory: *mut c_void,
+    /// Elements of a value and of an output, 1 to 1024, with KVMGR_CACHE_VALUES_IN_KEYS at most head_dim;
+    /// 0 means head_dim.
+    pub value_dim: u32,
+    /// The first rotated element of a head: the latent of MLA comes before those that are rotated.
+    pub rope_first: u32,
 }
 
 /// What a cache holds and has done. Set struct_size before the call. Bytes are bytes of blocks as
@@ -245,7 +257,7 @@ pub extern "C" fn kvmgr_cache_set_stream(
 /// copied: it must stay as it is until the cache is destroyed. A sequence whose policy needs it can
 /// be made when every layer has it.
 ///
-/// @param what KVMGR_NEEDS_OUTPUT_PROJECTION: weights is [hidden_size, num_q_heads * head_dim], row
+/// @param what KVMGR_NEEDS_OUTPUT_PROJECTION: weights is [hidden_size, num_q_heads * value_dim], row
 ///        i makes element i of the output
 #[must_use]
 #[unsafe(no_mangle)]
@@ -298,12 +310,21 @@ pub unsafe extern "C" fn kvmgr_cache_sequence_create(
 /// # Safety
 /// The pointers in `config` are NULL or valid for what their fields say.
 unsafe fn parse_config(config: &kvmgr_cache_config) -> Result<ManagerConfig> {
-    let shape = ModelShape {
-        num_layers: config.num_layers as usize,
-        num_q_heads: config.num_q_heads as usize,
-        num_kv_heads: config.num_kv_heads as usize,
-        head_dim: config.head_dim as usize,
+    let shape = ModelShape::new(
+        config.num_layers as usize,
+        config.num_q_heads as usize,
+        config.num_kv_heads as usize,
+        config.head_dim as usize,
+    );
+    let flags = config.flags;
+    let known = KVMGR_CACHE_PREFIX | KVMGR_CACHE_VALUES_IN_KEYS;
+    ensure!(flags & !known == 0, InvalidArgument, "flags has unknown bits {flags:#x}");
+    let value_dim = if config.value_dim == 0 { config.head_dim } else { config.value_dim } as usize;
+    let values = match flags & KVMGR_CACHE_VALUES_IN_KEYS {
+        0 => Values::Own(value_dim),
+        _ => Values::InKeys(value_dim),
     };
+    let shape = ModelShape { values, ..shape };
     shape.validate()?;
     let lane_width = match config.lane_width {
         KVMGR_LANE_AUTO => None,
@@ -318,8 +339,6 @@ unsafe fn parse_config(config: &kvmgr_cache_config) -> Result<ManagerConfig> {
         kvmgr_dtype(0) => DType::F16,
         dtype => dtype.parse("dtype")?,
     };
-    let flags = config.flags;
-    ensure!(flags & !KVMGR_CACHE_PREFIX == 0, InvalidArgument, "flags has unknown bits {flags:#x}");
     // SAFETY: the caller promises strings.
     let (spec, evictor) =
         unsafe { (convert::text(config.spec, "spec")?, convert::text(config.evictor, "evictor")?) };
@@ -343,6 +362,7 @@ unsafe fn parse_config(config: &kvmgr_cache_config) -> Result<ManagerConfig> {
         rope: unsafe {
             convert::rope(&RopeFields {
                 style: config.rope_style,
+                first: config.rope_first,
                 dims: config.rope_dims,
                 base: config.rope_base,
                 inv_freq: config.rope_inv_freq,

@@ -165,6 +165,7 @@ pub(super) unsafe fn fill_struct<T: Copy>(out: *mut T, value: &T, name: &str) ->
 /// The fields with which a struct says how a model rotates.
 pub(super) struct RopeFields {
     pub(super) style: kvmgr_rope_style,
+    pub(super) first: u32,
     pub(super) dims: u32,
     pub(super) base: f32,
     pub(super) inv_freq: *const f32,
@@ -184,7 +185,9 @@ pub(super) unsafe fn rope(fields: &RopeFields) -> Result<Option<Rope>> {
             bail!(InvalidArgument, "rope_style is {value}, not a kvmgr_rope_style")
         }
     };
-    let dims = if fields.dims == 0 { fields.head_dim } else { fields.dims } as usize;
+    let rest = fields.head_dim.saturating_sub(fields.first);
+    let dims = if fields.dims == 0 { rest } else { fields.dims } as usize;
+    let first = fields.first as usize;
     ensure!(
         dims.is_multiple_of(2) && (2..=MAX_HEAD_DIM).contains(&dims),
         InvalidArgument,
@@ -197,11 +200,11 @@ pub(super) unsafe fn rope(fields: &RopeFields) -> Result<Option<Rope>> {
         "rope_base is {base}, must be finite and positive"
     );
     if fields.inv_freq.is_null() {
-        return Ok(Some(Rope::new(style, dims, base)));
+        return Ok(Some(Rope { first, ..Rope::new(style, dims, base) }));
     }
     // SAFETY: the caller promises the frequencies.
     let inv_freq = unsafe { slice(fields.inv_freq, dims / 2, "rope_inv_freq") }?;
-    Ok(Some(Rope { style, inv_freq: inv_freq.to_vec() }))
+    Ok(Some(Rope { style, first, inv_freq: inv_freq.to_vec() }))
 }
 
 /// No struct of this library will ever be larger.
@@ -284,6 +287,21 @@ pub(super) unsafe fn tensor<'a>(tensor: *const kvmgr_tensor, name: &str) -> Resu
     let (data, dtype, shape, strides) = unsafe { tensor_parts(tensor, name, 3) }?;
     // SAFETY: the caller promises it.
     Ok(unsafe { Tensor::from_raw(data, dtype, shape, strides) })
+}
+
+/// A tensor to read, or NULL.
+///
+/// # Safety
+/// As for [`tensor`].
+pub(super) unsafe fn optional_tensor<'a>(
+    tensor: *const kvmgr_tensor,
+    name: &str,
+) -> Result<Option<Tensor<'a>>> {
+    if tensor.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: the caller promises it.
+    unsafe { self::tensor(tensor, name) }.map(Some)
 }
 
 /// A matrix to read, as `[rows, 1, columns]`.

@@ -12,7 +12,7 @@ use crate::error::{Result, bail, ensure};
 use crate::policy::{
     Event, HeadInput, LayerInput, LayerSource, OutputProjection, Pipeline, STAGES,
 };
-use crate::shape::{ModelShape, Needs, Rope};
+use crate::shape::{ModelShape, Needs, Rope, Values};
 
 /// A token policy parsed from a spec. Immutable. Shared: retain and release, any thread.
 #[derive(Debug)]
@@ -51,6 +51,8 @@ pub const KVMGR_NEEDS_REPLAY: u32 = 256;
 pub const KVMGR_NEEDS_REPLAY_HIDDEN: u32 = 512;
 /// The policy reads how many queries gave a token less than an even share.
 pub const KVMGR_NEEDS_LOW_COUNT: u32 = 1024;
+/// The policy reads how much attention changes the residual stream: kvmgr_sequence_observe_residual.
+pub const KVMGR_NEEDS_RESIDUAL: u32 = 4096;
 
 const _: () = {
     assert!(KVMGR_NEEDS_KEYS == Needs::KEYS.0 && KVMGR_NEEDS_VALUES == Needs::VALUES.0);
@@ -60,6 +62,7 @@ const _: () = {
     assert!(KVMGR_NEEDS_HIDDEN == Needs::HIDDEN.0 && KVMGR_NEEDS_REPLAY == Needs::REPLAY.0);
     assert!(KVMGR_NEEDS_REPLAY_HIDDEN == Needs::REPLAY_HIDDEN.0);
     assert!(KVMGR_NEEDS_LOW_COUNT == Needs::LOW_COUNT.0);
+    assert!(KVMGR_NEEDS_RESIDUAL == Needs::RESIDUAL.0);
     assert!(KVMGR_NEEDS_OUTPUT_PROJECTION == Needs::OUTPUT_PROJECTION.0);
 };
 
@@ -87,7 +90,7 @@ pub struct kvmgr_policy_input {
     pub num_q_heads: u32,
     /// Key/value heads.
     pub num_kv_heads: u32,
-    /// Elements of a vector.
+    /// Elements of a key and of a query.
     pub head_dim: u32,
     /// Cached tokens T of each KV head, at least 1.
     pub num_tokens: u32,
@@ -97,7 +100,7 @@ pub struct kvmgr_policy_input {
     pub event: kvmgr_event,
     /// [num_kv_heads, T, head_dim].
     pub keys: *const f32,
-    /// [num_kv_heads, T, head_dim].
+    /// [num_kv_heads, T, value_dim].
     pub values: *const f32,
     /// [num_q_heads, w, head_dim], oldest first.
     pub queries: *const f32,
@@ -114,7 +117,7 @@ pub struct kvmgr_policy_input {
     /// How the model rotates queries and keys; needed with KVMGR_NEEDS_ROPE, unless only pos(...)
     /// needs it.
     pub rope_style: kvmgr_rope_style,
-    /// Rotated elements of a head, even, at most head_dim; 0 means head_dim.
+    /// Rotated elements of a head, even, at most head_dim - rope_first, which 0 means.
     pub rope_dims: u32,
     /// Base of the frequencies; 0 means 10000.
     pub rope_base: f32,
@@ -123,7 +126,7 @@ pub struct kvmgr_policy_input {
     pub hidden_size: u32,
     /// [T, hidden_size]: the input of attention, after its norm.
     pub hidden: *const f32,
-    /// [hidden_size, num_q_heads * head_dim]: row i makes element i of the layer's output.
+    /// [hidden_size, num_q_heads * value_dim]: row i makes element i of the layer's output.
     pub output_projection: *const f32,
     /// [num_q_heads, T]: the largest probability that each token received from tokens that replay it,
     /// with KVMGR_NEEDS_REPLAY_HIDDEN over the length of their hidden states.
@@ -135,6 +138,10 @@ pub struct kvmgr_policy_input {
     /// [num_kv_heads, T]: queries since the policy last ran that gave a token less than 1 / T, on the
     /// mean over the group's heads.
     pub low_counts: *const f32,
+    /// Elements of a value; 0 means head_dim.
+    pub value_dim: u32,
+    /// The first rotated element of a head.
+    pub rope_first: u32,
 }
 
 impl kvmgr_policy_input {
@@ -167,6 +174,8 @@ impl kvmgr_policy_input {
         kv_head: 0,
         reserved: 0,
         low_counts: std::ptr::null(),
+        value_dim: 0,
+        rope_first: 0,
     };
 }
 
@@ -230,8 +239,8 @@ pub extern "C" fn kvmgr_policy_release(policy: *mut kvmgr_policy) {
 
 /// What the engine has to hand over: KVMGR_NEEDS_ bits, and how many queries of each head.
 /// kvmgr_attention_run observes queries and probabilities by itself; the rotation is told in
-/// kvmgr_cache_config, hidden states by kvmgr_sequence_observe, projections by
-/// kvmgr_cache_set_weights.
+/// kvmgr_cache_config, hidden states by kvmgr_sequence_observe and kvmgr_sequence_observe_residual,
+/// projections by kvmgr_cache_set_weights.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_policy_needs(
@@ -275,7 +284,8 @@ pub unsafe extern "C" fn kvmgr_policy_score(
     })
 }
 
-/// Chooses the tokens of a layer that stay.
+/// Chooses the tokens of a layer that stay. A policy that needs KVMGR_NEEDS_RESIDUAL compares all layers
+/// and is KVMGR_UNSUPPORTED here.
 ///
 /// @param out_kept [num_kv_heads, T]: for each KV head its kept indices, ascending, in front
 /// @param out_counts [num_kv_heads]: how many each KV head keeps
@@ -291,6 +301,12 @@ pub unsafe extern "C" fn kvmgr_policy_select(
     guard(|| unsafe {
         handle::with(policy, |policy| {
             let input = Input::new(input, &policy.0)?;
+            ensure!(
+                !policy.0.needs().contains(Needs::RESIDUAL),
+                Unsupported,
+                "the policy {} compares all layers, here is only one",
+                policy.0.spec()
+            );
             let kept = convert::slice_mut(out_kept, input.heads * input.tokens, "out_kept")?;
             let counts = convert::slice_mut(out_counts, input.heads, "out_counts")?;
             let sets = policy.0.select(input.event, &mut OneLayer(input.layer()))?;
@@ -327,6 +343,7 @@ struct Input<'a> {
     low_counts: &'a [f32],
     rope: Option<Rope>,
     positions: Vec<i32>,
+    value_dim: usize,
 }
 
 impl<'a> Input<'a> {
@@ -336,14 +353,19 @@ impl<'a> Input<'a> {
         let needs = policy.needs();
         // SAFETY: the caller promises it.
         let raw = unsafe { convert::config(input, "kvmgr_policy_input") }?;
-        let shape = ModelShape {
-            num_layers: raw.num_layers.max(raw.layer.saturating_add(1)) as usize,
-            num_q_heads: raw.num_q_heads as usize,
-            num_kv_heads: raw.num_kv_heads as usize,
-            head_dim: raw.head_dim as usize,
+        let shape = ModelShape::new(
+            raw.num_layers.max(raw.layer.saturating_add(1)) as usize,
+            raw.num_q_heads as usize,
+            raw.num_kv_heads as usize,
+            raw.head_dim as usize,
+        );
+        let shape = match raw.value_dim {
+            0 => shape,
+            dim => ModelShape { values: Values::Own(dim as usize), ..shape },
         };
         shape.validate()?;
         let (heads, tokens, dim) = (shape.num_kv_heads, raw.num_tokens as usize, shape.head_dim);
+        let value_dim = shape.value_dim();
         let queries = raw.num_queries as usize;
         ensure!(tokens > 0, InvalidArgument, "num_tokens is 0, must be at least 1");
         ensure!(
@@ -372,7 +394,7 @@ impl<'a> Input<'a> {
             "hidden_size is {hidden_size}, must be in 1..={MAX_HIDDEN}"
         );
         let hidden = list(raw.hidden, tokens * hidden_size, Needs::HIDDEN, "hidden")?;
-        let width = shape.num_q_heads * dim;
+        let width = shape.num_q_heads * value_dim;
         // SAFETY: the caller promises it.
         let positions = unsafe { convert::optional_slice(raw.positions, tokens, "positions") }?;
         let positions = positions.map_or_else(|| (0..tokens as i32).collect(), <[i32]>::to_vec);
@@ -380,10 +402,11 @@ impl<'a> Input<'a> {
         ensure!(first >= 0, InvalidArgument, "positions[0] is {first}, must not be negative");
         Ok(Self {
             event,
+            value_dim,
             heads,
             tokens,
             keys: list(raw.keys, rows * dim, Needs::KEYS, "keys")?,
-            values: list(raw.values, rows * dim, Needs::VALUES, "values")?,
+            values: list(raw.values, rows * value_dim, Needs::VALUES, "values")?,
             queries: list(
                 raw.queries,
                 shape.num_q_heads * queries * dim,
@@ -438,6 +461,7 @@ impl<'a> Input<'a> {
             num_layers: self.raw.num_layers.max(self.raw.layer + 1) as usize,
             group,
             head_dim: self.raw.head_dim as usize,
+            value_dim: self.value_dim,
             sequence_len: self.positions.last().map_or(0, |last| *last as usize + 1),
             heads: (0..self.heads)
                 .map(|h| HeadInput {
@@ -462,8 +486,9 @@ impl<'a> Input<'a> {
             rope: self.rope.as_ref(),
             output_projection: (!self.output_projection.is_empty()).then_some(OutputProjection {
                 weights: self.output_projection,
-                width: self.raw.num_q_heads as usize * self.raw.head_dim as usize,
+                width: self.raw.num_q_heads as usize * self.value_dim,
             }),
+            attention_cosine: None,
         }
     }
 }
@@ -479,6 +504,7 @@ unsafe fn rope(raw: &kvmgr_policy_input, is_read: bool) -> Result<Option<Rope>> 
     }
     let fields = RopeFields {
         style: raw.rope_style,
+        first: raw.rope_first,
         dims: raw.rope_dims,
         base: raw.rope_base,
         inv_freq: raw.rope_inv_freq,
@@ -490,10 +516,11 @@ unsafe fn rope(raw: &kvmgr_policy_input, is_read: bool) -> Result<Option<Rope>> 
         bail!(InvalidArgument, "rope_style is KVMGR_ROPE_NONE, but the policy needs the rotation");
     };
     ensure!(
-        2 * rope.inv_freq.len() <= raw.head_dim as usize,
+        rope.first + 2 * rope.inv_freq.len() <= raw.head_dim as usize,
         InvalidArgument,
-        "rope_dims is {}, must be at most head_dim {}",
+        "rope_dims is {} and rope_first {}, must be at most head_dim {} together",
         raw.rope_dims,
+        raw.rope_first,
         raw.head_dim
     );
     Ok(Some(rope))

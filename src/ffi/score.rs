@@ -181,6 +181,7 @@ fn input(
         num_q_heads: layer.group as u32,
         num_kv_heads: 1,
         head_dim: layer.head_dim as u32,
+        value_dim: layer.value_dim as u32,
         num_tokens: head.positions.len() as u32,
         num_queries: head.num_queries as u32,
         keys: head.keys.as_ptr(),

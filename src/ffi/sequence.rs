@@ -133,7 +133,7 @@ pub extern "C" fn kvmgr_sequence_reserve(
 ///
 /// @param layer below num_layers
 /// @param key [n, num_kv_heads, head_dim], rotated as the model wants it
-/// @param value [n, num_kv_heads, head_dim]
+/// @param value [n, num_kv_heads, value_dim]; NULL with KVMGR_CACHE_VALUES_IN_KEYS
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvmgr_sequence_append(
@@ -146,8 +146,8 @@ pub unsafe extern "C" fn kvmgr_sequence_append(
     guard(|| unsafe {
         write(sequence, |session| {
             let key = convert::tensor(key, "key")?;
-            let value = convert::tensor(value, "value")?;
-            attention::write_sequence(session.sequence(), layer as usize, &key, &value)
+            let value = convert::optional_tensor(value, "value")?;
+            attention::write_sequence(session.sequence(), layer as usize, &key, value.as_ref())
         })
     })
 }
@@ -176,6 +176,34 @@ pub unsafe extern "C" fn kvmgr_sequence_observe(
                 "what is {what}, must be KVMGR_NEEDS_HIDDEN"
             );
             session.observe_hidden(layer as usize, &convert::matrix(rows, "rows")?)
+        })
+    })
+}
+
+/// Hands over how attention of a layer changes the residual stream of the reserved tokens
+/// (KVMGR_NEEDS_RESIDUAL), once for each layer before they are committed. Both rows are at hand just
+/// before the engine adds one to the other, in place or not. They are not kept, only the cosine between
+/// the stream before and after. Only tokens of the prompt that the engine computes count, not those of a
+/// shared prefix: a policy that does not need it, and any after kvmgr_sequence_end_prefill, does not look
+/// at it.
+///
+/// @param layer below num_layers
+/// @param hidden [reserved tokens, hidden_size]: the residual stream that the layer reads, before its norm
+/// @param added [reserved tokens, hidden_size]: what is added to it, attention after its output projection
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmgr_sequence_observe_residual(
+    sequence: *mut kvmgr_sequence,
+    layer: u32,
+    hidden: *const kvmgr_tensor,
+    added: *const kvmgr_tensor,
+) -> kvmgr_status {
+    // SAFETY: the caller passes a handle and tensors it may read.
+    guard(|| unsafe {
+        write(sequence, |session| {
+            let hidden = convert::matrix(hidden, "hidden")?;
+            let added = convert::matrix(added, "added")?;
+            session.observe_residual(layer as usize, &hidden, &added)
         })
     })
 }

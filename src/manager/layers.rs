@@ -38,7 +38,7 @@ struct HeadBuffers {
 
 impl HeadBuffers {
     /// Puts rows in the order of positions, of which `order` says where each is.
-    fn permute(&mut self, order: &[u32], dim: usize) {
+    fn permute(&mut self, order: &[u32], [key_dim, value_dim]: [usize; 2]) {
         let rows = order.len();
         self.positions = order.iter().map(|row| self.positions[*row as usize]).collect();
         self.column_sums.resize(rows, 0.0);
@@ -50,7 +50,7 @@ impl HeadBuffers {
         }
         let planes = [&mut self.column_sums, &mut self.last_row, &mut self.low_counts];
         let planes = planes.into_iter().chain([&mut self.gate_scores]).map(|plane| (plane, 1));
-        let wide = [&mut self.keys, &mut self.values].map(|plane| (plane, dim));
+        let wide = [(&mut self.keys, key_dim), (&mut self.values, value_dim)];
         for (plane, width) in planes.chain(wide) {
             permute(plane, order, width, &mut self.permuted);
         }
@@ -137,7 +137,7 @@ impl<'a> Layers<'a> {
                 }
             }
             if let Some(order) = order.filter(|order| !order.is_empty()) {
-                buffers.permute(&order, shape.head_dim);
+                buffers.permute(&order, [shape.head_dim, shape.value_dim()]);
             }
         }
     }
@@ -175,11 +175,16 @@ impl LayerSource for Layers<'_> {
             num_layers: config.shape.num_layers,
             group: config.shape.group(),
             head_dim: config.shape.head_dim,
+            value_dim: config.shape.value_dim(),
             sequence_len: self.sequence.num_tokens(),
             heads: heads.collect(),
             rope: config.rope.as_ref(),
             output_projection: (width > 0)
                 .then_some(OutputProjection { weights: &self.projection, width }),
+            attention_cosine: self
+                .sequence
+                .observation()
+                .and_then(|seen| seen.residual(layer).lock().mean()),
         })
     }
 }

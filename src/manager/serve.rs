@@ -18,7 +18,7 @@ pub(super) fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Res
     // with each step.
     let mut caps = told.union(Needs::KEYS).union(Needs::VALUES).union(Needs::HIDDEN);
     caps = caps.union(Needs::REPLAY).union(Needs::REPLAY_HIDDEN).union(Needs::LOW_COUNT);
-    caps = caps.union(Needs::QUERY_WINDOW).union(Needs::COLUMN_SUM);
+    caps = caps.union(Needs::QUERY_WINDOW).union(Needs::COLUMN_SUM).union(Needs::RESIDUAL);
     if cache.config().rope.is_some() {
         // Statistics are of queries that are turned back.
         caps = caps.union(Needs::ROPE).union(Needs::QUERY_STATISTICS);
@@ -49,6 +49,14 @@ pub(super) fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Res
          it can do full and quant(...)",
         policy.spec()
     );
+    if let Some(stage) = policy.changing_stage() {
+        ensure!(
+            cache.config().shape.stores_values(),
+            Unsupported,
+            "column {}: {stage} changes values, which here are a part of the keys",
+            policy.column_of(stage)
+        );
+    }
     for (stage, [key, value]) in policy.demoted() {
         demoted_format(cache, key, value).map_err(|error| {
             error.within(format!("column {}: {stage}", policy.column_of(stage)))
@@ -73,6 +81,7 @@ pub(super) fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Ob
     let attention = Needs::QUERY_WINDOW.union(Needs::COLUMN_SUM).union(Needs::QUERY_STATISTICS);
     let attention = attention.union(Needs::HIDDEN).union(Needs::REPLAY);
     let attention = attention.union(Needs::LOW_COUNT).union(Needs::LAST_ROW);
+    let attention = attention.union(Needs::RESIDUAL);
     let needs = policy.needs_with(OFFERED);
     (needs.0 & attention.0 != 0 || policy.selector().is_some()).then(|| {
         let shape = &cache.config().shape;

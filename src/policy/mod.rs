@@ -60,7 +60,7 @@ pub struct HeadInput<'a> {
     pub positions: &'a [i32],
     /// Keys `[T, head_dim]`; empty unless needed.
     pub keys: &'a [f32],
-    /// Values `[T, head_dim]`; empty unless needed.
+    /// Values `[T, value_dim]`; empty unless needed.
     pub values: &'a [f32],
     /// The last queries of each query head of the group, oldest first,
     /// `[group, num_queries, head_dim]`, after RoPE. They belong to the last `num_queries` positions
@@ -92,16 +92,16 @@ pub struct HeadInput<'a> {
 /// The output projection of a layer: what attention heads write into the residual stream.
 #[derive(Debug, Clone, Copy)]
 pub struct OutputProjection<'a> {
-    /// `[hidden, num_q_heads * head_dim]`: one row for each element of the output.
+    /// `[hidden, num_q_heads * value_dim]`: one row for each element of the output.
     pub weights: &'a [f32],
     /// Elements of a row.
     pub width: usize,
 }
 
 impl<'a> OutputProjection<'a> {
-    /// For each element of the output, the weights of a query head, `[head_dim]`.
-    pub fn columns(&self, q_head: usize, head_dim: usize) -> impl Iterator<Item = &'a [f32]> {
-        self.weights.chunks_exact(self.width).map(move |row| &row[q_head * head_dim..][..head_dim])
+    /// For each element of the output, the weights of a query head, `[dim]` with the elements of a value.
+    pub fn columns(&self, q_head: usize, dim: usize) -> impl Iterator<Item = &'a [f32]> {
+        self.weights.chunks_exact(self.width).map(move |row| &row[q_head * dim..][..dim])
     }
 }
 
@@ -114,8 +114,10 @@ pub struct LayerInput<'a> {
     pub num_layers: usize,
     /// Query heads of a KV head.
     pub group: usize,
-    /// Elements of a vector.
+    /// Elements of a key and of a query.
     pub head_dim: usize,
+    /// Elements of a value.
+    pub value_dim: usize,
     /// Tokens ever committed, evicted ones included.
     pub sequence_len: usize,
     /// One input for each KV head; lengths may differ.
@@ -124,6 +126,9 @@ pub struct LayerInput<'a> {
     pub rope: Option<&'a Rope>,
     /// The output projection, if known.
     pub output_projection: Option<OutputProjection<'a>>,
+    /// Mean cosine between the residual stream before and after attention, over the tokens of the prompt;
+    /// `None` unless needed and seen.
+    pub attention_cosine: Option<f64>,
 }
 
 impl LayerInput<'_> {
@@ -221,6 +226,7 @@ struct Phase {
     /// The maps with their names, in written order.
     maps: Vec<(String, Box<dyn map::Map>)>,
     budget: Box<dyn budget::Budget>,
+    budget_name: String,
     allowance: Allowance,
     /// The act with its name.
     act: Option<(String, Box<dyn act::Act>)>,
@@ -231,7 +237,7 @@ struct Phase {
 pub struct Kept {
     /// Which tokens.
     pub set: KeepSet,
-    /// Their values, `[set, head_dim]`, if an act changed them; else empty.
+    /// Their values, `[set, value_dim]`, if an act changed them; else empty.
     pub values: Vec<f32>,
 }
 
@@ -384,6 +390,12 @@ impl Pipeline {
     /// if it evicts nothing.
     pub fn demotes(&self, event: Event) -> Option<[&str; 2]> {
         self.phase(event).and_then(Phase::demotes)
+    }
+
+    /// The name of a stage that gives survivors other values, if there is one.
+    pub fn changing_stage(&self) -> Option<&str> {
+        let mut acts = self.phases().filter_map(|phase| phase.act.as_ref());
+        acts.find(|(_, act)| act.demotes().is_none()).map(|(name, _)| name.as_str())
     }
 
     /// The quantizers of keys and values of all events that demote, with the name of the stage.

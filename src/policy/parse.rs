@@ -383,7 +383,10 @@ impl<'a> Draft<'a> {
             }
             None => None,
         };
-        Ok(Phase { name, every, score, maps, budget: self.make_budget()?, allowance, act })
+        let budget = self.make_budget()?;
+        let budget_name = self.budget.as_ref().map_or("uniform", |(stage, ..)| &stage.name);
+        let budget_name = budget_name.to_string();
+        Ok(Phase { name, every, score, maps, budget, budget_name, allowance, act })
     }
 
     /// Refuses maps that do not go with the stages around them.

@@ -1,7 +1,7 @@
 //! From scores to keep sets: shared by every pipeline.
 
 use super::act::Evicted;
-use super::budget::{LayerShare, divide};
+use super::budget::{LayerShare, Model};
 use super::map::{Context, Decision, Scores};
 use super::{Allowance, HeadInput, HeadScores, Kept, LayerInput, LayerSource, Phase};
 use crate::error::{Result, ensure};
@@ -41,8 +41,10 @@ impl Phase {
             return Some(&self.name);
         }
         let map = self.maps.iter().find(|(_, map)| wanted(map.needs()));
+        let budget = wanted(self.budget.needs()).then_some(&self.budget_name);
         let act = self.act.iter().find(|(_, act)| wanted(act.needs()));
-        map.map(|(name, _)| name).or(act.map(|(name, _)| name)).map(String::as_str)
+        let act = act.map(|(name, _)| name);
+        map.map(|(name, _)| name).or(budget).or(act).map(String::as_str)
     }
 
     /// What each head of each layer keeps.
@@ -76,7 +78,8 @@ impl Phase {
         }
         if !preferences.is_empty() {
             let lens: Vec<usize> = heads.iter().map(|head| head.scores.len()).collect();
-            shares = divide(&preferences, &counts, &lens, &shares);
+            let model = Model { counts: &counts, lens: &lens, shares: &shares };
+            shares = self.budget.divide(&model, &preferences);
         }
         let budgets = self.budget.spread_layers(&counts, &heads, &shares)?;
         let mut sets = heads.iter().zip(budgets).map(|(head, budget)| top(head, budget));
@@ -138,11 +141,11 @@ impl Phase {
 
     /// The scores of a layer after all maps.
     pub(super) fn score(&self, layer: &LayerInput<'_>) -> Result<Scores> {
-        let LayerInput { group, head_dim, .. } = *layer;
+        let LayerInput { group, head_dim, value_dim, .. } = *layer;
         ensure!(
-            group > 0 && head_dim > 0,
+            group > 0 && head_dim > 0 && value_dim > 0,
             InvalidArgument,
-            "group is {group} and head_dim is {head_dim}, must be at least 1"
+            "group is {group}, head_dim is {head_dim} and value_dim is {value_dim}, must be at least 1"
         );
         let needs = self.needs(layer.offered());
         for (h, head) in layer.heads.iter().enumerate() {
@@ -201,7 +204,7 @@ fn check(needs: Needs, layer: &LayerInput<'_>, head: &HeadInput<'_>) -> Result<(
         Ok(())
     };
     exact(Needs::KEYS, "keys", head.keys.len(), len * dim)?;
-    exact(Needs::VALUES, "values", head.values.len(), len * dim)?;
+    exact(Needs::VALUES, "values", head.values.len(), len * layer.value_dim)?;
     let queries = layer.group * head.num_queries * dim;
     exact(Needs::QUERY_WINDOW, "queries", head.queries.len(), queries)?;
     if !head.query_mean.is_empty() || !head.query_covariance.is_empty() {
@@ -229,7 +232,8 @@ fn check_projection(needs: Needs, layer: &LayerInput<'_>) -> Result<()> {
     if !needs.contains(Needs::OUTPUT_PROJECTION) {
         return Ok(());
     }
-    let (found, expected) = (projection.width, layer.heads.len() * layer.group * layer.head_dim);
+    let expected = layer.heads.len() * layer.group * layer.value_dim;
+    let found = projection.width;
     ensure!(
         found == expected && projection.weights.len().is_multiple_of(found.max(1)),
         InvalidArgument,

@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use super::demote::Groups;
 use super::{HeadObservation, Lane, Positions, Sequence, Span};
-use crate::cache::rows::SIDES;
 use crate::cache::{Block, Cache, OPEN};
 use crate::error::{Result, ensure};
 use crate::quantizer::Side;
@@ -201,7 +200,7 @@ impl Sequence {
 
     fn values_are_finite(&self, block: &Block, rows: Range<usize>) -> bool {
         let shape = &self.cache.config().shape;
-        let mut values = vec![0.0f32; rows.len() * shape.head_dim];
+        let mut values = vec![0.0f32; rows.len() * shape.value_row_dim()];
         (0..self.cache.config().lane_width.cells(shape)).all(|cell| {
             self.cache.read_rows(&block.view, cell, Side::Value, rows.clone(), &mut values);
             values.iter().all(|x| x.is_finite())
@@ -261,13 +260,14 @@ impl Sequence {
     ) {
         let cache = &self.cache;
         let spans = &self.lanes[lane].spans;
-        let dim = cache.config().shape.head_dim;
         let cells = cache.config().lane_width.cells(&cache.config().shape);
         let target = block.view.format();
         let is_full = sources.len() == cache.config().block_size;
-        let mut rows = vec![0.0; sources.len() * dim];
+        let mut rows = Vec::new();
         for cell in 0..cells {
-            for side in SIDES {
+            for &side in cache.sides() {
+                let dim = cache.formats()[target].dim(side);
+                rows.resize(sources.len() * dim, 0.0);
                 let new = values.get(cell).filter(|new| side == Side::Value && !new.is_empty());
                 let as_bytes = new.is_none()
                     && (side == Side::Value || !self.config.cache_relative)
@@ -308,7 +308,7 @@ impl Sequence {
         side: Side,
         rows: &mut [f32],
     ) {
-        let dim = self.cache.config().shape.head_dim;
+        let dim = rows.len() / sources.len();
         let spans = &self.lanes[lane].spans;
         let mut at = 0;
         // Neighbouring rows of one block are decoded together.

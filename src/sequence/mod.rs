@@ -14,6 +14,7 @@ mod lane;
 mod observation;
 mod prefix;
 mod received;
+mod residual;
 mod seal;
 mod statistics;
 mod swap;
@@ -25,6 +26,7 @@ pub use index::BlockIndex;
 pub use lane::{Lane, Positions, Span};
 pub use observation::{FIRST_STATISTIC, HeadObservation, Observation, Replay};
 pub use received::{MAX_DRAFTS, Received};
+pub use residual::{Residual, cosine};
 pub use statistics::QueryStatistics;
 
 use crate::block::prefix::Digest;
@@ -484,9 +486,10 @@ impl Sequence {
         }
     }
 
-    /// Decodes every row of one head into `out`, `[rows, head_dim]`.
+    /// Decodes every row of one head into `out`, `[rows, head_dim]` or `[rows, value_dim]`.
     pub fn decode(&self, layer: usize, kv_head: usize, side: Side, out: &mut Vec<f32>) {
-        let dim = self.cache.config().shape.head_dim;
+        let Some(open) = self.cache.formats().first() else { return out.clear() };
+        let dim = open.dim(side);
         let (lane, cell) = self.locate(layer, kv_head);
         out.resize(self.lanes[lane].len() * dim, 0.0);
         let mut rest = &mut out[..];
@@ -495,6 +498,13 @@ impl Sequence {
             let range = span.first as usize..span.end();
             self.cache.read_rows(&span.block.view, cell, side, range, rows);
             rest = tail;
+        }
+        if side == Side::Value && !self.cache.config().shape.stores_values() {
+            let value_dim = self.cache.config().shape.value_dim();
+            for row in 0..out.len() / dim {
+                out.copy_within(row * dim..row * dim + value_dim, row * value_dim);
+            }
+            out.truncate(out.len() / dim * value_dim);
         }
     }
 

@@ -8,6 +8,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::index::BlockIndex;
 use super::received::{MAX_DRAFTS, Received, keep_rows, reorder_rows};
+use super::residual::Residual;
 use super::statistics::QueryStatistics;
 use crate::selector::Selector;
 use crate::shape::{KeepSet, ModelShape, Needs};
@@ -29,6 +30,8 @@ pub struct Observation {
     replay: RwLock<Option<Replay>>,
     /// For each layer, the lengths of the hidden states of the reserved tokens.
     replay_norms: Vec<RwLock<Vec<f32>>>,
+    /// How much attention of each layer changes the residual stream.
+    residuals: Vec<Mutex<Residual>>,
 }
 
 /// Tokens that reserved tokens read once more: the prompt, or a piece of it, repeated. A softmax is over
@@ -77,6 +80,7 @@ impl Observation {
             selector: None,
             replay: RwLock::default(),
             replay_norms: (0..shape.num_layers).map(|_| RwLock::default()).collect(),
+            residuals: (0..shape.num_layers).map(|_| Mutex::default()).collect(),
         }
     }
 
@@ -137,6 +141,7 @@ impl Observation {
             selector: self.selector.clone(),
             replay: RwLock::default(),
             replay_norms: self.replay_norms.iter().map(|_| RwLock::default()).collect(),
+            residuals: self.residuals.iter().map(|seen| Mutex::new(seen.lock().clone())).collect(),
         }
     }
 
@@ -154,6 +159,16 @@ impl Observation {
     /// The lengths of the hidden states of the tokens that replay, by layer.
     pub fn replay_norms(&self, layer: usize) -> &RwLock<Vec<f32>> {
         &self.replay_norms[layer]
+    }
+
+    /// How much attention of a layer changes the residual stream.
+    pub fn residual(&self, layer: usize) -> &Mutex<Residual> {
+        &self.residuals[layer]
+    }
+
+    /// Says how many of the reserved tokens, whose residual streams are known, are real.
+    pub fn commit_residuals(&self, n: usize) {
+        self.residuals.iter().for_each(|residual| residual.lock().commit(n));
     }
 
     /// Forgets all but the last `keep` queries of each head.
@@ -174,8 +189,13 @@ impl Observation {
         }
     }
 
-    /// Forgets queries at positions of `limit` and above.
+    /// Forgets queries at positions of `limit` and above. Means over tokens are without those that were
+    /// reserved; of others that are gone they know as long as any token is left.
     pub fn truncate(&self, limit: i32) {
+        match limit {
+            0 => self.residuals.iter().for_each(|residual| *residual.lock() = Residual::default()),
+            _ => self.commit_residuals(0),
+        }
         for head in &self.heads {
             head.lock().commit(limit, self.window, Needs::NONE);
         }

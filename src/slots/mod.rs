@@ -103,7 +103,7 @@ impl SlotsConfig {
     fn validate(&self) -> Result<()> {
         let Self { layer, num_layers, num_q_heads, num_kv_heads, .. } = *self;
         check_range("key_dim", self.key_dim, MAX_HEAD_DIM)?;
-        ModelShape { num_layers, num_q_heads, num_kv_heads, head_dim: self.key_dim }.validate()?;
+        ModelShape::new(num_layers, num_q_heads, num_kv_heads, self.key_dim).validate()?;
         check_range("value_dim", self.value_dim, MAX_HEAD_DIM)?;
         check_range("num_slots", self.num_slots, 1 << 30)?;
         check_range("num_streams", self.num_streams, 4096)?;

@@ -340,10 +340,12 @@ impl LayerSource for Decoded<'_> {
             num_layers: self.config.num_layers,
             group: self.config.group(),
             head_dim: self.config.key_dim,
+            value_dim: self.config.value_dim,
             sequence_len: self.sequence_len,
             heads: heads.collect(),
             rope: None,
             output_projection: None,
+            attention_cosine: None,
         })
     }
 }

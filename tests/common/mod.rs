@@ -130,8 +130,9 @@ impl Engine {
         (0..shape.num_layers)
             .map(|layer| {
                 if append {
-                    let rows = total * shape.num_kv_heads * shape.head_dim;
-                    let (key, value) = (self.random.normals(rows), self.random.normals(rows));
+                    let rows = total * shape.num_kv_heads;
+                    let key = self.random.normals(rows * shape.head_dim);
+                    let value = self.random.normals(rows * shape.value_dim());
                     self.append(layer, &key, &value);
                 }
                 let query = self.random.normals(total * shape.num_q_heads * shape.head_dim);
@@ -140,25 +141,28 @@ impl Engine {
             .collect()
     }
 
+    /// Values that are in keys are left out.
     pub fn append(&self, layer: usize, key: &[f32], value: &[f32]) {
         let shape = self.shape();
-        let dims = [self.attention.num_tokens(), shape.num_kv_heads, shape.head_dim];
-        let (key, value) = (Tensor::from_slice(key, dims), Tensor::from_slice(value, dims));
+        let dims = |dim| [self.attention.num_tokens(), shape.num_kv_heads, dim];
+        let key = Tensor::from_slice(key, dims(shape.head_dim));
+        let value =
+            shape.stores_values().then(|| Tensor::from_slice(value, dims(shape.value_dim())));
         for worker in 0..self.num_workers {
-            self.attention.append(layer, &key, &value, worker, self.num_workers).unwrap();
+            self.attention.append(layer, &key, value.as_ref(), worker, self.num_workers).unwrap();
         }
     }
 
     pub fn run(&self, layer: usize, query: Vec<f32>, options: &Options<'_>) -> Step {
         let shape = self.shape();
         let total = self.attention.num_tokens();
-        let dims = [total, shape.num_q_heads, shape.head_dim];
+        let dims = |dim| [total, shape.num_q_heads, dim];
         // NaN shows rows that no worker has written.
-        let mut output = vec![f32::NAN; query.len()];
+        let mut output = vec![f32::NAN; total * shape.num_q_heads * shape.value_dim()];
         let mut lse = vec![f32::NAN; total * shape.num_q_heads];
         {
-            let query = Tensor::from_slice(&query, dims);
-            let output = TensorMut::from_slice(&mut output, dims);
+            let query = Tensor::from_slice(&query, dims(shape.head_dim));
+            let output = TensorMut::from_slice(&mut output, dims(shape.value_dim()));
             let lse = TensorMut::from_slice(&mut lse, [total, shape.num_q_heads, 1]);
             for worker in 0..self.num_workers {
                 let lse = Some(&lse);
@@ -202,7 +206,7 @@ pub fn check(
                     let query = &step.query[row * shape.head_dim..][..shape.head_dim];
                     let expected =
                         reference::attend(session.sequence(), layer, head, query, (i, *n), options);
-                    let output = &step.output[row * shape.head_dim..][..shape.head_dim];
+                    let output = &step.output[row * shape.value_dim()..][..shape.value_dim()];
                     let error = relative_error(output, &expected.output);
                     assert!(error < tolerance, "layer {layer} token {i}/{n} head {head}: {error}");
                     let lse = f64::from(step.lse[row]);

@@ -4,7 +4,7 @@ use kvmgr::shape::ModelShape;
 
 /// One layer of the shape; benches repeat it as often as memory traffic needs.
 pub fn shape(num_layers: usize) -> ModelShape {
-    ModelShape { num_layers, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 }
+    ModelShape::new(num_layers, 32, 8, 128)
 }
 
 /// Reproducible noise in -1..1.

@@ -47,7 +47,8 @@ impl Ours {
         sequence.reserve(committed).expect("room");
         let (keys, values) = (&input.keys[..committed * wide], &input.values[..committed * wide]);
         for layer in 0..num_layers {
-            write_sequence(&sequence, layer, &rows(keys), &rows(values)).expect("reserved rows");
+            write_sequence(&sequence, layer, &rows(keys), Some(&rows(values)))
+                .expect("reserved rows");
         }
         sequence.commit(committed, None).expect("written tokens");
         let mut attention = Attention::new(cache).expect("a cache with memory");
@@ -57,7 +58,7 @@ impl Ours {
             |data| Tensor::from_slice(data, [input.queries, shape.num_kv_heads, shape.head_dim]);
         let (keys, values) = (&input.keys[committed * wide..], &input.values[committed * wide..]);
         for layer in 0..num_layers {
-            attention.append(layer, &rows(keys), &rows(values), 0, 1).expect("reserved rows");
+            attention.append(layer, &rows(keys), Some(&rows(values)), 0, 1).expect("reserved rows");
         }
         let output = vec![0.0; input.query.len()];
         Self { num_layers, sequence, attention, query: input.query.clone(), output }

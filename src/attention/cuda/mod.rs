@@ -386,11 +386,11 @@ impl Cuda {
         let config = cache.config();
         let (shape, format) = (&config.shape, &cache.formats()[OPEN]);
         let (_, cell) = config.lane_width.locate(shape, layer, 0);
-        let (tokens, dim, size) = (config.block_size, shape.head_dim, self.dtype.size());
+        let size = self.dtype.size();
         let sealed = &cache.formats()[cache.sealed_format()];
         let is_per_head = config.lane_width == LaneWidth::Head;
         let start = |format: &Format, side: Side| {
-            cache.device_base() + format.range(cell, side, tokens, dim).start as u64
+            cache.device_base() + format.range(cell, side).start as u64
         };
         let sealed_head = if is_per_head { 0 } else { sealed.key_bytes + sealed.value_bytes };
         let cell_stride = (format.key_bytes + format.value_bytes) / size;

@@ -56,14 +56,13 @@ impl Act for Cam {
     fn values(&self, evicted: &Evicted<'_>) -> Vec<f32> {
         let kernels = simd::active();
         let head = &evicted.layer.heads[evicted.head];
-        let dim = evicted.layer.head_dim;
+        let dim = evicted.layer.value_dim;
         let (kept, mut gone) = evicted.split();
         let scores = &evicted.scores.scores;
         gone.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(b.cmp(a)));
         gone.truncate(self.candidates);
         let received = |i: usize| head.column_sums.get(i).copied().unwrap_or(0.0);
-        let mut values: Vec<f32> =
-            kept.iter().flat_map(|i| evicted.row(head.values, *i)).copied().collect();
+        let mut values: Vec<f32> = kept.iter().flat_map(|i| evicted.value(*i)).copied().collect();
         for i in gone {
             let first = kept.partition_point(|survivor| *survivor < i);
             let window = first..(first + self.window).min(kept.len());
@@ -75,7 +74,7 @@ impl Act for Cam {
             let part = if part.is_nan() { 0.0 } else { part.clamp(0.0, 1.0) };
             let weight = part / window.len() as f32;
             for target in values[window.start * dim..window.end * dim].chunks_exact_mut(dim) {
-                kernels.axpy_f32(weight, evicted.row(head.values, i), target);
+                kernels.axpy_f32(weight, evicted.value(i), target);
             }
         }
         values

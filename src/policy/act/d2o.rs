@@ -35,8 +35,7 @@ impl Act for D2o {
 
     fn values(&self, evicted: &Evicted<'_>) -> Vec<f32> {
         let kernels = simd::active();
-        let head = &evicted.layer.heads[evicted.head];
-        let dim = evicted.layer.head_dim;
+        let dim = evicted.layer.value_dim;
         let (kept, gone) = evicted.split();
         let nearest = nearest_survivors(evicted, &kept, &gone);
         let mean = nearest.iter().map(|(s, _)| s).sum::<f32>() / nearest.len() as f32;
@@ -44,13 +43,13 @@ impl Act for D2o {
         let mut weights = vec![own; kept.len()];
         let mut values = Vec::with_capacity(kept.len() * dim);
         for i in &kept {
-            values.extend(evicted.row(head.values, *i).iter().map(|x| own * x));
+            values.extend(evicted.value(*i).iter().map(|x| own * x));
         }
         for (i, (likeness, at)) in gone.iter().zip(nearest) {
             if likeness >= mean {
                 let weight = likeness.exp();
                 let target = &mut values[at * dim..][..dim];
-                kernels.axpy_f32(weight, evicted.row(head.values, *i), target);
+                kernels.axpy_f32(weight, evicted.value(*i), target);
                 weights[at] += weight;
             }
         }

@@ -45,8 +45,7 @@ impl Act for KvMerger {
     fn values(&self, evicted: &Evicted<'_>) -> Vec<f32> {
         let head = &evicted.layer.heads[evicted.head];
         let (kept, _) = evicted.split();
-        let mut values: Vec<f32> =
-            kept.iter().flat_map(|i| evicted.row(head.values, *i)).copied().collect();
+        let mut values: Vec<f32> = kept.iter().flat_map(|i| evicted.value(*i)).copied().collect();
         let mut start = 0;
         for i in 1..=head.positions.len() {
             if i == head.positions.len() || self.breaks(evicted, i) {
@@ -62,8 +61,7 @@ impl KvMerger {
     /// Whether token `i` begins a cluster.
     fn breaks(&self, evicted: &Evicted<'_>, i: usize) -> bool {
         let dot = |a: &[f32], b: &[f32]| simd::active().dot_f32(a, b);
-        let keys = evicted.layer.heads[evicted.head].keys;
-        let (a, b) = (evicted.row(keys, i - 1), evicted.row(keys, i));
+        let (a, b) = (evicted.key(i - 1), evicted.key(i));
         // A key without a direction is like no other.
         let cosine = dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
         cosine.is_nan() || cosine < self.theta
@@ -78,7 +76,7 @@ fn merge(
     values: &mut [f32],
 ) {
     let kernels = simd::active();
-    let (head, dim) = (&evicted.layer.heads[evicted.head], evicted.layer.head_dim);
+    let dim = evicted.layer.value_dim;
     let survivors =
         kept.partition_point(|i| *i < cluster.start)..kept.partition_point(|i| *i < cluster.end);
     if survivors.is_empty() || survivors.len() == cluster.len() {
@@ -89,7 +87,7 @@ fn merge(
     let Some(pivot) = survivors.clone().rev().max_by_key(score) else { return };
     let is_gone = |i: &usize| kept[survivors.clone()].binary_search(i).is_err();
     let distance = |i: &usize| -> f32 {
-        let (a, b) = (evicted.row(head.keys, *i), evicted.row(head.keys, kept[pivot]));
+        let (a, b) = (evicted.key(*i), evicted.key(kept[pivot]));
         a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt()
     };
     let gone: Vec<(usize, f32)> = cluster.filter(is_gone).map(|i| (i, distance(&i))).collect();
@@ -100,7 +98,7 @@ fn merge(
     for (i, distance) in gone {
         // Keys that do not differ at all count in full.
         let weight = if sigma > 0.0 { (-(distance / sigma).powi(2) / 2.0).exp() } else { 1.0 };
-        kernels.axpy_f32(weight, evicted.row(head.values, i), target);
+        kernels.axpy_f32(weight, evicted.value(i), target);
         total += weight;
     }
     kernels.scale(target, 1.0 / total);
@@ -125,7 +123,8 @@ mod tests {
             values: &values,
             ..HeadInput::default()
         };
-        let layer = LayerInput { head_dim: 2, heads: vec![head], ..LayerInput::default() };
+        let layer =
+            LayerInput { head_dim: 2, value_dim: 2, heads: vec![head], ..LayerInput::default() };
         let scores = HeadScores::open(vec![0.5, 0.9, 0.1, 0.2, 0.0, 0.0, 0.7]);
         let kept = KeepSet::from_indices([0, 1, 6]);
         let evicted = Evicted { layer: &layer, head: 0, scores: &scores, kept: &kept };

@@ -56,8 +56,7 @@ impl Act for Merge {
 
     fn values(&self, evicted: &Evicted<'_>) -> Vec<f32> {
         let kernels = simd::active();
-        let head = &evicted.layer.heads[evicted.head];
-        let dim = evicted.layer.head_dim;
+        let dim = evicted.layer.value_dim;
         let (kept, gone) = evicted.split();
         let mut pairs: Vec<(f32, usize, usize)> = gone
             .iter()
@@ -72,17 +71,16 @@ impl Act for Merge {
         pairs.truncate(if self.fraction == 0.0 { 0 } else { gone.len() - skipped });
 
         let norm = |i: usize| {
-            let value = evicted.row(head.values, i);
+            let value = evicted.value(i);
             kernels.dot_f32(value, value).sqrt()
         };
-        let mut values: Vec<f32> =
-            kept.iter().flat_map(|i| evicted.row(head.values, *i)).copied().collect();
+        let mut values: Vec<f32> = kept.iter().flat_map(|i| evicted.value(*i)).copied().collect();
         let mut weights = vec![0.0f32; kept.len()];
         for (cosine, at, i) in pairs {
             let norms = (norm(i), norm(kept[at]));
             let weight = cosine.max(0.0) * norms.0 / (norms.0 + norms.1 + EPSILON);
             let target = &mut values[at * dim..][..dim];
-            kernels.axpy_f32(weight, evicted.row(head.values, i), target);
+            kernels.axpy_f32(weight, evicted.value(i), target);
             weights[at] += weight;
         }
         for (row, weight) in values.chunks_exact_mut(dim).zip(weights) {
@@ -99,9 +97,8 @@ pub(super) fn nearest_survivors(
     gone: &[usize],
 ) -> Vec<(f32, usize)> {
     let kernels = simd::active();
-    let keys = evicted.layer.heads[evicted.head].keys;
     let unit = |i: &usize| {
-        let key = evicted.row(keys, *i);
+        let key = evicted.key(*i);
         let scale = 1.0 / kernels.dot_f32(key, key).sqrt().max(EPSILON);
         key.iter().map(|x| x * scale).collect::<Vec<f32>>()
     };

@@ -32,7 +32,7 @@ pub trait Act: Debug + Send + Sync {
     /// What the engine has to hand over.
     fn needs(&self) -> Needs;
 
-    /// The values of the survivors from now on, `[kept, head_dim]`. Something was evicted.
+    /// The values of the survivors from now on, `[kept, value_dim]`. Something was evicted.
     fn values(&self, _evicted: &Evicted<'_>) -> Vec<f32> {
         Vec::new()
     }
@@ -55,8 +55,15 @@ impl Evicted<'_> {
         (0..stays.len()).partition(|i| stays[*i])
     }
 
-    /// Row `i` of `rows`, keys or values.
-    fn row<'b>(&self, rows: &'b [f32], i: usize) -> &'b [f32] {
-        &rows[i * self.layer.head_dim..][..self.layer.head_dim]
+    /// The key of row `i`.
+    fn key(&self, i: usize) -> &[f32] {
+        let dim = self.layer.head_dim;
+        &self.layer.heads[self.head].keys[i * dim..][..dim]
+    }
+
+    /// The value of row `i`.
+    fn value(&self, i: usize) -> &[f32] {
+        let dim = self.layer.value_dim;
+        &self.layer.heads[self.head].values[i * dim..][..dim]
     }
 }

@@ -50,7 +50,9 @@ impl Budget for Compose {
             (heads, rest.0) = rest.0.split_at(count);
             (shares, rest.1) = rest.1.split_at(count);
             let curve = curve(heads);
-            let share = shares.iter().sum::<usize>() / count.max(1);
+            let sum = shares.iter().sum::<usize>();
+            // Heads without tokens have no share, but must not cost the others their last one.
+            let share = (sum / count.max(1)).max(sum.min(1));
             let protected = curve.protected.iter().filter(|protected| **protected).count();
             safe.push(protected.max(1).min(share).min(curve.scores.len()));
             curves.push(curve);
@@ -118,6 +120,8 @@ mod tests {
         ];
         let spread = |share| Compose.spread_layers(&[2, 2, 2], &heads, &[share; 6]).unwrap();
         assert_eq!(spread(1), [1, 1, 1, 1, 1, 1]);
+        let uneven = [head(&[]), head(&[1.0, 2.0])];
+        assert_eq!(Compose.spread_layers(&[2], &uneven, &[0, 1]).unwrap(), [0, 1]);
         assert_eq!(spread(2), [3, 3, 2, 2, 1, 1]);
         assert_eq!(spread(3), [4, 4, 3, 3, 2, 2]);
         assert_eq!(spread(4), [4; 6]);

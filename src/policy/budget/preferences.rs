@@ -12,8 +12,6 @@
 //! shrink earlier layers as they meet later ones, so that no more than the final budget is ever held;
 //! here all layers are scored first. Heads that hold different tokens count by themselves.
 
-use std::ops::Range;
-
 use super::{Budget, Entry};
 use crate::error::Result;
 use crate::policy::score::QueryWindow;
@@ -92,74 +90,19 @@ impl Budget for Preferences {
     }
 }
 
-/// Divides the sum of `shares` among layers in proportion to their preferences, and among the heads of
-/// a layer evenly. Each head gets at least one token, and what a layer has no tokens for goes to the
-/// others. `counts` are the heads of each layer, `lens` their tokens.
-pub(in crate::policy) fn divide(
-    preferences: &[f64],
-    counts: &[usize],
-    lens: &[usize],
-    shares: &[usize],
-) -> Vec<usize> {
-    let mut start = 0;
-    let layers: Vec<Range<usize>> = counts
-        .iter()
-        .map(|count| {
-            start += count;
-            start - count..start
-        })
-        .collect();
-    let rooms: Vec<usize> = lens.iter().map(|len| len.saturating_sub(1)).collect();
-    let of_layer = |heads: &Range<usize>| rooms[heads.clone()].iter().sum();
-    let left = shares.iter().sum::<usize>().saturating_sub(lens.len());
-    let given = pour(left, preferences, &layers.iter().map(of_layer).collect::<Vec<_>>());
-    let mut out = Vec::with_capacity(lens.len());
-    for (heads, given) in layers.into_iter().zip(given) {
-        let even = vec![1.0; heads.len()];
-        out.extend(pour(given, &even, &rooms[heads]).into_iter().map(|given| given + 1));
-    }
-    out
-}
-
-/// Pours `amount` into vessels in proportion to their weights; what does not fit into one goes to the
-/// others. All of it is given out unless all are full.
-fn pour(amount: usize, weights: &[f64], rooms: &[usize]) -> Vec<usize> {
-    let mut given = vec![0usize; rooms.len()];
-    let mut left = amount;
-    let mut open: Vec<usize> = (0..rooms.len()).filter(|i| rooms[*i] > 0).collect();
-    while left > 0 && !open.is_empty() {
-        let sum: f64 = open.iter().map(|i| weights[*i]).sum();
-        let is_usable = sum > 0.0 && sum.is_finite();
-        let (mut part, mut before, start) = (0.0, 0, left);
-        for i in &open {
-            part += if is_usable { weights[*i] / sum } else { 1.0 / open.len() as f64 };
-            // Rounding the running sum hands out all of it.
-            let until = ((part * start as f64 + 1e-6) as usize).min(start);
-            let fits = (until - before).min(rooms[*i] - given[*i]);
-            before = until;
-            given[*i] += fits;
-            left -= fits;
-        }
-        if left == start {
-            // Too little for anybody's part.
-            given[open[0]] += 1;
-            left -= 1;
-        }
-        open.retain(|i| given[*i] < rooms[*i]);
-    }
-    given
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::Model;
     use super::*;
 
     #[test]
     fn layers_get_what_they_prefer_and_leave_what_they_cannot_use() {
+        let budget = Preferences { window: 1, tau1: 1.0, tau2: 1.0 };
         let divide = |preferences: &[f64], len: usize, share: usize| {
             let heads = 2 * preferences.len();
-            let counts = vec![2; preferences.len()];
-            divide(preferences, &counts, &vec![len; heads], &vec![share; heads])
+            let counts = &vec![2; preferences.len()];
+            let (lens, shares) = (&vec![len; heads], &vec![share; heads]);
+            budget.divide(&Model { counts, lens, shares }, preferences)
         };
         assert_eq!(divide(&[1.0, 1.0], 100, 11), [11; 4]);
         assert_eq!(divide(&[3.0, 1.0], 100, 11), [16, 16, 6, 6]);
@@ -168,7 +111,8 @@ mod tests {
         assert_eq!(divide(&[0.0, 0.0], 100, 11), [11; 4], "nobody prefers anything");
         assert_eq!(divide(&[f64::NAN, 1.0], 100, 11), [11; 4]);
         assert_eq!(divide(&[1.0, 2.0], 100, 1), [1; 4]);
-        let uneven = super::divide(&[1.0], &[3], &[0, 2, 9], &[1, 2, 9]);
+        let model = Model { counts: &[3], lens: &[0, 2, 9], shares: &[1, 2, 9] };
+        let uneven = budget.divide(&model, &[1.0]);
         assert_eq!(uneven, [1, 2, 9], "what one head lacks the others have");
         for (preferences, share) in [([0.3, 0.1, 0.9], 17), ([5.0, 1e-9, 2.0], 40)] {
             let total: usize = divide(&preferences, 60, share).iter().sum();

@@ -94,7 +94,7 @@ fn output_sizes(
     projection: &OutputProjection<'_>,
 ) -> Vec<f32> {
     let kernels = simd::active();
-    let dim = layer.head_dim;
+    let dim = layer.value_dim;
     let mut sizes = vec![0.0f32; input.positions.len()];
     for g in 0..layer.group {
         for column in projection.columns(head * layer.group + g, dim) {
@@ -121,7 +121,7 @@ mod tests {
         let width = 2 * group * dim;
         let weights = noise(hidden * width, 2);
         let input = HeadInput { positions: &positions, values: &values, ..HeadInput::default() };
-        let layer = LayerInput { group, head_dim: dim, ..LayerInput::default() };
+        let layer = LayerInput { group, value_dim: dim, ..LayerInput::default() };
         let projection = OutputProjection { weights: &weights, width };
         for head in 0..2 {
             let found = output_sizes(&layer, head, &input, &projection);

@@ -30,7 +30,7 @@ impl Subset {
             Rows {
                 positions: indices.iter().map(|i| head.positions[*i]).collect(),
                 keys: pick(head.keys, layer.head_dim),
-                values: pick(head.values, layer.head_dim),
+                values: pick(head.values, layer.value_dim),
                 column_sums: pick(head.column_sums, 1),
                 low_counts: pick(head.low_counts, 1),
                 gate_scores: pick(head.gate_scores, 1),

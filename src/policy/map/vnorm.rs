@@ -41,7 +41,7 @@ impl Map for VNorm {
     fn map(&self, context: &Context<'_>, scores: &mut Scores) -> Result<()> {
         let kernels = simd::active();
         for (head, input) in scores.heads.iter_mut().zip(&context.layer.heads) {
-            let values = input.values.chunks_exact(context.layer.head_dim);
+            let values = input.values.chunks_exact(context.layer.value_dim);
             for (score, value) in head.scores.iter_mut().zip(values) {
                 *score = (*score + self.epsilon) * kernels.dot_f32(value, value).sqrt();
             }

@@ -96,13 +96,13 @@ impl CapKv {
             InvalidState,
             "capkv has observed no queries"
         );
-        let (keys, values) = (&head.keys[sink * dim..], &head.values[sink * dim..]);
+        let (keys, values) = (&head.keys[sink * dim..], &head.values[sink * layer.value_dim..]);
         for mean in head.query_mean.chunks_exact(dim) {
             let mut anchor = mean.to_vec();
             rotation.apply(&mut anchor);
             let weights = self.weights(keys, &anchor);
             let shares: Vec<f32> = weights.iter().map(|weight| weight + EPSILON).collect();
-            let leverage = leverage(values, dim, &shares, 1.0);
+            let leverage = leverage(values, layer.value_dim, &shares, 1.0);
             let parts = weights.iter().zip(leverage);
             for (score, (weight, leverage)) in scores[sink..].iter_mut().zip(parts) {
                 *score += weight * leverage / layer.group as f32;

@@ -62,14 +62,14 @@ impl Score for Cur {
     }
 
     fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {
-        Ok(per_head(layer, |head| self.score_head(head, layer.head_dim)))
+        Ok(per_head(layer, |head| self.score_head(head, layer.head_dim, layer.value_dim)))
     }
 }
 
 impl Cur {
-    fn score_head(&self, head: &HeadInput<'_>, dim: usize) -> HeadScores {
-        let keys = relative_squares(head.keys, dim, self.window);
-        let values = relative_squares(head.values, dim, self.window);
+    fn score_head(&self, head: &HeadInput<'_>, key_dim: usize, value_dim: usize) -> HeadScores {
+        let keys = relative_squares(head.keys, key_dim, self.window);
+        let values = relative_squares(head.values, value_dim, self.window);
         let pairs = keys.iter().zip(&values);
         let mut scores: Vec<f32> = pairs.map(|(k, v)| (self.combine)(*k, *v)).collect();
         let total: f32 = scores.iter().sum();

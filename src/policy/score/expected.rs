@@ -128,7 +128,7 @@ impl Expected {
         for (i, score) in scores.iter_mut().enumerate().skip(sink) {
             *score += self.epsilon;
             if self.has_value_norm {
-                let value = &head.values[i * dim..][..dim];
+                let value = &head.values[i * layer.value_dim..][..layer.value_dim];
                 *score *= kernels.dot_f32(value, value).sqrt();
             }
         }

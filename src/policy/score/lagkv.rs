@@ -61,12 +61,12 @@ impl Score for LagKv {
     }
 
     fn score(&self, layer: &LayerInput<'_>, _budgets: &[usize]) -> Result<Vec<HeadScores>> {
-        Ok(per_head(layer, |head| self.score_head(head, layer.head_dim)))
+        Ok(per_head(layer, |head| self.score_head(head, layer.head_dim, layer.value_dim)))
     }
 }
 
 impl LagKv {
-    fn score_head(&self, head: &HeadInput<'_>, dim: usize) -> HeadScores {
+    fn score_head(&self, head: &HeadInput<'_>, key_dim: usize, value_dim: usize) -> HeadScores {
         let (len, lag) = (head.positions.len(), self.lag);
         let partitions = len.saturating_sub(self.sink) / lag;
         if partitions < 2 {
@@ -78,12 +78,12 @@ impl LagKv {
         let scored = self.sink..self.sink + (partitions - 1) * lag;
         let mut scores = vec![1.0f32; len];
         for (p, scores) in scores[scored.clone()].chunks_exact_mut(lag).enumerate() {
-            let first = (self.sink + p * lag) * dim;
-            let parts = |rows: &[f32]| {
-                let rows = &rows[first..][..2 * lag * dim];
+            let first = self.sink + p * lag;
+            let parts = |rows: &[f32], dim: usize| {
+                let rows = &rows[first * dim..][..2 * lag * dim];
                 spread(&rows[..lag * dim], &rows[lag * dim..], dim)
             };
-            let (keys, values) = (parts(head.keys), parts(head.values));
+            let (keys, values) = (parts(head.keys, key_dim), parts(head.values, value_dim));
             for (score, (k, v)) in scores.iter_mut().zip(keys.iter().zip(&values)) {
                 *score = (k + v) / 2.0;
             }

@@ -76,7 +76,7 @@ pub(super) fn score(
         for (start, sums) in (range.start..).step_by(chunk).zip(sums.chunks_mut(chunk)) {
             add_chunk(layer, head, start, chunk, sums);
         }
-        let dim = layer.head_dim;
+        let dim = layer.value_dim;
         let kernels = simd::active();
         for (i, sum) in range.zip(&mut sums) {
             let value = &head.values[i * dim..][..dim];

@@ -2,7 +2,7 @@
 
 use crate::error::{Result, bail};
 use crate::policy::LayerInput;
-use crate::shape::{Rope, RopeStyle};
+use crate::shape::Rope;
 
 /// The mean of the rotations of a run of positions: each pair turns and shrinks.
 #[derive(Debug)]
@@ -28,18 +28,10 @@ impl<'a> MeanRotation<'a> {
         Ok(Self { rope, pairs: rope.inv_freq.iter().map(mean).collect() })
     }
 
-    /// The elements of pair `i`.
-    fn pair(&self, i: usize) -> (usize, usize) {
-        match self.rope.style {
-            RopeStyle::Half => (i, i + self.pairs.len()),
-            RopeStyle::Interleaved => (2 * i, 2 * i + 1),
-        }
-    }
-
     /// Rotates a row in place.
     pub(super) fn apply(&self, row: &mut [f32]) {
         for (i, (cos, sin)) in self.pairs.iter().enumerate() {
-            let (a, b) = self.pair(i);
+            let (a, b) = self.rope.pair(i);
             let (x, y) = (row[a], row[b]);
             row[a] = x * cos - y * sin;
             row[b] = x * sin + y * cos;
@@ -50,7 +42,7 @@ impl<'a> MeanRotation<'a> {
     pub(super) fn apply_both_sides(&self, matrix: &mut [f32], dim: usize) {
         matrix.chunks_exact_mut(dim).for_each(|row| self.apply(row));
         for (i, (cos, sin)) in self.pairs.iter().enumerate() {
-            let (a, b) = self.pair(i);
+            let (a, b) = self.rope.pair(i);
             for c in 0..dim {
                 let (x, y) = (matrix[a * dim + c], matrix[b * dim + c]);
                 matrix[a * dim + c] = x * cos - y * sin;
@@ -63,6 +55,7 @@ impl<'a> MeanRotation<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shape::RopeStyle;
 
     /// `sum over c of m[a, c] row[c]` for each a, where `m` is the mean of the rotations, by hand.
     fn mean_rotated(rope: &Rope, row: &[f32], first: i32, count: i32) -> Vec<f64> {

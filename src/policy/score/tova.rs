@@ -129,7 +129,8 @@ mod tests {
         let observed = HeadInput { last_row: &row, ..head };
         let scores = |head| {
             let heads = vec![head];
-            let layer = LayerInput { group, head_dim: dim, heads, ..LayerInput::default() };
+            let layer =
+                LayerInput { group, head_dim: dim, value_dim: dim, heads, ..LayerInput::default() };
             Tova { recent: 1 }.score(&layer, &[10]).unwrap().remove(0)
         };
         let (computed, observed) = (scores(computed), scores(observed));
