@@ -55,7 +55,8 @@ impl Setup {
             ..CacheConfig::new(SHAPE, BLOCK_SIZE, (committed + reserved).div_ceil(BLOCK_SIZE) + 1)
         });
         let cache = cache.expect("a valid configuration");
-        let mut sequence = Sequence::new(Arc::clone(&cache), SequenceConfig::default(), None);
+        let sequence = Sequence::new(Arc::clone(&cache), SequenceConfig::default(), None);
+        let mut sequence = sequence.expect("no states are needed");
         let mut write = |n: usize| {
             let shape = [n, SHAPE.num_kv_heads, SHAPE.head_dim];
             let rows = noise(shape.iter().product());

@@ -69,7 +69,8 @@ impl Setup {
             ..CacheConfig::new(SHAPE, BLOCK_SIZE, blocks + 1)
         });
         let cache = cache.expect("a valid configuration");
-        let mut leader = Sequence::new(Arc::clone(&cache), SequenceConfig::default(), None);
+        let leader = Sequence::new(Arc::clone(&cache), SequenceConfig::default(), None);
+        let mut leader = leader.expect("no states are needed");
         write(&mut leader, shared);
         leader.commit(shared, None).expect("written tokens");
         let fork = |_| {

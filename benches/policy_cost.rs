@@ -85,6 +85,7 @@ impl Engine {
             rope: None,
             store: None,
             device: None,
+            recurrent: None,
         });
         let manager = manager.expect("a valid configuration");
         let session = Session::new(&manager, None).expect("a policy of this cache");

@@ -19,7 +19,7 @@ fn cache(shape: ModelShape, formats: Option<(&str, &str)>, prefix: bool) -> Arc<
 }
 
 fn sequence(cache: &Arc<Cache>) -> Sequence {
-    Sequence::new(cache.clone(), SequenceConfig::default(), None)
+    Sequence::new(cache.clone(), SequenceConfig::default(), None).expect("no states are needed")
 }
 
 fn extend(sequence: &mut Sequence, tokens: &[i32]) {

@@ -1000,7 +1000,9 @@ typedef struct {
    */
   size_t struct_size;
   /**
-   * Layers with keys and values, 1 to 4096.
+   * Layers with keys and values, 1 to 4096. In a hybrid model only these: they are numbered 0 to
+   * num_layers - 1 in all calls but kvmgr_sequence_recurrent_state, budgets are divided among them, and
+   * skip_layers of a spec counts them.
    */
   uint32_t num_layers;
   /**
@@ -1106,6 +1108,29 @@ typedef struct {
    * The first rotated element of a head: the latent of MLA comes before those that are rotated.
    */
   uint32_t rope_first;
+  /**
+   * Layers with a recurrent state (Mamba, RWKV, linear attention), 0 to 4096; 0 means none. They are
+   * numbered 0 to recurrent_layers - 1, apart from those with keys and values. See
+   * kvmgr_sequence_recurrent_state.
+   */
+  uint32_t recurrent_layers;
+  /**
+   * Snapshots of a sequence at most, 1 to 1024; 0 means 4. One more takes the place of the oldest.
+   * With one after each draft, as many as drafts and one.
+   */
+  uint32_t recurrent_snapshots;
+  /**
+   * Bytes of the state of a recurrent layer, 1 to less than 4 GiB for all layers together. What a layer
+   * keeps apart, as the convolution and the scan of Mamba, are parts of it.
+   */
+  uint64_t recurrent_bytes;
+  /**
+   * States of all recurrent layers that there can be, 1 to 2^20: one for each sequence, one for each
+   * snapshot, one for each prefix that keeps one. Sequences times (1 + recurrent_snapshots) never run
+   * out. They have memory of their own beside memory_limit, on the same device, whole pages each; on
+   * the host it is taken as they are used. Required with recurrent_layers.
+   */
+  uint64_t num_states;
 } kvmgr_cache_config;
 
 /**
@@ -1189,6 +1214,39 @@ typedef struct {
    * Live sequences.
    */
   uint64_t num_sequences;
+  /**
+   * States of recurrent layers that there can be. Those of all layers of a sequence are one, and the
+   * numbers of blocks and their bytes above do not count them.
+   */
+  uint64_t num_states;
+  /**
+   * States nobody refers to.
+   */
+  uint64_t free_states;
+  /**
+   * States of sequences, snapshots included.
+   */
+  uint64_t used_states;
+  /**
+   * States that only the prefix index refers to; dropped when needed.
+   */
+  uint64_t idle_states;
+  /**
+   * Bytes of used states.
+   */
+  uint64_t state_bytes_used;
+  /**
+   * Bytes of idle states.
+   */
+  uint64_t state_bytes_idle;
+  /**
+   * Bytes of states taken from the system: used, idle, and a few free ones.
+   */
+  uint64_t state_bytes_committed;
+  /**
+   * Largest state_bytes_used since creation or kvmgr_cache_reset_peak.
+   */
+  uint64_t state_bytes_peak;
 } kvmgr_cache_stats;
 
 /**
@@ -1264,6 +1322,10 @@ typedef struct {
    * Bytes of what the spec's selector knows of the blocks; not part of `bytes`.
    */
   uint64_t selector_bytes;
+  /**
+   * Bytes of the states of recurrent layers and of snapshots, shared ones included; not part of `bytes`.
+   */
+  uint64_t state_bytes;
 } kvmgr_sequence_stats;
 
 /**
@@ -2547,7 +2609,7 @@ kvmgr_status kvmgr_cache_get_stats(const kvmgr_cache *cache,
                                    kvmgr_cache_stats *out_stats);
 
 /**
- * Starts a new bytes_peak at what is used now.
+ * Starts a new bytes_peak, and state_bytes_peak, at what is used now.
  */
 KVMGR_NODISCARD kvmgr_status kvmgr_cache_reset_peak(kvmgr_cache *cache);
 
@@ -2578,7 +2640,7 @@ kvmgr_status kvmgr_cache_set_weights(kvmgr_cache *cache,
                                      const kvmgr_tensor *weights);
 
 /**
- * Makes an empty sequence.
+ * Makes an empty sequence. KVMGR_OUT_OF_BLOCKS if the model has recurrent layers and no state is left.
  *
  * @param policy the policy of this sequence, without quant(...), or NULL for the cache's spec
  * @param out_sequence receives an exclusive handle; NULL on failure
@@ -2595,7 +2657,8 @@ void kvmgr_sequence_destroy(kvmgr_sequence *sequence);
 
 /**
  * Makes a second sequence with the same tokens. It shares every block; the block that still fills
- * is copied by whoever writes first. KVMGR_INVALID_STATE while tokens are reserved.
+ * is copied by whoever writes first. States of recurrent layers are copied at once, for which one must be
+ * free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved.
  *
  * @param out_child receives an exclusive handle; NULL on failure
  */
@@ -2606,7 +2669,9 @@ kvmgr_status kvmgr_sequence_fork(const kvmgr_sequence *sequence,
 /**
  * Takes over the cached blocks of the longest known prefix of a prompt, from the cache or its
  * store, but always leaves at least one token to compute. The sequence must be empty. The matched
- * tokens are committed: go on with the tokens after them.
+ * tokens are committed: go on with the tokens after them. With recurrent layers a prefix is as long as its
+ * last block at whose end a state is kept (kvmgr_sequence_snapshot), which becomes that of the sequence;
+ * without one it is 0 tokens.
  *
  * @param tokens the prompt
  * @param out_num_matched receives the number of tokens taken over; 0 without the prefix flag
@@ -2676,7 +2741,7 @@ kvmgr_status kvmgr_sequence_observe_residual(kvmgr_sequence *sequence,
  * Starts a replay (KVMGR_NEEDS_REPLAY): the engine feeds a request to repeat the prompt and then
  * tokens first to first + num of it once more, behind the prompt: reserve, append, attend. What that
  * reads of the prompt is noted, and kvmgr_sequence_commit of 0 tokens ends the replay, of which nothing
- * is left. Long prompts are replayed in pieces. Before kvmgr_sequence_end_prefill.
+ * is left. With recurrent layers there must be a snapshot of the prompt's length. Long prompts are replayed in pieces. Before kvmgr_sequence_end_prefill.
  *
  * @param first the first token that is replayed
  * @param num_tokens at least 1
@@ -2691,6 +2756,9 @@ kvmgr_status kvmgr_sequence_replay(kvmgr_sequence *sequence,
  * drafts are undone. Blocks that are full are encoded and, with the prefix flag, shared. After
  * kvmgr_sequence_end_prefill this is a decode step and runs the decode phase of the policy; if
  * that runs out of blocks the tokens are committed all the same and the next step tries again.
+ * If reserved tokens are dropped and there is a snapshot after the committed ones, the states of recurrent
+ * layers are set back to it; without one they stay as the engine has written them, unless there are snapshots
+ * after some of the reserved tokens: then the answer is KVMGR_INVALID_STATE.
  * On a CUDA device the encoding of full blocks is queued on the stream; while a graph is captured they stay
  * open and are encoded by a later commit.
  *
@@ -2710,11 +2778,15 @@ kvmgr_status kvmgr_sequence_commit(kvmgr_sequence *sequence,
 KVMGR_NODISCARD kvmgr_status kvmgr_sequence_end_prefill(kvmgr_sequence *sequence);
 
 /**
- * Forgets the tokens at position num_tokens and above, and any reservation.
+ * Forgets the tokens at position num_tokens and above, and any reservation. With recurrent layers their
+ * states are set back to a snapshot of that length, to what the prefix keeps there, or to zeros at 0; if
+ * committed tokens would go and there is none, the answer is KVMGR_INVALID_STATE.
  *
  * @param num_tokens 0 to the number of committed tokens
  */
-KVMGR_NODISCARD kvmgr_status kvmgr_sequence_truncate(kvmgr_sequence *sequence, size_t num_tokens);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_truncate(kvmgr_sequence *sequence,
+                                     size_t num_tokens);
 
 /**
  * The number of committed tokens, evicted ones included: the position of the next token.
@@ -2789,10 +2861,13 @@ kvmgr_status kvmgr_sequence_take_copies(kvmgr_sequence *sequence,
                                         size_t *out_num);
 
 /**
- * Moves the bytes of a sequence to a store and frees its blocks. Until it is resumed, calls that
+ * Moves the bytes of a sequence to a store and frees its blocks. The states of recurrent layers go with
+ * them, snapshots are dropped. Until it is resumed, calls that
  * need them answer KVMGR_INVALID_STATE. The sequence keeps a reference to the store.
  */
-KVMGR_NODISCARD kvmgr_status kvmgr_sequence_preempt(kvmgr_sequence *sequence, kvmgr_store *store);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_preempt(kvmgr_sequence *sequence,
+                                    kvmgr_store *store);
 
 /**
  * Brings the bytes of a preempted sequence back. On failure it stays preempted and the call may
@@ -2808,6 +2883,71 @@ KVMGR_NODISCARD kvmgr_status kvmgr_sequence_resume(kvmgr_sequence *sequence);
 KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_get_stats(const kvmgr_sequence *sequence,
                                       kvmgr_sequence_stats *out_stats);
+
+/**
+ * The state of a recurrent layer of a sequence, which the engine reads and writes in place. It is zero
+ * at first, aligned to 64 bytes, and stays at its address until the sequence is destroyed or preempted.
+ * On a CUDA device the address is one of device memory, and whatever this library does to a state is
+ * queued on the stream of the cache.
+ *
+ * Every token changes a state, and a state cannot be cut like rows of keys, so the engine says where it
+ * may want to go back to: kvmgr_sequence_snapshot. With drafts, one of
+ *   snapshot(n); reserve k; run; commit(0): the state is as before; reserve m; run again; commit(m)
+ *   reserve k; snapshot(n + i) after i drafts, 0 to k; commit(m): the state is that after the good ones
+ *   reserve k; run with states of the drafts in memory of the engine; write the right one; commit(m)
+ *
+ * @param layer below recurrent_layers: recurrent layers are numbered apart from those with keys and values
+ * @param out_state receives the address of the first byte
+ * @param out_bytes receives recurrent_bytes; may be NULL
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_recurrent_state(const kvmgr_sequence *sequence,
+                                            uint32_t layer,
+                                            void **out_state,
+                                            size_t *out_bytes);
+
+/**
+ * Keeps a copy of the states of all recurrent layers as those after num_tokens tokens, until the
+ * sequence gets shorter than that, is preempted or ends. It takes the place of one of the same length;
+ * else, if there are recurrent_snapshots of them already, that of the one taken first. KVMGR_OUT_OF_BLOCKS,
+ * and no change, if num_states is reached. Costs one copy of the states, no allocation.
+ *
+ * A snapshot at the end of a block whose tokens are shared by prefix is kept with the prefix: another
+ * sequence starts from there. The last such length of a prompt of n tokens that a prompt like it can
+ * use is (n - 1) / block_size * block_size; prompts that share less need one at the end of what they
+ * share. If no state is free, those that only prefixes keep are dropped or go to the store of the cache,
+ * least recently used first.
+ *
+ * @param num_tokens from the committed tokens to those and all reserved ones: what the states, as they
+ *        are now, have seen
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_snapshot(kvmgr_sequence *sequence,
+                                     size_t num_tokens);
+
+/**
+ * Sets the states of all recurrent layers back to those after num_tokens tokens, from a snapshot or from
+ * what the prefix keeps; 0 makes them zero. Forgets no token: kvmgr_sequence_truncate, which does both,
+ * and kvmgr_sequence_commit of fewer tokens than are reserved do this by themselves.
+ * KVMGR_INVALID_STATE if there is no snapshot of that length.
+ *
+ * @param num_tokens from the committed tokens to those and all reserved ones
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_restore(kvmgr_sequence *sequence,
+                                    size_t num_tokens);
+
+/**
+ * The lengths of the snapshots of a sequence, ascending. What prefixes keep is not among them.
+ *
+ * @param out_lengths room for capacity numbers; NULL with capacity 0 asks for their number only
+ * @param out_num receives their number
+ */
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_snapshots(const kvmgr_sequence *sequence,
+                                      size_t *out_lengths,
+                                      size_t capacity,
+                                      size_t *out_num);
 
 /**
  * Makes an attention handle for the sequences of a cache. On a CUDA device this loads the kernels,

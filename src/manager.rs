@@ -2,12 +2,13 @@
 
 mod layers;
 mod observe;
+mod recurrent;
 mod serve;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::cache::{Cache, CacheConfig, CacheStats, DeviceConfig, MemoryFormats};
+use crate::cache::{Cache, CacheConfig, CacheStats, DeviceConfig, MemoryFormats, RecurrentConfig};
 use crate::device::tensor::Tensor;
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, bail, ensure};
@@ -51,6 +52,8 @@ pub struct ManagerConfig {
     pub store: Option<Arc<dyn Store>>,
     /// The device whose memory the blocks are in; `None` for the host.
     pub device: Option<DeviceConfig>,
+    /// The recurrent layers of the model, if it has some.
+    pub recurrent: Option<RecurrentConfig>,
 }
 
 /// A cache with a default policy, an optional tier and workers. Shared, any thread.
@@ -104,6 +107,7 @@ impl Manager {
             prefix: config.prefix,
             rope: config.rope,
             device: config.device,
+            recurrent: config.recurrent,
         })?;
         // The engine hands over weights once the cache exists.
         check_policy(&cache, &policy, Needs::OUTPUT_PROJECTION)?;
@@ -226,7 +230,7 @@ impl Session {
                 && !sealed.is_token_granular()
                 && !cache.config().prefix,
         };
-        let sequence = Sequence::new(cache.clone(), config, observation);
+        let sequence = Sequence::new(cache.clone(), config, observation)?;
         Ok(Self::with(sequence, Some(manager.clone()), policy))
     }
 
@@ -258,11 +262,16 @@ impl Session {
 
     /// See [`Sequence::match_prefix`]; goes on with what the store has.
     pub fn match_prefix(&mut self, tokens: &[i32]) -> Result<usize> {
-        let mut matched = self.sequence.match_prefix(tokens)?;
         let tier = self.manager.as_ref().and_then(|manager| manager.tier.clone());
         let Some(tier) = tier.filter(|_| self.sequence.cache().config().prefix) else {
-            return Ok(matched);
+            return self.sequence.match_prefix(tokens);
         };
+        if self.sequence.has_state() {
+            let matched = self.match_with_state(tokens, &tier)?;
+            Cache::count(&self.sequence.cache().counters.prefix_hit_tokens, matched);
+            return Ok(matched);
+        }
+        let mut matched = self.sequence.match_prefix(tokens)?;
         let before = matched;
         while let Some(digest) = self.sequence.next_digest(tokens) {
             let cache = self.sequence.cache().clone();

@@ -6,12 +6,16 @@
 //! magic 8 | digest 32 | payload bytes u64 | crc64 of the payload u64 | payload
 //! ```
 //!
+//! The state of recurrent layers after an entry is an object of its own, named by the complement of the
+//! entry's digest: few entries have one, and it may go and come without them.
+//!
 //! The header is checked before a block becomes visible. A store that fails, or returns other
 //! bytes than it was given, costs a computation and a log line, never a wrong answer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::block::EntryId;
 use crate::block::prefix::Digest;
 use crate::cache::{Block, Cache, Offload};
 use crate::error::{Error, Kind, Result, ensure};
@@ -47,17 +51,9 @@ impl Tier {
     /// the store has it. Answers whether it can be found there now. Failures are logged and count as
     /// absence.
     pub fn fetch(&self, cache: &Cache, digest: &Digest, position: usize) -> bool {
-        match self.try_fetch(cache, digest, position) {
-            Ok(found) => {
-                self.hits.fetch_add(u64::from(found), Ordering::Relaxed);
-                found
-            }
-            Err(error) => {
-                self.failures.fetch_add(1, Ordering::Relaxed);
-                log(Level::Warn, format_args!("prefix not fetched: {error}"));
-                false
-            }
-        }
+        let found = self.counted(self.try_fetch(cache, digest, position));
+        self.hits.fetch_add(u64::from(found), Ordering::Relaxed);
+        found
     }
 
     fn try_fetch(&self, cache: &Cache, digest: &Digest, position: usize) -> Result<bool> {
@@ -76,6 +72,61 @@ impl Tier {
         };
         cache.release(ids(), entry.into_iter());
         result
+    }
+
+    /// Whether the store has the entry `digest`; a failure counts as absence.
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.counted(self.store.contains(digest))
+    }
+
+    /// Whether the store has the state after the entry `digest`.
+    pub fn has_state(&self, digest: &Digest) -> bool {
+        self.has(&state_key(digest))
+    }
+
+    /// Brings the state after `digest` to `entry`, which the caller holds, if the store has it. Answers
+    /// whether the entry keeps it now. Failures are logged and count as absence.
+    pub fn fetch_state(&self, cache: &Cache, entry: EntryId, digest: &Digest) -> bool {
+        self.counted(self.try_fetch_state(cache, entry, digest))
+    }
+
+    fn try_fetch_state(&self, cache: &Cache, entry: EntryId, digest: &Digest) -> Result<bool> {
+        let key = state_key(digest);
+        if !self.store.contains(&key)? {
+            return Ok(false);
+        }
+        let state = cache.new_state()?;
+        let mut found = false;
+        let result = cache.fill_state(&state, &mut |bytes| {
+            let mut object = vec![0; object_len(bytes.len())];
+            found = self.store.get(&key, &mut object)?;
+            if found {
+                bytes.copy_from_slice(verify(&object, &key)?);
+            }
+            Ok(())
+        });
+        if result.is_ok() && found {
+            cache.keep_state(entry, digest, &state);
+        }
+        cache.release_states([state]);
+        result.map(|()| found)
+    }
+
+    /// A failure is logged, counted, and means no.
+    fn counted(&self, answer: Result<bool>) -> bool {
+        answer.unwrap_or_else(|error| {
+            self.failures.fetch_add(1, Ordering::Relaxed);
+            log(Level::Warn, format_args!("prefix not fetched: {error}"));
+            false
+        })
+    }
+
+    /// Whether an object could be stored. A failure is logged and counted.
+    fn put(&self, key: &Key, parts: &[&[u8]]) -> bool {
+        let Err(error) = self.store.put(key, &seal(key, parts)) else { return true };
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        log(Level::Warn, format_args!("prefix not offloaded: {error}"));
+        false
     }
 
     fn read_into(&self, cache: &Cache, blocks: &[Block], digest: &Digest) -> Result<bool> {
@@ -99,14 +150,18 @@ impl Tier {
 
 impl Offload for Tier {
     fn offload(&self, digest: &Digest, blocks: &[&[u8]]) {
-        match self.store.put(digest, &seal(digest, blocks)) {
-            Ok(()) => _ = self.puts.fetch_add(1, Ordering::Relaxed),
-            Err(error) => {
-                self.failures.fetch_add(1, Ordering::Relaxed);
-                log(Level::Warn, format_args!("prefix not offloaded: {error}"));
-            }
-        }
+        let is_put = self.put(digest, blocks);
+        self.puts.fetch_add(u64::from(is_put), Ordering::Relaxed);
     }
+
+    fn offload_state(&self, digest: &Digest, bytes: &[u8]) {
+        self.put(&state_key(digest), &[bytes]);
+    }
+}
+
+/// The name of the state after the entry `digest`: as hard to meet by chance as the digest.
+fn state_key(digest: &Digest) -> Key {
+    digest.map(|byte| !byte)
 }
 
 /// An object for `name` out of parts.

@@ -58,7 +58,8 @@ impl Model {
         config.lane_width = Some(LaneWidth::Head);
         let cache = Manager::new(config).unwrap().cache().clone();
         let observation = Some(Arc::new(Observation::new(&SHAPE, Needs::COLUMN_SUM, 0)));
-        let sequence = Sequence::new(cache.clone(), SequenceConfig::default(), observation);
+        let sequence =
+            Sequence::new(cache.clone(), SequenceConfig::default(), observation).unwrap();
         Self { sequence, attention: Attention::new(cache).unwrap() }
     }
 

@@ -38,7 +38,7 @@ impl Watched {
         let observation = Some(Arc::new(Observation::new(&shape, needs, WINDOW)));
         let heads = shape.num_layers * shape.num_kv_heads;
         Self {
-            sequence: Sequence::new(cache.clone(), SequenceConfig::default(), observation),
+            sequence: Sequence::new(cache.clone(), SequenceConfig::default(), observation).unwrap(),
             attention: Attention::new(cache.clone()).unwrap(),
             random: Random(seed),
             shape,

@@ -24,6 +24,7 @@ fn the_committed_header_is_fresh() {
         "schedule",
         "cache",
         "sequence",
+        "recurrent",
         "attention",
         "masked",
         "slots",

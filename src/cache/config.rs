@@ -8,7 +8,7 @@ use crate::error::{Result, ensure};
 use crate::evictor;
 use crate::shape::{LaneWidth, MAX_BLOCK_SIZE, ModelShape, Rope};
 
-use super::Format;
+use super::{Format, RecurrentConfig};
 
 /// Everything a cache needs to know. Fixed for its life.
 #[derive(Debug, Clone)]
@@ -35,6 +35,8 @@ pub struct CacheConfig {
     pub rope: Option<Rope>,
     /// The device whose memory the blocks are in; `None` for the host.
     pub device: Option<DeviceConfig>,
+    /// The recurrent layers of the model, if it has some.
+    pub recurrent: Option<RecurrentConfig>,
 }
 
 /// Where the blocks of a cache on a device are.
@@ -115,6 +117,7 @@ impl CacheConfig {
             prefix: false,
             rope: None,
             device: None,
+            recurrent: None,
         }
     }
 
@@ -165,6 +168,9 @@ impl CacheConfig {
                 head_dim - dims
             );
         }
+        if let Some(recurrent) = &self.recurrent {
+            recurrent.validate()?;
+        }
         let exact = self.exact();
         exact.check(self.shape.num_layers)?;
         ensure!(
@@ -185,6 +191,9 @@ impl CacheConfig {
         let Exact { skip_layers, first, .. } = self.exact();
         if skip_layers > 0 || first > 0 {
             scope += &format!(" exact {skip_layers} {first}");
+        }
+        if let Some(RecurrentConfig { num_layers, bytes, .. }) = self.recurrent {
+            scope += &format!(" recurrent {num_layers} {bytes}");
         }
         if self.device.is_some() && formats.len() > 1 {
             scope += " fragments"; // Quantized blocks have another layout on a device.

@@ -9,6 +9,7 @@ mod device;
 mod format;
 pub mod rows;
 mod slab;
+mod states;
 mod view;
 
 use std::sync::Arc;
@@ -19,9 +20,11 @@ use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 pub use config::{CacheConfig, DeviceConfig, Exact, MemoryFormats};
 pub use device::PAGE_BYTES;
 pub use format::Format;
+pub use states::{DEFAULT_SNAPSHOTS, RecurrentConfig, RecurrentState, StateStats};
 pub use view::BlockView;
 
 use self::slab::Slab;
+use self::states::States;
 use crate::block::prefix::{self, Digest};
 use crate::block::{BlockId, BlockPool, EntryId, Released};
 use crate::device::cuda::DeviceMemory;
@@ -37,6 +40,8 @@ pub const OPEN: usize = 0;
 pub trait Offload: std::fmt::Debug + Send + Sync {
     /// `blocks` holds the bytes of the entry's block in every lane, in lane order.
     fn offload(&self, digest: &Digest, blocks: &[&[u8]]);
+    /// `bytes` are those of the state after the last token of the entry.
+    fn offload_state(&self, digest: &Digest, bytes: &[u8]);
 }
 
 /// A block that a sequence refers to: its name and its bytes.
@@ -61,6 +66,8 @@ pub struct Cache {
     /// What seals blocks on the device, if sealed ones are not raw.
     sealer: Option<device::Sealer>,
     state: RwLock<State>,
+    /// Of recurrent layers. Its lock is taken last.
+    states: Option<Mutex<States>>,
     /// Counters that sequences add to.
     pub counters: Counters,
 }
@@ -131,6 +138,8 @@ pub struct CacheStats {
     pub bytes_peak: u64,
     /// Prefix entries reclaimed since creation.
     pub evictions: u64,
+    /// States of recurrent layers, which the bytes above do not count.
+    pub states: StateStats,
 }
 
 impl Cache {
@@ -162,6 +171,7 @@ impl Cache {
             idle_bytes: AtomicUsize::new(0),
             peak_bytes: AtomicUsize::new(0),
         };
+        let states = States::new(&config)?.map(Mutex::new);
         let root = prefix::root(
             config.block_size,
             config.salt,
@@ -176,6 +186,7 @@ impl Cache {
             device,
             sealer,
             state: RwLock::new(state),
+            states,
             counters: Counters::default(),
         }))
     }
@@ -321,6 +332,9 @@ impl Cache {
             };
             let views: Vec<_> = blocks.iter().map(|id| state.views[id.0 as usize]).collect();
             drop(state);
+            if let Some(head) = blocks.first() {
+                self.drop_kept(*head, &digest);
+            }
             if let Some(offload) = self.offload.lock().clone() {
                 // What cannot be fetched from a device is lost, as it would be without a store.
                 let bytes: Result<Vec<_>> =
@@ -437,6 +451,7 @@ impl Cache {
             bytes_committed: slab.map_or(0, |slab| slab.committed_bytes() as u64),
             bytes_peak: state.peak_bytes.load(Ordering::Relaxed) as u64,
             evictions: pool.evictions(),
+            states: self.state_stats(),
         }
     }
 
@@ -444,12 +459,14 @@ impl Cache {
     pub fn reset_peak(&self) {
         let state = self.state.write();
         state.peak_bytes.store(state.used_bytes(), Ordering::Relaxed);
+        self.reset_state_peak();
     }
 
     /// Checks every invariant of the pool and its memory; for tests and debugging. O(blocks).
     pub fn check_integrity(&self) {
         let state = self.state.read();
         state.pool.check_integrity();
+        self.check_states(|digest| state.pool.lookup(digest).map(|entry| entry.0));
         let Some(slab) = &state.slab else { return };
         let referred = |(id, _): &(usize, &BlockView)| state.pool.refs(BlockId(*id as u32)) > 0;
         let bytes = state.views.iter().enumerate().filter(referred).map(|(_, view)| view.len());

@@ -9,6 +9,7 @@ use super::guard::{guard, guard_or};
 use super::handle::{self, Exclusive, Opaque};
 use super::policy::{KVMGR_NEEDS_OUTPUT_PROJECTION, kvmgr_policy};
 use super::pool::to_usize;
+use super::recurrent;
 use super::sequence::{SequenceHandle, kvmgr_sequence};
 use super::store::kvmgr_store;
 use super::types::{
@@ -57,7 +58,9 @@ pub const KVMGR_CACHE_VALUES_IN_KEYS: u32 = 2;
 pub struct kvmgr_cache_config {
     /// sizeof(kvmgr_cache_config).
     pub struct_size: usize,
-    /// Layers with keys and values, 1 to 4096.
+    /// Layers with keys and values, 1 to 4096. In a hybrid model only these: they are numbered 0 to
+    /// num_layers - 1 in all calls but kvmgr_sequence_recurrent_state, budgets are divided among them, and
+    /// skip_layers of a spec counts them.
     pub num_layers: u32,
     /// Query heads of a layer, a multiple of num_kv_heads.
     pub num_q_heads: u32,
@@ -116,6 +119,21 @@ pub struct kvmgr_cache_config {
     pub value_dim: u32,
     /// The first rotated element of a head: the latent of MLA comes before those that are rotated.
     pub rope_first: u32,
+    /// Layers with a recurrent state (Mamba, RWKV, linear attention), 0 to 4096; 0 means none. They are
+    /// numbered 0 to recurrent_layers - 1, apart from those with keys and values. See
+    /// kvmgr_sequence_recurrent_state.
+    pub recurrent_layers: u32,
+    /// Snapshots of a sequence at most, 1 to 1024; 0 means 4. One more takes the place of the oldest.
+    /// With one after each draft, as many as drafts and one.
+    pub recurrent_snapshots: u32,
+    /// Bytes of the state of a recurrent layer, 1 to less than 4 GiB for all layers together. What a layer
+    /// keeps apart, as the convolution and the scan of Mamba, are parts of it.
+    pub recurrent_bytes: u64,
+    /// States of all recurrent layers that there can be, 1 to 2^20: one for each sequence, one for each
+    /// snapshot, one for each prefix that keeps one. Sequences times (1 + recurrent_snapshots) never run
+    /// out. They have memory of their own beside memory_limit, on the same device, whole pages each; on
+    /// the host it is taken as they are used. Required with recurrent_layers.
+    pub num_states: u64,
 }
 
 /// What a cache holds and has done. Set struct_size before the call. Bytes are bytes of blocks as
@@ -161,6 +179,23 @@ pub struct kvmgr_cache_stats {
     pub rows_evicted: u64,
     /// Live sequences.
     pub num_sequences: u64,
+    /// States of recurrent layers that there can be. Those of all layers of a sequence are one, and the
+    /// numbers of blocks and their bytes above do not count them.
+    pub num_states: u64,
+    /// States nobody refers to.
+    pub free_states: u64,
+    /// States of sequences, snapshots included.
+    pub used_states: u64,
+    /// States that only the prefix index refers to; dropped when needed.
+    pub idle_states: u64,
+    /// Bytes of used states.
+    pub state_bytes_used: u64,
+    /// Bytes of idle states.
+    pub state_bytes_idle: u64,
+    /// Bytes of states taken from the system: used, idle, and a few free ones.
+    pub state_bytes_committed: u64,
+    /// Largest state_bytes_used since creation or kvmgr_cache_reset_peak.
+    pub state_bytes_peak: u64,
 }
 
 /// Makes a cache. A spec that needs what the engine cannot hand over is refused with the stage
@@ -218,7 +253,7 @@ pub unsafe extern "C" fn kvmgr_cache_get_stats(
     })
 }
 
-/// Starts a new bytes_peak at what is used now.
+/// Starts a new bytes_peak, and state_bytes_peak, at what is used now.
 #[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_cache_reset_peak(cache: *mut kvmgr_cache) -> kvmgr_status {
@@ -281,7 +316,7 @@ pub unsafe extern "C" fn kvmgr_cache_set_weights(
     })
 }
 
-/// Makes an empty sequence.
+/// Makes an empty sequence. KVMGR_OUT_OF_BLOCKS if the model has recurrent layers and no state is left.
 ///
 /// @param policy the policy of this sequence, without quant(...), or NULL for the cache's spec
 /// @param out_sequence receives an exclusive handle; NULL on failure
@@ -371,6 +406,7 @@ unsafe fn parse_config(config: &kvmgr_cache_config) -> Result<ManagerConfig> {
         }?,
         store,
         device: parse_device(config)?,
+        recurrent: recurrent::parse(config)?,
     })
 }
 
@@ -422,5 +458,13 @@ fn stats_of(manager: &Manager) -> kvmgr_cache_stats {
         tokens_appended: load(&counters.tokens_appended),
         rows_evicted: load(&counters.tokens_evicted),
         num_sequences: load(&counters.num_sequences),
+        num_states: stats.cache.states.num_states,
+        free_states: stats.cache.states.free_states,
+        used_states: stats.cache.states.used_states,
+        idle_states: stats.cache.states.idle_states,
+        state_bytes_used: stats.cache.states.bytes_used,
+        state_bytes_idle: stats.cache.states.bytes_idle,
+        state_bytes_committed: stats.cache.states.bytes_committed,
+        state_bytes_peak: stats.cache.states.bytes_peak,
     }
 }

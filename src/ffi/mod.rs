@@ -23,6 +23,7 @@ pub mod pool_sequence;
 pub mod pool_stats;
 pub mod pool_tables;
 pub mod quantizer;
+pub mod recurrent;
 pub mod schedule;
 pub mod score;
 pub mod sequence;

@@ -62,6 +62,8 @@ pub struct kvmgr_sequence_stats {
     pub num_blocks: u64,
     /// Bytes of what the spec's selector knows of the blocks; not part of `bytes`.
     pub selector_bytes: u64,
+    /// Bytes of the states of recurrent layers and of snapshots, shared ones included; not part of `bytes`.
+    pub state_bytes: u64,
 }
 
 /// Ends a sequence and frees what only it refers to. NULL is fine.
@@ -71,7 +73,8 @@ pub extern "C" fn kvmgr_sequence_destroy(sequence: *mut kvmgr_sequence) {
 }
 
 /// Makes a second sequence with the same tokens. It shares every block; the block that still fills
-/// is copied by whoever writes first. KVMGR_INVALID_STATE while tokens are reserved.
+/// is copied by whoever writes first. States of recurrent layers are copied at once, for which one must be
+/// free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved.
 ///
 /// @param out_child receives an exclusive handle; NULL on failure
 #[must_use]
@@ -92,7 +95,9 @@ pub unsafe extern "C" fn kvmgr_sequence_fork(
 
 /// Takes over the cached blocks of the longest known prefix of a prompt, from the cache or its
 /// store, but always leaves at least one token to compute. The sequence must be empty. The matched
-/// tokens are committed: go on with the tokens after them.
+/// tokens are committed: go on with the tokens after them. With recurrent layers a prefix is as long as its
+/// last block at whose end a state is kept (kvmgr_sequence_snapshot), which becomes that of the sequence;
+/// without one it is 0 tokens.
 ///
 /// @param tokens the prompt
 /// @param out_num_matched receives the number of tokens taken over; 0 without the prefix flag
@@ -211,7 +216,7 @@ pub unsafe extern "C" fn kvmgr_sequence_observe_residual(
 /// Starts a replay (KVMGR_NEEDS_REPLAY): the engine feeds a request to repeat the prompt and then
 /// tokens first to first + num of it once more, behind the prompt: reserve, append, attend. What that
 /// reads of the prompt is noted, and kvmgr_sequence_commit of 0 tokens ends the replay, of which nothing
-/// is left. Long prompts are replayed in pieces. Before kvmgr_sequence_end_prefill.
+/// is left. With recurrent layers there must be a snapshot of the prompt's length. Long prompts are replayed in pieces. Before kvmgr_sequence_end_prefill.
 ///
 /// @param first the first token that is replayed
 /// @param num_tokens at least 1
@@ -229,6 +234,9 @@ pub extern "C" fn kvmgr_sequence_replay(
 /// drafts are undone. Blocks that are full are encoded and, with the prefix flag, shared. After
 /// kvmgr_sequence_end_prefill this is a decode step and runs the decode phase of the policy; if
 /// that runs out of blocks the tokens are committed all the same and the next step tries again.
+/// If reserved tokens are dropped and there is a snapshot after the committed ones, the states of recurrent
+/// layers are set back to it; without one they stay as the engine has written them, unless there are snapshots
+/// after some of the reserved tokens: then the answer is KVMGR_INVALID_STATE.
 /// On a CUDA device the encoding of full blocks is queued on the stream; while a graph is captured they stay
 /// open and are encoded by a later commit.
 ///
@@ -266,7 +274,9 @@ pub extern "C" fn kvmgr_sequence_end_prefill(sequence: *mut kvmgr_sequence) -> k
     guard(|| write(sequence, Session::end_prefill))
 }
 
-/// Forgets the tokens at position num_tokens and above, and any reservation.
+/// Forgets the tokens at position num_tokens and above, and any reservation. With recurrent layers their
+/// states are set back to a snapshot of that length, to what the prefix keeps there, or to zeros at 0; if
+/// committed tokens would go and there is none, the answer is KVMGR_INVALID_STATE.
 ///
 /// @param num_tokens 0 to the number of committed tokens
 #[must_use]
@@ -428,7 +438,8 @@ pub unsafe extern "C" fn kvmgr_sequence_take_copies(
     })
 }
 
-/// Moves the bytes of a sequence to a store and frees its blocks. Until it is resumed, calls that
+/// Moves the bytes of a sequence to a store and frees its blocks. The states of recurrent layers go with
+/// them, snapshots are dropped. Until it is resumed, calls that
 /// need them answer KVMGR_INVALID_STATE. The sequence keeps a reference to the store.
 #[must_use]
 #[unsafe(no_mangle)]
@@ -477,17 +488,21 @@ pub unsafe extern "C" fn kvmgr_sequence_get_stats(
                 num_blocks: if sequence.is_swapped() { 0 } else { sequence.num_blocks() as u64 },
                 selector_bytes: sequence.observation().map_or(0, |seen| seen.selector_bytes())
                     as u64,
+                state_bytes: sequence.state_bytes() as u64,
             };
             convert::fill_struct(out_stats, &stats, "kvmgr_sequence_stats")
         })
     })
 }
 
-fn read(sequence: *const kvmgr_sequence, body: impl FnOnce(&Session) -> Result<()>) -> Result<()> {
+pub(super) fn read(
+    sequence: *const kvmgr_sequence,
+    body: impl FnOnce(&Session) -> Result<()>,
+) -> Result<()> {
     handle::with(sequence, |sequence| body(&*sequence.0.read(NAME)?))
 }
 
-fn write(
+pub(super) fn write(
     sequence: *mut kvmgr_sequence,
     body: impl FnOnce(&mut Session) -> Result<()>,
 ) -> Result<()> {

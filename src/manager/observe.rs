@@ -33,6 +33,7 @@ impl Session {
             bail!(InvalidState, "the policy {} needs no replay", self.policy.spec());
         };
         let sinks = self.policy.replay_sinks().min(tokens.start) as i32;
+        self.sequence.ensure_snapshot("a replay changes the state of recurrent layers")?;
         let tokens = tokens.start as i32..tokens.end as i32;
         observation.set_replay(Some(Replay { tokens, sinks }));
         Ok(())

@@ -14,6 +14,7 @@ mod lane;
 mod observation;
 mod prefix;
 mod received;
+mod recurrent;
 mod residual;
 mod seal;
 mod statistics;
@@ -34,6 +35,7 @@ use crate::block::{BlockId, EntryId};
 use crate::cache::{Block, Cache, OPEN};
 use crate::error::{Result, ensure};
 use crate::quantizer::Side;
+use recurrent::Recurrent;
 
 /// How a sequence treats what it holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -66,6 +68,8 @@ pub struct Sequence {
     swapped: bool,
     copies: Vec<(BlockId, BlockId)>,
     observation: Option<Arc<Observation>>,
+    /// The state of the recurrent layers, if the model has some and the sequence is not swapped out.
+    recurrent: Option<Recurrent>,
     shared: Arc<Shared>,
     evicted: u64,
 }
@@ -97,11 +101,21 @@ impl Shared {
 }
 
 impl Sequence {
-    /// An empty sequence.
+    /// An empty sequence. Fails only if a state of recurrent layers is needed and none is free.
     pub fn new(
         cache: Arc<Cache>,
         config: SequenceConfig,
         observation: Option<Arc<Observation>>,
+    ) -> Result<Self> {
+        let recurrent = Recurrent::new(&cache)?;
+        Ok(Self::with_state(cache, config, observation, recurrent))
+    }
+
+    fn with_state(
+        cache: Arc<Cache>,
+        config: SequenceConfig,
+        observation: Option<Arc<Observation>>,
+        recurrent: Option<Recurrent>,
     ) -> Self {
         let num_lanes = cache.config().num_lanes();
         let written = (0..cache.config().shape.num_layers).map(|_| AtomicU64::new(0)).collect();
@@ -122,13 +136,14 @@ impl Sequence {
             swapped: false,
             copies: Vec::new(),
             observation,
+            recurrent,
             shared: Arc::new(Shared { epoch: AtomicU64::new(0), written }),
             evicted: 0,
         }
     }
 
     /// A sequence with the same tokens that shares every block. The open tail is copied by whoever
-    /// writes to it first. Fails while tokens are reserved.
+    /// writes to it first, the state of recurrent layers at once. Fails while tokens are reserved.
     pub fn fork(&self) -> Result<Self> {
         self.ensure_present()?;
         ensure!(
@@ -137,10 +152,14 @@ impl Sequence {
             "{} tokens are reserved; commit or truncate before a fork",
             self.reserved
         );
+        let recurrent = match &self.recurrent {
+            Some(recurrent) => Some(recurrent.fork(&self.cache)?),
+            None => None,
+        };
         self.cache.retain(self.blocks());
         self.cache.hold(self.entries.iter().copied());
         self.tail_shared.store(true, Ordering::Relaxed);
-        let mut child = Self::new(self.cache.clone(), self.config, None);
+        let mut child = Self::with_state(self.cache.clone(), self.config, None, recurrent);
         child.lanes.clone_from(&self.lanes);
         child.tokens.clone_from(&self.tokens);
         child.committed = self.committed;
@@ -229,9 +248,13 @@ impl Sequence {
                 );
             }
         }
+        if n < self.reserved {
+            self.shorten_state(self.committed + n)?;
+        }
         self.drop_rows_from((self.committed + n) as i32);
         self.reserved = 0;
         self.committed += n;
+        self.drop_snapshots_after(self.committed);
         match tokens {
             Some(tokens) if self.hashable => self.tokens.extend_from_slice(tokens),
             // Dropping a reservation says nothing about the tokens that are there.
@@ -259,7 +282,15 @@ impl Sequence {
             "num_tokens is {n}, the sequence has {}",
             self.committed
         );
+        self.shorten_state(n)?;
+        self.truncate_rows(n);
+        Ok(())
+    }
+
+    /// [`Self::truncate`] once the state is that after `n` tokens.
+    fn truncate_rows(&mut self, n: usize) {
         self.drop_rows_from(n as i32);
+        self.drop_snapshots_after(n);
         self.shared.written.iter().for_each(|layer| layer.store(0, Ordering::Release));
         self.reserved = 0;
         self.committed = n;
@@ -279,7 +310,6 @@ impl Sequence {
             observation.truncate(n as i32);
         }
         self.touch();
-        Ok(())
     }
 
     /// Seals the full blocks that were kept open for a policy; from now on blocks are sealed when
@@ -462,6 +492,8 @@ impl Drop for Sequence {
         self.cache.counters.num_sequences.fetch_sub(1, Ordering::Relaxed);
         let blocks = if self.swapped { Vec::new() } else { self.blocks().collect() };
         self.cache.release(blocks.into_iter(), self.entries.drain(..));
+        let states = self.recurrent.take().into_iter().flat_map(Recurrent::into_states);
+        self.cache.release_states(states);
     }
 }
 

@@ -10,8 +10,16 @@ use crate::error::{Result, ensure};
 impl Sequence {
     /// Takes over cached blocks of the longest known prefix of `tokens`, at most all but the last
     /// token (an engine needs one to compute). Answers the number of tokens taken. The sequence
-    /// must be empty.
+    /// must be empty. With recurrent layers the prefix is the longest whose state is known, too.
     pub fn match_prefix(&mut self, tokens: &[i32]) -> Result<usize> {
+        self.begin_match(tokens)?;
+        self.settle_match(&mut |_, _| false)?;
+        Cache::count(&self.cache.counters.prefix_hit_tokens, self.committed);
+        Ok(self.committed)
+    }
+
+    /// [`Self::match_prefix`] without its end: takes over the blocks that are in the cache.
+    pub fn begin_match(&mut self, tokens: &[i32]) -> Result<usize> {
         self.ensure_present()?;
         ensure!(
             self.committed == 0 && self.reserved == 0,
@@ -24,9 +32,7 @@ impl Sequence {
         }
         let counters = &self.cache.counters;
         Cache::count(&counters.prefix_query_tokens, tokens.len());
-        self.extend_match(tokens)?;
-        Cache::count(&self.cache.counters.prefix_hit_tokens, self.committed);
-        Ok(self.committed)
+        self.extend_match(tokens)
     }
 
     /// Goes on with a match after a tier brought more entries in. Answers the tokens held.
@@ -103,10 +109,9 @@ impl Sequence {
                 .register(&digest, &blocks)
                 .or_else(|| self.adopt(chunk, &digest, &blocks));
             self.digests.push(digest);
-            match entry {
-                Some(entry) => self.entries.push(entry),
-                None => return,
-            }
+            let Some(entry) = entry else { return };
+            self.entries.push(entry);
+            self.keep_snapshot((chunk + 1) * block_size);
         }
     }
 

@@ -73,6 +73,7 @@ pub fn config(shape: ModelShape, spec: &str) -> ManagerConfig {
         rope: Some(Rope::new(RopeStyle::Half, shape.head_dim, 10_000.0)),
         store: None,
         device: None,
+        recurrent: None,
     }
 }
 

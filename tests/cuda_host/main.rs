@@ -13,6 +13,7 @@ mod counting;
 mod driver;
 #[path = "../common/mock_driver.rs"]
 mod mock_driver;
+mod recurrent;
 mod refused;
 mod twin;
 

@@ -38,9 +38,11 @@ impl Ours {
             prefix: false,
             rope: None,
             device: None,
+            recurrent: None,
         });
         let cache = cache.expect("a valid configuration");
-        let mut sequence = Sequence::new(Arc::clone(&cache), SequenceConfig::default(), None);
+        let sequence = Sequence::new(Arc::clone(&cache), SequenceConfig::default(), None);
+        let mut sequence = sequence.expect("no states are needed");
         let committed = input.tokens - input.queries;
         let wide = shape.num_kv_heads * shape.head_dim;
         let rows = |data| Tensor::from_slice(data, [committed, shape.num_kv_heads, shape.head_dim]);
