@@ -42,11 +42,11 @@ fn write(tensors: &HashMap<String, (Vec<f32>, usize)>) -> tempfile::NamedTempFil
         .iter()
         .map(|(name, (data, dim))| {
             let shape = vec![HEADS, data.len() / HEADS / dim, *dim];
-            (name, TensorView::new(Dtype::F32, shape, &bytes[name]).unwrap())
+            (name, TensorView::new(Dtype::F32, shape, &bytes[name]).expect("a tensor of its shape"))
         })
         .collect();
-    let file = tempfile::NamedTempFile::new().unwrap();
-    safetensors::serialize_to_file(views, None, file.path()).unwrap();
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    safetensors::serialize_to_file(views, None, file.path()).expect("tensors can be written");
     file
 }
 
