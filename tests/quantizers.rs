@@ -9,7 +9,7 @@ use std::sync::Arc;
 use kvmgr::quantizer::{
     Cell, Granularity, MAX_DIM, MAX_TOKENS, QUANTIZERS, Quantizer, Side, create, create_on,
 };
-use kvmgr::simd;
+use kvmgr::simd::{self, IntegerQueries};
 
 const TOKENS: [usize; 6] = [0, 1, 2, 31, 32, 33];
 const DIMS: [usize; 8] = [1, 20, 32, 64, 80, 96, 128, 256];
@@ -135,7 +135,7 @@ fn parts_of_a_cell_decode_like_the_whole() {
     });
 }
 
-/// `dot` and `axpy` against f64 sums over the decoded rows, for 1 to 9 queries and parts of cells.
+/// `dot` and `axpy` against f64 sums over the decoded rows, for 1 to 38 queries and parts of cells.
 #[test]
 fn dot_and_axpy_are_sums_over_the_decoded_rows() {
     let mut random = Random(3);
@@ -147,7 +147,10 @@ fn dot_and_axpy_are_sums_over_the_decoded_rows() {
             for quantizer in levels {
                 let bytes = encode(&**quantizer, &rows, dim);
                 for (i, range) in ranges(tokens).into_iter().enumerate() {
-                    let n = 1 + (tokens + dim + i) % 9;
+                    let few = 1 + (tokens + dim + i) % 9;
+                    // Products of matrices take 16 and more.
+                    let is_few = (tokens + dim / 32 + i).is_multiple_of(2);
+                    let n = if is_few { few } else { 14 + few + i % 4 * 5 };
                     let cell = Cell {
                         bytes: &bytes,
                         tokens,
@@ -178,12 +181,17 @@ fn check_dot(
     quantizer.prepare_queries(dim, &mut prepared);
     let mut scores = vec![f32::NAN; n * count];
     quantizer.dot(cell, &prepared, &mut scores);
+    let mut integers = IntegerQueries::default();
+    quantizer.encode_queries(dim, &prepared, &mut integers);
+    let mut again = vec![f32::NAN; n * count];
+    quantizer.dot_prepared(cell, (&prepared, &integers), &mut again);
     for i in 0..n {
         for t in 0..count {
             let terms =
                 (0..dim).map(|c| f64::from(queries[i * dim + c]) * f64::from(values[t * dim + c]));
             let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + x.abs()));
-            let error = (f64::from(scores[i * count + t]) - sum).abs();
+            let off = |scores: &[f32]| (f64::from(scores[i * count + t]) - sum).abs();
+            let error = off(&scores).max(off(&again));
             let shape = (cell.tokens, dim, n);
             // Integer loops round to the largest element of a query.
             let row = &values[t * dim..(t + 1) * dim];
@@ -250,7 +258,8 @@ fn largest(values: &[f32]) -> f64 {
     f64::from(values.iter().fold(0.0f32, |most, x| most.max(x.abs())))
 }
 
-/// Queries and weights of any magnitude keep their precision, and NaN reaches every sum.
+/// Queries and weights of any magnitude keep their precision, and NaN reaches every sum of its query
+/// and no other, also among many.
 #[test]
 fn queries_and_weights_may_be_tiny_huge_zero_or_nan() {
     let mut random = Random(5);
@@ -261,26 +270,45 @@ fn queries_and_weights_may_be_tiny_huge_zero_or_nan() {
         for quantizer in levels {
             let bytes = encode(&**quantizer, &rows, dim);
             let cell = Cell { bytes: &bytes, tokens, dim, rows: 0..tokens, ahead: &[] };
-            let run = |factor: f32| {
-                let times = |values: &[f32]| values.iter().map(|x| x * factor).collect::<Vec<_>>();
-                let (mut queries, mut scores) = (times(&queries), vec![f32::NAN; tokens]);
+            let run = |factor: f32, n: usize| {
+                // Among `n` only the middle one is multiplied.
+                let times = |values: &[f32]| {
+                    let factor = |i| if i == n / 2 { factor } else { 1.0 };
+                    let row = |i| values.iter().map(move |x| x * factor(i));
+                    (0..n).flat_map(row).collect::<Vec<_>>()
+                };
+                let (mut queries, mut scores) = (times(&queries), vec![f32::NAN; n * tokens]);
                 quantizer.prepare_queries(dim, &mut queries);
-                quantizer.dot(&cell, &queries, &mut scores);
-                let mut outputs = vec![0.0; dim];
+                let mut integers = IntegerQueries::default();
+                quantizer.encode_queries(dim, &queries, &mut integers);
+                quantizer.dot_prepared(&cell, (&queries, &integers), &mut scores);
+                let mut outputs = vec![0.0; n * dim];
                 quantizer.axpy(&cell, &times(&weights), &mut outputs);
-                [scores, outputs].concat()
+                let row =
+                    |i| [&scores[i * tokens..][..tokens], &outputs[i * dim..][..dim]].concat();
+                (row(n / 2), (n > 1).then(|| [row(0), row(n - 1)]))
             };
-            let plain = run(1.0);
+            let plain = run(1.0, 1).0;
             let size = largest(&plain);
-            for factor in [0.0, 1e-36, 1e-25, 1e25, 3e30] {
-                for (x, expected) in run(factor).iter().zip(&plain) {
+            let check = |values: &[f32], factor: f32| {
+                for (x, expected) in values.iter().zip(&plain) {
                     let error = f64::from(*x) - f64::from(*expected) * f64::from(factor);
                     let limit = 2e-3 * size * f64::from(factor);
                     assert!(error.abs() <= limit, "{spec} {side:?} {factor}: {error}");
                 }
+            };
+            for n in [1, 19] {
+                for factor in [0.0, 1e-36, 1e-25, 1e25, 3e30, f32::NAN] {
+                    let (values, others) = run(factor, n);
+                    if factor.is_nan() {
+                        let all_nan = values.iter().all(|x| x.is_nan());
+                        assert!(all_nan, "{spec} {side:?}: NaN got lost");
+                    } else {
+                        check(&values, factor);
+                    }
+                    others.iter().flatten().for_each(|values| check(values, 1.0));
+                }
             }
-            let all_nan = run(f32::NAN).iter().all(|x| x.is_nan());
-            assert!(all_nan, "{spec} {side:?}: NaN got lost");
         }
     });
 }

@@ -16,7 +16,7 @@ use crate::device::tensor::{Tensor, TensorMut};
 use crate::quantizer::{Cell, Quantizer, Side};
 use crate::sequence::{FIRST_STATISTIC, MAX_DRAFTS, QueryStatistics, Span};
 use crate::shape::Needs;
-use crate::simd::{self, Format, Rows};
+use crate::simd::{self, Format, IntegerQueries, Rows};
 
 /// One call of `run`.
 pub(super) struct Call<'a> {
@@ -54,6 +54,8 @@ pub(super) struct Scratch {
 pub(super) struct RowScratch {
     /// Queries in the space of the format at hand.
     prepared: Vec<f32>,
+    /// The same as integers.
+    integers: IntegerQueries,
     /// Logits and then probabilities of one piece, `[queries * group, rows]`.
     scores: Vec<f32>,
     /// Decoded rows of one piece, `[rows, dim]`.
@@ -180,13 +182,13 @@ impl Call<'_> {
             cell.ahead = next;
             let end = piece.queries.end * job.group;
             let out = &mut part.out[first * job.out_dim..end * job.out_dim];
-            if decodes(job, piece, format) {
+            if decodes_piece(job, piece, (value, job.out_dim), format) {
                 kernels.axpy(Format::F32, &decode(value, &cell, decoded), scores, out);
             } else {
                 value.axpy(&cell, scores, out);
             }
         });
-        if job.rows() < DECODE_FROM {
+        if !decodes(job, (value, job.out_dim)) {
             value.finish_outputs(job.out_dim, &mut part.out);
         }
     }
@@ -202,7 +204,7 @@ impl Call<'_> {
         scratch: &mut RowScratch,
         mut each: impl FnMut(&Piece<'_>, &[u8], &mut [f32], &mut Vec<f32>),
     ) {
-        let RowScratch { prepared, scores, decoded } = scratch;
+        let RowScratch { prepared, integers, scores, decoded } = scratch;
         let part = job.part();
         let mut ready: Option<(usize, i32)> = None;
         let mut following = job.walk.stop_of(part.start);
@@ -225,8 +227,10 @@ impl Call<'_> {
             for piece in job.pieces(stop, spans, self.options.sliding_window) {
                 if ready != Some((this, shift)) {
                     self.turn(job, shift, queries, prepared);
-                    if job.rows() < DECODE_FROM {
+                    integers.clear();
+                    if !decodes(job, (key, job.dim)) {
                         key.prepare_queries(job.dim, prepared);
+                        key.encode_queries(job.dim, prepared, integers);
                     }
                     ready = Some((this, shift));
                 }
@@ -236,11 +240,11 @@ impl Call<'_> {
                 let view = &span.block.view;
                 let mut cell = self.cache.cell(view, job.cell, Side::Key, piece.rows.clone());
                 cell.ahead = next(Side::Key);
-                if decodes(job, &piece, this) {
+                if decodes_piece(job, &piece, (key, job.dim), this) {
                     let rows = decode(key, &cell, decoded);
                     simd::active().dot(Format::F32, &rows, queries, scores);
                 } else {
-                    key.dot(&cell, queries, scores);
+                    key.dot_prepared(&cell, (queries, integers), scores);
                 }
                 self.shape_logits(job, &piece, scores);
                 piece.hide_evicted(scores);
@@ -395,10 +399,20 @@ impl Call<'_> {
     }
 }
 
-/// Whether the rows of a piece are decoded. Then queries and outputs are not in the space of the
-/// format; but the open format is raw and has none of its own, so single queries take it as it is.
-fn decodes(job: &Job<'_>, piece: &Piece<'_>, format: usize) -> bool {
-    job.rows() >= DECODE_FROM && !(format == OPEN && piece.queries.len() == 1)
+/// Whether rows of a format and a length are decoded. Then queries and outputs are not in its space.
+fn decodes(job: &Job<'_>, (side, dim): (&dyn Quantizer, usize)) -> bool {
+    job.rows() >= DECODE_FROM && !side.takes_many(dim)
+}
+
+/// The same for the rows of a piece: the open format is raw and has no space of its own, so single
+/// queries take it as it is.
+fn decodes_piece(
+    job: &Job<'_>,
+    piece: &Piece<'_>,
+    side: (&dyn Quantizer, usize),
+    format: usize,
+) -> bool {
+    decodes(job, side) && !(format == OPEN && piece.queries.len() == 1)
 }
 
 /// The rows of `cell` as f32.

@@ -8,7 +8,7 @@ use super::cpu::{Call, Scratch};
 use super::job::{Job, Piece};
 use crate::sequence::{MAX_DRAFTS, Observation, Received};
 use crate::shape::Needs;
-use crate::simd;
+use crate::simd::{self, Format, Rows};
 
 /// Weights of the pieces of a task with one query.
 #[derive(Debug, Default)]
@@ -83,11 +83,11 @@ impl Weights {
                 };
                 factors.extend(maxima.iter().zip(lse).map(factor));
             }
-            for factor in factors.iter() {
-                let (weights, rest) = values.split_at(*rows);
-                kernels.axpy_f32(*factor, weights, &mut self.sums[column..][..*rows]);
-                values = rest;
-            }
+            // The weights of each query head are a row, of which the factors make one.
+            let (weights, rest) = values.split_at(factors.len() * rows);
+            let weights = Rows::of_f32(weights, *rows);
+            kernels.axpy(Format::F32, &weights, factors, &mut self.sums[column..][..*rows]);
+            values = rest;
             column += rows;
         }
         for (column, index, rows) in &self.runs {

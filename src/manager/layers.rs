@@ -98,11 +98,16 @@ impl<'a> Layers<'a> {
 
     fn load(&mut self, layer: usize) {
         let shape = self.sequence.cache().config().shape;
-        for (head, buffers) in self.heads.iter_mut().enumerate() {
+        for head in 0..self.heads.len() {
             let (lane, _) = self.sequence.locate(layer, head);
             let order = self.sequence.lanes()[lane].order();
+            let (before, buffers) = self.heads.split_at_mut(head);
+            let buffers = &mut buffers[0];
             if buffers.lane.replace(lane) != Some(lane) || order.is_some() {
-                self.sequence.positions(lane, &mut buffers.positions);
+                match before.last().filter(|other| other.lane == Some(lane) && order.is_none()) {
+                    Some(other) => buffers.positions.clone_from(&other.positions),
+                    None => self.sequence.positions(lane, &mut buffers.positions),
+                }
             }
             if self.needs.contains(Needs::KEYS) {
                 self.sequence.decode(layer, head, Side::Key, &mut buffers.keys);

@@ -7,6 +7,7 @@ use super::{Allowance, HeadInput, HeadScores, Kept, LayerInput, LayerSource, Pha
 use crate::error::{Result, ensure};
 use crate::order::ordered;
 use crate::shape::{KeepSet, LaneWidth, Needs};
+use crate::simd;
 
 impl Phase {
     /// What the engine has to hand over if it can hand over `offered` besides.
@@ -276,15 +277,18 @@ pub(super) fn top(head: &HeadScores, n: usize) -> KeepSet {
 
 /// All tokens of a head but the `n` worst, which are few: at a decode step one goes.
 fn without_worst(head: &HeadScores, n: usize) -> KeepSet {
-    const RUN: usize = 64;
+    let lows = lows(&head.scores);
     let mut worst: Vec<Rank> = Vec::with_capacity(n + 1);
     for (run, (scores, protected)) in
         head.scores.chunks(RUN).zip(head.protected.chunks(RUN)).enumerate()
     {
-        let last = worst.last().filter(|_| worst.len() == n);
-        if last.is_some_and(|last| !last.is_protected() && least(scores, protected) > last.score())
-        {
-            continue;
+        let last = worst.last().filter(|last| worst.len() == n && !last.is_protected());
+        if let Some(last) = last.map(|last| last.score()) {
+            // Protected ones included, which may be lower than all others.
+            let is_above = lows.get(run).is_some_and(|low| ordered(*low) > last);
+            if is_above || least(scores, protected) > last {
+                continue;
+            }
         }
         for (i, (score, is_protected)) in scores.iter().zip(protected).enumerate() {
             let rank = Rank::new(run * RUN + i, *score, *is_protected);
@@ -305,6 +309,21 @@ fn without_worst(head: &HeadScores, n: usize) -> KeepSet {
     }
     kept.push_range(start..head.scores.len());
     kept
+}
+
+/// Tokens that are passed over together if none of them can be among the worst.
+const RUN: usize = 64;
+
+/// The least score of each whole run; nothing if a score is not finite.
+fn lows(scores: &[f32]) -> Vec<f32> {
+    let kernels = simd::active();
+    let whole = &scores[..scores.len() / RUN * RUN];
+    if !kernels.all_within(whole, f32::MAX) {
+        return Vec::new();
+    }
+    let (mut lows, mut highs) = (vec![0.0; whole.len() / RUN], vec![0.0; whole.len() / RUN]);
+    kernels.group_ranges(whole, RUN, &mut lows, &mut highs);
+    lows
 }
 
 /// The least score of tokens that are not protected, as an integer; the largest integer if all are.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use super::{Cell, Entry, Granularity, Quantizer, scratch, tq};
 use crate::error::{Result, bail, ensure};
-use crate::simd::{Kernels, sanitize};
+use crate::simd::{IntegerQueries, Kernels, sanitize};
 use crate::spec::Stage;
 
 pub(super) static ENTRY: Entry = Entry {
@@ -152,6 +152,23 @@ impl Quantizer for Hadamard {
 
     fn dot(&self, cell: &Cell<'_>, queries: &[f32], scores: &mut [f32]) {
         self.inner.dot(cell, queries, scores);
+    }
+
+    fn takes_many(&self, dim: usize) -> bool {
+        self.inner.takes_many(dim)
+    }
+
+    fn encode_queries(&self, dim: usize, queries: &[f32], out: &mut IntegerQueries) {
+        self.inner.encode_queries(dim, queries, out);
+    }
+
+    fn dot_prepared(
+        &self,
+        cell: &Cell<'_>,
+        queries: (&[f32], &IntegerQueries),
+        scores: &mut [f32],
+    ) {
+        self.inner.dot_prepared(cell, queries, scores);
     }
 
     fn axpy(&self, cell: &Cell<'_>, weights: &[f32], outputs: &mut [f32]) {

@@ -33,7 +33,7 @@ use std::sync::Arc;
 
 use crate::error::{Result, ensure};
 use crate::registry::{Args, Param, find, registry, resolve};
-use crate::simd::{self, Kernels};
+use crate::simd::{self, IntegerQueries, Kernels};
 use crate::spec::{self, Stage};
 
 registry! {
@@ -116,6 +116,27 @@ pub trait Quantizer: Debug + Send + Sync {
     /// `scores[i, t] = queries[i] . row[t]` for prepared queries `[n, dim]`, where `t` counts the
     /// rows of `cell` and `scores` is `[n, rows]`. Overwrites.
     fn dot(&self, cell: &Cell<'_>, queries: &[f32], scores: &mut [f32]);
+
+    /// Whether [`Self::dot_prepared`] and [`Self::axpy`] are faster for many queries than to decode rows
+    /// and to go on in f32.
+    fn takes_many(&self, _dim: usize) -> bool {
+        false
+    }
+
+    /// Makes of prepared queries what [`Self::dot_prepared`] can make use of, once for many cells.
+    fn encode_queries(&self, _dim: usize, _queries: &[f32], out: &mut IntegerQueries) {
+        out.clear();
+    }
+
+    /// As [`Self::dot`], with what [`Self::encode_queries`] has made of the same queries.
+    fn dot_prepared(
+        &self,
+        cell: &Cell<'_>,
+        (queries, _): (&[f32], &IntegerQueries),
+        scores: &mut [f32],
+    ) {
+        self.dot(cell, queries, scores);
+    }
 
     /// `outputs[i] += sum over t of weights[i, t] * row[t]`, with `weights` `[n, rows]` and
     /// `outputs` `[n, dim]`. [`Self::finish_outputs`] completes the sum.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Cell, Granularity, Quantizer, check_shape};
 use crate::error::Result;
-use crate::simd::{BLOCK, Format, Kernels, Rows};
+use crate::simd::{BLOCK, Format, IntegerQueries, Kernels, Rows};
 
 /// Encodes rows of whole blocks: kernels, values, width of a row, bytes.
 pub(super) type Encode = fn(&TokenQuantizer, &[f32], usize, &mut [u8]);
@@ -80,6 +80,23 @@ impl Quantizer for TokenQuantizer {
 
     fn dot(&self, cell: &Cell<'_>, queries: &[f32], scores: &mut [f32]) {
         self.kernels.dot(self.format, &self.rows(cell), queries, scores);
+    }
+
+    fn takes_many(&self, dim: usize) -> bool {
+        self.kernels.takes_many(self.format, dim)
+    }
+
+    fn encode_queries(&self, dim: usize, queries: &[f32], out: &mut IntegerQueries) {
+        self.kernels.prepare(self.format, dim, queries, out);
+    }
+
+    fn dot_prepared(
+        &self,
+        cell: &Cell<'_>,
+        queries: (&[f32], &IntegerQueries),
+        scores: &mut [f32],
+    ) {
+        self.kernels.dot_prepared(self.format, &self.rows(cell), queries, scores);
     }
 
     fn axpy(&self, cell: &Cell<'_>, weights: &[f32], outputs: &mut [f32]) {

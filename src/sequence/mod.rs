@@ -507,6 +507,7 @@ impl Sequence {
     /// Original positions of the rows of a lane.
     pub fn positions(&self, lane: usize, out: &mut Vec<i32>) {
         out.clear();
+        out.reserve(self.lanes[lane].len());
         for span in &self.lanes[lane].spans {
             let rows = span.first as usize..span.end();
             match &span.positions {

@@ -27,6 +27,7 @@ mod avx2;
 mod avx512;
 mod encode;
 mod encode_affine;
+mod prepared;
 mod rows;
 mod scalar;
 mod scalar_levels;
@@ -37,6 +38,7 @@ use std::sync::OnceLock;
 
 use crate::error::{Error, Result, bail};
 pub use ahead::prefetch;
+pub use prepared::IntegerQueries;
 use rows::RowKernels;
 pub use rows::{BLOCK, Format, Rows};
 
@@ -142,6 +144,46 @@ impl Kernels {
         rows.check(format);
         rows.check_batch("queries", queries.len(), "scores", scores.len());
         (self.rows[format as usize].dot)(rows, queries, scores);
+    }
+
+    /// Whether there are loops for many queries and rows as they are, which are faster than those over
+    /// decoded rows.
+    pub fn takes_many(&self, format: Format, dim: usize) -> bool {
+        let integers = &self.rows[format as usize].integers;
+        integers.as_ref().is_some_and(|integers| dim <= integers.max_dim)
+    }
+
+    /// Makes what [`Self::dot_prepared`] can make use of from `queries`, `[n, dim]`.
+    pub fn prepare(&self, format: Format, dim: usize, queries: &[f32], out: &mut IntegerQueries) {
+        assert!(dim > 0 && queries.len().is_multiple_of(dim), "queries must be [n, {dim}]");
+        out.clear();
+        if let Some(integers) = &self.rows[format as usize].integers
+            && dim.is_multiple_of(BLOCK)
+            && dim <= integers.max_dim
+            && (integers.prepare)(dim, queries, out)
+        {
+            out.set_shape(format, dim, queries.len() / dim);
+        }
+    }
+
+    /// As [`Self::dot`], for queries of which this level may have made integers before; other integers
+    /// are passed over.
+    pub fn dot_prepared(
+        &self,
+        format: Format,
+        rows: &Rows<'_>,
+        (queries, prepared): (&[f32], &IntegerQueries),
+        scores: &mut [f32],
+    ) {
+        rows.check(format);
+        rows.check_batch("queries", queries.len(), "scores", scores.len());
+        let kernels = &self.rows[format as usize];
+        match &kernels.integers {
+            Some(integers) if prepared.fits(format, rows, queries.len() / rows.dim) => {
+                (integers.dot)(rows, prepared, scores);
+            }
+            _ => (kernels.dot)(rows, queries, scores),
+        }
     }
 
     /// `outputs[i] += sum over t of weights[i, t] * row[t]`. `weights` is `[n, rows.count]`,

@@ -24,6 +24,8 @@
 //! Tq2..4   row    a stream of codes, lowest bits first, then n f16      x = n * levels[q]
 //! ```
 
+use super::prepared::IntegerKernels;
+
 /// Elements of a block.
 pub const BLOCK: usize = 32;
 
@@ -262,4 +264,6 @@ pub(super) struct RowKernels {
     pub(super) axpy: fn(&Rows<'_>, &[f32], &mut [f32]),
     /// Rows, decoded values.
     pub(super) decode: fn(&Rows<'_>, &mut [f32]),
+    /// Loops over integers that want queries as such.
+    pub(super) integers: Option<IntegerKernels>,
 }

@@ -54,7 +54,7 @@ pub(super) static KERNELS: Kernels = Kernels {
 };
 
 const fn row_kernels<R: Row>() -> RowKernels {
-    RowKernels { dot: dot::<R>, axpy: axpy::<R>, decode: decode::<R> }
+    RowKernels { dot: dot::<R>, axpy: axpy::<R>, decode: decode::<R>, integers: None }
 }
 
 /// Decoding of one format.

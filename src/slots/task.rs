@@ -10,7 +10,7 @@ use super::attend::{Masked, Options};
 use crate::attention::States;
 use crate::attention::decoded::DECODE_FROM;
 use crate::quantizer::{Cell, Quantizer};
-use crate::simd::{self, Format, Rows};
+use crate::simd::{self, Format, IntegerQueries, Rows};
 
 /// Rows that are read together.
 pub(super) struct Group<'a> {
@@ -56,6 +56,8 @@ struct HeadScratch {
     queries: Vec<f32>,
     /// The same in the space of the format at hand.
     prepared: Vec<f32>,
+    /// The same as integers.
+    integers: IntegerQueries,
     /// The state of one format.
     part: States,
     /// The state of all formats.
@@ -90,8 +92,10 @@ impl Task<'_> {
         self.queries.len() * self.group
     }
 
-    fn decodes(&self) -> bool {
-        self.rows() >= DECODE_FROM
+    /// Whether rows of a format, or plain ones, are decoded. Then queries and outputs are not in its
+    /// space.
+    fn decodes(&self, side: Option<&dyn Quantizer>, dim: usize) -> bool {
+        self.rows() >= DECODE_FROM && !side.is_some_and(|side| side.takes_many(dim))
     }
 
     /// The query and the query head of a query vector of a KV head.
@@ -143,18 +147,20 @@ impl Task<'_> {
 
     /// Starts on rows of one format of keys, or on plain ones.
     pub(super) fn open(&mut self, head: usize, key: Option<&dyn Quantizer>) {
-        let (rows, decodes) = (self.rows(), self.decodes());
-        let HeadScratch { queries, prepared, part, .. } = &mut self.scratch.heads[head];
+        let (rows, decodes) = (self.rows(), self.decodes(key, self.key_dim));
+        let HeadScratch { queries, prepared, integers, part, .. } = &mut self.scratch.heads[head];
         part.reset(rows, self.value_dim);
         prepared.clone_from(queries);
+        integers.clear();
         if let Some(key) = key.filter(|_| !decodes) {
             key.prepare_queries(self.key_dim, prepared);
+            key.encode_queries(self.key_dim, prepared, integers);
         }
     }
 
     /// Adds what was found since [`Self::open`], with values of one format, to the total.
     pub(super) fn close(&mut self, head: usize, value: Option<&dyn Quantizer>) {
-        let decodes = self.decodes();
+        let decodes = self.decodes(value, self.value_dim);
         let HeadScratch { part, total, .. } = &mut self.scratch.heads[head];
         if let Some(value) = value.filter(|_| !decodes) {
             value.finish_outputs(self.value_dim, &mut part.out);
@@ -259,11 +265,14 @@ impl Task<'_> {
     ) {
         let (count, first) = (rows.len(), queries.start * self.group);
         let vectors = queries.len() * self.group;
-        let (mut scores, decodes) = (std::mem::take(&mut self.scratch.scores), self.decodes());
+        let mut scores = std::mem::take(&mut self.scratch.scores);
         scores.resize(vectors * count, 0.0);
+        let decodes_key = self.decodes(group.key.quantizer(), self.key_dim);
+        let decodes_value = self.decodes(group.value.quantizer(), self.value_dim);
         let Scratch { heads, decoded, .. } = &mut *self.scratch;
-        let q = &heads[head].prepared[first * self.key_dim..][..vectors * self.key_dim];
-        group.key.dot(rows.clone(), q, &mut scores, decodes.then_some(decoded));
+        let HeadScratch { prepared, integers, .. } = &heads[head];
+        let q = &prepared[first * self.key_dim..][..vectors * self.key_dim];
+        group.key.dot(rows.clone(), (q, integers), &mut scores, decodes_key.then_some(decoded));
         for (i, scores) in scores.chunks_exact_mut(count).enumerate() {
             let row = first + i;
             let (query, q_head) = (row / self.group, row % self.group);
@@ -273,7 +282,7 @@ impl Task<'_> {
         self.scratch.heads[head].part.weigh(first, count, &mut scores, simd::active());
         let Scratch { heads, decoded, .. } = &mut *self.scratch;
         let out = &mut heads[head].part.out[first * self.value_dim..][..vectors * self.value_dim];
-        group.value.axpy(rows, &scores, out, decodes.then_some(decoded));
+        group.value.axpy(rows, &scores, out, decodes_value.then_some(decoded));
         self.scratch.scores = scores;
     }
 
@@ -293,19 +302,27 @@ impl Task<'_> {
     }
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    fn quantizer(&self) -> Option<&'a dyn Quantizer> {
+        match self {
+            Self::Encoded(quantizer, _) => Some(*quantizer),
+            Self::Plain(..) => None,
+        }
+    }
+
     /// `scores[i, t] = queries[i] . row[t]`; with `decoded` through rows as f32.
     fn dot(
         &self,
         rows: Range<usize>,
-        queries: &[f32],
+        (queries, integers): (&[f32], &IntegerQueries),
         scores: &mut [f32],
         decoded: Option<&mut Vec<f32>>,
     ) {
         let Some(decoded) = decoded else {
             return match self {
                 Self::Encoded(quantizer, cell) => {
-                    quantizer.dot(&Cell { rows, ..cell.clone() }, queries, scores);
+                    let cell = Cell { rows, ..cell.clone() };
+                    quantizer.dot_prepared(&cell, (queries, integers), scores);
                 }
                 Self::Plain(format, all) => {
                     simd::active().dot(*format, &part(all, rows), queries, scores);
@@ -336,7 +353,7 @@ impl Source<'_> {
         simd::active().axpy(Format::F32, &self.decode(rows, decoded), weights, outputs);
     }
 
-    fn decode<'a>(&self, rows: Range<usize>, decoded: &'a mut Vec<f32>) -> Rows<'a> {
+    fn decode<'b>(&self, rows: Range<usize>, decoded: &'b mut Vec<f32>) -> Rows<'b> {
         let dim = match self {
             Self::Encoded(_, cell) => cell.dim,
             Self::Plain(_, all) => all.dim,

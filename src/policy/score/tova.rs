@@ -62,22 +62,23 @@ impl Score for Tova {
     }
 
     fn score(&self, layer: &LayerInput<'_>, budgets: &[usize]) -> Result<Vec<HeadScores>> {
-        let mut probabilities = WindowProbabilities::new(simd::active());
+        let kernels = simd::active();
+        let mut probabilities = WindowProbabilities::new(kernels);
         let observed = layer.offered().contains(Needs::LAST_ROW);
         let mut means = Vec::with_capacity(layer.heads.len());
         for head in &layer.heads {
             means.push(match observed {
-                true => head.last_row.iter().map(|sum| sum / layer.group as f32).collect(),
-                false => group_mean(layer, head, &mut probabilities)?,
+                true => head.last_row.to_vec(),
+                false => group_sum(layer, head, &mut probabilities)?,
             });
         }
         let is_even = layer.heads.windows(2).all(|pair| pair[0].positions == pair[1].positions);
         if let (true, [first, others @ ..]) = (is_even, means.as_mut_slice()) {
-            for (j, sum) in first.iter_mut().enumerate() {
-                *sum += others.iter().map(|other| other[j]).sum::<f32>();
-                *sum /= (others.len() + 1) as f32;
-            }
-            others.iter_mut().for_each(|other| other.clone_from(first));
+            others.iter().for_each(|other| kernels.axpy_f32(1.0, other, first));
+            kernels.scale(first, 1.0 / (layer.group * (others.len() + 1)) as f32);
+            others.iter_mut().for_each(|other| other.copy_from_slice(first));
+        } else {
+            means.iter_mut().for_each(|sums| kernels.scale(sums, 1.0 / layer.group as f32));
         }
         let finish = |(scores, budget): (Vec<f32>, &usize)| {
             HeadScores::recent(scores, self.recent.min(*budget))
@@ -86,25 +87,24 @@ impl Score for Tova {
     }
 }
 
-/// The probabilities of the last query, averaged over the query heads of a group.
-fn group_mean(
+/// The probabilities of the last query, summed over the query heads of a group.
+fn group_sum(
     layer: &LayerInput<'_>,
     head: &HeadInput<'_>,
     probabilities: &mut WindowProbabilities,
 ) -> Result<Vec<f32>> {
     let (len, dim) = (head.positions.len(), layer.head_dim);
-    let mut mean = vec![0.0f32; len];
+    let mut sums = vec![0.0f32; len];
     if len == 0 {
-        return Ok(mean);
+        return Ok(sums);
     }
     ensure!(head.num_queries > 0, InvalidState, "tova has observed no query of the last token");
     for queries in head.queries.chunks_exact(head.num_queries * dim) {
         let last = &queries[(head.num_queries - 1) * dim..];
         let row = probabilities.compute(head.keys, last, dim, |_| len);
-        mean.iter_mut().zip(row).for_each(|(sum, p)| *sum += p);
+        sums.iter_mut().zip(row).for_each(|(sum, p)| *sum += p);
     }
-    mean.iter_mut().for_each(|sum| *sum /= layer.group as f32);
-    Ok(mean)
+    Ok(sums)
 }
 
 #[cfg(test)]

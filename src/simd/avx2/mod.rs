@@ -101,6 +101,7 @@ const fn raw_kernels<F: Raw>() -> RowKernels {
         axpy: |rows, weights, outputs| unsafe { raw::axpy::<F>(rows, weights, outputs) },
         // SAFETY: as above.
         decode: |rows, out| unsafe { rows::decode::<F>(rows, out) },
+        integers: None,
     }
 }
 
@@ -112,6 +113,7 @@ const fn row_kernels<F: Format>() -> RowKernels {
         axpy: |rows, weights, outputs| unsafe { rows::axpy::<F>(rows, weights, outputs) },
         // SAFETY: as above.
         decode: |rows, out| unsafe { rows::decode::<F>(rows, out) },
+        integers: None,
     }
 }
 
@@ -123,5 +125,6 @@ const fn whole_kernels<F: Whole>() -> RowKernels {
         axpy: |rows, weights, outputs| unsafe { integer::axpy::<F>(rows, weights, outputs) },
         // SAFETY: as above.
         decode: |rows, out| unsafe { rows::decode::<F>(rows, out) },
+        integers: None,
     }
 }

@@ -6,6 +6,8 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::integer::{BATCH, MAX_DIM, Padded, factor_of, limit};
+use super::many_axpy;
+use super::many_dot::MANY;
 use super::math::{LANES, mask, sum_each};
 use super::words::Words;
 use crate::simd::ahead::Ahead;
@@ -29,6 +31,9 @@ pub(super) fn axpy<W: Words>(
     }
     if rows.dim > MAX_DIM {
         return (plain.axpy)(rows, weights, outputs);
+    }
+    if outputs.len() / rows.dim >= MANY {
+        return many_axpy::axpy::<W>((format, plain), rows, weights, outputs);
     }
     let batches = weights.chunks(BATCH * count).zip(outputs.chunks_mut(BATCH * rows.dim));
     for (weights, outputs) in batches {

@@ -6,12 +6,14 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::integer::{BATCH, MAX_DIM, Padded};
+use super::many_dot::{self, MANY};
 use super::math::{LANES, mask};
-use super::queries::{PAIRS, Queries};
+use super::queries::{PAIRS, Queries, Room, batch};
 use super::turn::Lanes;
 use super::words::Words;
 use crate::simd::ahead::Ahead;
 use crate::simd::avx2::Factor;
+use crate::simd::prepared::IntegerQueries;
 use crate::simd::rows::{BLOCK, Format, RowKernels, Rows};
 
 /// `scores[q, t] = queries[q] . rows[t]`; `plain` takes what integers cannot.
@@ -25,39 +27,64 @@ pub(super) fn dot<W: Words>(
     if rows.count == 0 {
         return;
     }
-    let batches = queries.chunks(BATCH * rows.dim).zip(scores.chunks_mut(BATCH * rows.count));
+    let (dim, fits) = (rows.dim, rows.dim <= MAX_DIM);
+    let batches = queries.chunks(BATCH * dim).zip(scores.chunks_mut(BATCH * rows.count));
     for (queries, scores) in batches {
-        let done = rows.dim <= MAX_DIM
-            && match queries.len() / rows.dim {
-                1 => dot_batch::<W, 1>(format, rows, queries, scores),
-                2 => dot_batch::<W, 2>(format, rows, queries, scores),
-                3 => dot_batch::<W, 3>(format, rows, queries, scores),
-                _ => dot_batch::<W, 4>(format, rows, queries, scores),
-            };
-        if !done {
-            (plain.dot)(rows, queries, scores);
+        let mut room = Room::new();
+        let made = match queries.len() / dim {
+            _ if !fits => None,
+            1 => room.fill::<W, 1>(dim, queries),
+            2 => room.fill::<W, 2>(dim, queries),
+            3 => room.fill::<W, 3>(dim, queries),
+            _ => room.fill::<W, 4>(dim, queries),
+        };
+        match made {
+            Some(queries) => dot_batch::<W>(format, rows, &queries, scores),
+            None => (plain.dot)(rows, queries, scores),
         }
     }
 }
 
-/// `false` if nothing was done because integers cannot stand for a query.
-#[inline]
+/// The same for queries that [`prepare`](super::queries::prepare) has made.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni")]
-fn dot_batch<W: Words, const Q: usize>(
+pub(super) fn dot_prepared<W: Words>(
     format: Format,
     rows: &Rows<'_>,
-    queries: &[f32],
+    queries: &IntegerQueries,
     scores: &mut [f32],
-) -> bool {
-    let count = rows.count;
-    let mut prepared = Queries {
-        integers: [const { MaybeUninit::uninit() }; MAX_DIM / BLOCK],
-        sums: [const { MaybeUninit::uninit() }; MAX_DIM / BLOCK],
-        factors: [0.0; BATCH],
-    };
-    if !prepared.fill::<W, Q>(rows.dim, queries) {
-        return false;
+) {
+    if rows.count == 0 {
+        return;
     }
+    if scores.len() / rows.count >= MANY {
+        return many_dot::dot::<W>(format, rows, queries, scores);
+    }
+    for (i, scores) in scores.chunks_mut(BATCH * rows.count).enumerate() {
+        dot_batch::<W>(format, rows, &batch(queries, rows.dim, i), scores);
+    }
+}
+
+/// The scores of a batch, of which there are as many as queries.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni")]
+fn dot_batch<W: Words>(format: Format, rows: &Rows<'_>, queries: &Queries, scores: &mut [f32]) {
+    match scores.len() / rows.count {
+        1 => dot_rows::<W, 1>(format, rows, queries, scores),
+        2 => dot_rows::<W, 2>(format, rows, queries, scores),
+        3 => dot_rows::<W, 3>(format, rows, queries, scores),
+        _ => dot_rows::<W, 4>(format, rows, queries, scores),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni")]
+fn dot_rows<W: Words, const Q: usize>(
+    format: Format,
+    rows: &Rows<'_>,
+    queries: &Queries,
+    scores: &mut [f32],
+) {
+    let count = rows.count;
     let mut copies = MaybeUninit::uninit();
     let padded = Padded::new(format, rows, (0, count), &mut copies);
     let mut ahead = Ahead::new(rows.ahead, count.div_ceil(LANES) * rows.dim / BLOCK);
@@ -65,15 +92,14 @@ fn dot_batch<W: Words, const Q: usize>(
         let lanes = padded.lanes(first);
         // SAFETY: `Rows::check` proved that these rows lie in the bytes; scores are `[Q, count]`.
         unsafe {
-            let sums = dot_lanes::<W, Q>(rows, lanes, &prepared, &mut ahead);
+            let sums = dot_lanes::<W, Q>(rows, lanes, queries, &mut ahead);
             for q in 0..Q {
-                let sum = _mm512_mul_ps(sums[q], _mm512_set1_ps(prepared.factors[q]));
+                let sum = _mm512_mul_ps(sums[q], _mm512_set1_ps(queries.factors[q]));
                 let target = scores.as_mut_ptr().add(q * count + first);
                 _mm512_mask_storeu_ps(target, mask(count - first), sum);
             }
         }
     }
-    true
 }
 
 /// Adds products of pairs of words to `Q` sums: of `a`, and of one pair for each sum, the same in
@@ -116,7 +142,7 @@ unsafe fn add_products<const Q: usize>(sums: &mut [__m512i; Q], a: __m512i, b: *
 /// The scores of 16 rows for `Q` queries, before their factors.
 ///
 /// # Safety
-/// The CPU has the features of `dot`; `lanes` are rows of `rows`.
+/// The CPU has the features of `dot`; `lanes` are rows of `rows`, and queries are as long.
 #[inline(always)]
 unsafe fn dot_lanes<W: Words, const Q: usize>(
     rows: &Rows<'_>,
@@ -139,13 +165,13 @@ unsafe fn dot_lanes<W: Words, const Q: usize>(
             let columns = W::columns(rows, lanes, block);
             let mut products = [_mm512_setzero_si512(); Q];
             // Only written, and only read, where a format needs them.
-            let sums_of = queries.sums.get_unchecked(block).as_ptr().cast::<i32>();
+            let sums_of = queries.sums.add(block).cast::<i32>();
             if W::OFFSET != 0 {
                 for q in 0..Q {
                     products[q] = _mm512_set1_epi32(-W::OFFSET * *sums_of.add(q));
                 }
             }
-            let integers = queries.integers.get_unchecked(block).as_ptr().cast::<[i32; BATCH]>();
+            let integers = queries.integers.add(block).cast::<[i32; BATCH]>();
             for pair in 0..PAIRS {
                 add_products::<Q>(&mut products, columns[pair], integers.add(pair).cast());
             }

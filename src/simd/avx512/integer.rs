@@ -69,6 +69,18 @@ pub(super) unsafe fn round_16(low: __m512, high: __m512) -> __m512i {
     }
 }
 
+/// Adds products of pairs of words. The intrinsic would be taken apart into a product and a sum.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+pub(super) fn multiply_add(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: values only.
+    unsafe {
+        std::arch::asm!("vpdpwssd {}, {}, {}", inout(zmm_reg) sum, in(zmm_reg) a, in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
+}
+
 /// A run of rows in groups of 16. If the last group is incomplete, it is copied, and its last row
 /// stands for those that are missing.
 pub(super) struct Padded {

@@ -69,9 +69,113 @@ pub(super) fn exp_sub(scores: &mut [f32], max: f32) -> f32 {
     _mm512_reduce_add_ps(sum)
 }
 
+/// Rows of logits whose sums across lanes are made together.
+const ROWS: usize = 4;
+
 #[target_feature(enable = "avx512f,avx512dq")]
 pub(super) fn weigh(scores: &mut [f32], softmax: &mut Softmax<'_>) {
+    let n = scores.len() / softmax.max.len();
+    let rows = softmax.max.chunks_mut(ROWS).zip(softmax.sum.chunks_mut(ROWS));
+    let mut rest = scores;
+    for ((max, sum), factor) in rows.zip(softmax.factor.chunks_mut(ROWS)) {
+        let (scores, others) = rest.split_at_mut(max.len() * n);
+        let mut some = Softmax { max, sum, factor };
+        if !weigh_rows(n, scores, &mut some) {
+            weigh_each(scores, &mut some);
+        }
+        rest = others;
+    }
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn weigh_each(scores: &mut [f32], softmax: &mut Softmax<'_>) {
     softmax::weigh!(scores, softmax, max, exp_sub);
+}
+
+/// The weights of a few rows of `n` logits; `false` if nothing was done, because that is not how many
+/// rows there are, a row is long, or one has nothing but NaN and negative infinity.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn weigh_rows(n: usize, scores: &mut [f32], softmax: &mut Softmax<'_>) -> bool {
+    if softmax.max.len() != ROWS || !(1..=softmax::RUN).contains(&n) {
+        return false;
+    }
+    let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
+    let mut most = [lowest; ROWS];
+    for (most, row) in most.iter_mut().zip(scores.chunks_exact(n)) {
+        let (whole, rest) = row.as_chunks::<LANES>();
+        for x in whole {
+            // As in `max`.
+            // SAFETY: a whole vector.
+            *most = _mm512_max_ps(unsafe { _mm512_loadu_ps(x.as_ptr()) }, *most);
+        }
+        if !rest.is_empty() {
+            // SAFETY: as many lanes as values are read.
+            let x = unsafe { _mm512_mask_loadu_ps(lowest, mask(rest.len()), rest.as_ptr()) };
+            *most = _mm512_max_ps(x, *most);
+        }
+    }
+    // SAFETY: there are four rows.
+    unsafe {
+        let most = combine_four(most, |a, b| _mm512_max_ps(a, b));
+        let lowest = _mm512_castps512_ps128(lowest);
+        if _mm_movemask_ps(_mm_cmpeq_ps(most, lowest)) != 0 {
+            return false;
+        }
+        let before = _mm_loadu_ps(softmax.max.as_ptr());
+        let rises = _mm_cmpgt_ps(most, before);
+        let max = _mm_blendv_ps(before, most, rises);
+        let changes = _mm_andnot_ps(_mm_cmpeq_ps(before, lowest), rises);
+        let mut factor = _mm_set1_ps(1.0);
+        if _mm_movemask_ps(changes) != 0 {
+            let change = exp(_mm512_castps128_ps512(_mm_sub_ps(before, max)));
+            factor = _mm_blendv_ps(factor, _mm512_castps512_ps128(change), changes);
+        }
+        _mm_storeu_ps(softmax.max.as_mut_ptr(), max);
+        _mm_storeu_ps(softmax.factor.as_mut_ptr(), factor);
+        let mut sums = [_mm512_setzero_ps(); ROWS];
+        for ((sum, max), row) in sums.iter_mut().zip(&*softmax.max).zip(scores.chunks_exact_mut(n))
+        {
+            let max = _mm512_set1_ps(*max);
+            let (whole, rest) = row.as_chunks_mut::<LANES>();
+            for x in whole {
+                let e = exp(_mm512_sub_ps(_mm512_loadu_ps(x.as_ptr()), max));
+                _mm512_storeu_ps(x.as_mut_ptr(), e);
+                *sum = _mm512_add_ps(*sum, e);
+            }
+            if !rest.is_empty() {
+                let e = exp(_mm512_sub_ps(load(rest), max));
+                store(rest, e);
+                *sum = _mm512_mask_add_ps(*sum, mask(rest.len()), *sum, e);
+            }
+        }
+        let sums = combine_four(sums, |a, b| _mm512_add_ps(a, b));
+        let before = _mm_mul_ps(_mm_loadu_ps(softmax.sum.as_ptr()), factor);
+        _mm_storeu_ps(softmax.sum.as_mut_ptr(), _mm_add_ps(before, sums));
+    }
+    true
+}
+
+/// For each of four vectors, what its lanes are together.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+unsafe fn combine_four(
+    [a, b, c, d]: [__m512; 4],
+    with: impl Fn(__m512, __m512) -> __m512,
+) -> __m128 {
+    // SAFETY: by contract.
+    unsafe {
+        let ab = with(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        let cd = with(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+        let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+        let each = with(low, _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        let halves = with(each, _mm512_shuffle_f32x4::<0b01_00_11_10>(each, each));
+        _mm512_castps512_ps128(with(halves, _mm512_shuffle_f32x4::<0b10_11_00_01>(halves, halves)))
+    }
 }
 
 /// `e^x`: see [`softmax::exp`].

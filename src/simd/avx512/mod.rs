@@ -11,12 +11,15 @@ mod fifth;
 mod formats;
 mod integer;
 mod many;
+mod many_axpy;
+mod many_dot;
 mod math;
 mod queries;
 mod raw;
 mod turn;
 mod words;
 
+use super::prepared::IntegerKernels;
 use super::rows::{Format, RowKernels};
 use super::{Kernels, avx2};
 use avx2::{
@@ -42,6 +45,17 @@ macro_rules! words {
                 axpy::axpy::<$type>(plain, rows, weights, outputs);
             },
             decode: plain(Format::$format).decode,
+            integers: Some(IntegerKernels {
+                // SAFETY: as above.
+                prepare: |dim, queries, out| unsafe {
+                    queries::prepare::<$type>(dim, queries, out)
+                },
+                // SAFETY: as above.
+                dot: |rows, queries, scores| unsafe {
+                    dot::dot_prepared::<$type>(Format::$format, rows, queries, scores);
+                },
+                max_dim: integer::MAX_DIM,
+            }),
         }
     };
 }
@@ -116,5 +130,6 @@ const fn raw_kernels<F: Raw>(plain: RowKernels) -> RowKernels {
         // SAFETY: as above.
         axpy: |rows, weights, outputs| unsafe { raw::axpy::<F>(rows, weights, outputs) },
         decode: plain.decode,
+        integers: None,
     }
 }
