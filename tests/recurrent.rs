@@ -351,7 +351,7 @@ fn feed_alone(session: &mut Session, tokens: &[i32]) -> Result<()> {
     let rows = Tensor::from_slice(&rows, [tokens.len(), 1, SHAPE.head_dim]);
     session.sequence_mut().reserve(tokens.len())?;
     (0..SHAPE.num_layers)
-        .for_each(|layer| write_sequence(session.sequence(), layer, &rows, &rows).unwrap());
+        .for_each(|layer| write_sequence(session.sequence(), layer, &rows, Some(&rows)).unwrap());
     advance(session, tokens);
     session.commit(tokens.len(), Some(tokens))
 }
@@ -359,7 +359,8 @@ fn feed_alone(session: &mut Session, tokens: &[i32]) -> Result<()> {
 /// One life of a sequence among those of other threads; an error is that blocks or states ran out.
 fn live(manager: &Arc<Manager>, random: &mut Random) -> Result<bool> {
     let mut session = Session::new(manager, None)?;
-    let tokens: Vec<i32> = (0..50).map(|i| i + 1000 * (random.below(3) as i32)).collect();
+    let start = 1000 * random.below(3) as i32;
+    let tokens: Vec<i32> = (start..start + 50).collect();
     let matched = session.match_prefix(&tokens)?;
     assert_state(&session, &tokens[..matched]);
     let mut len = matched;
