@@ -29,13 +29,14 @@ fn run(command: &mut Command) -> String {
     text
 }
 
-const SMALL: [&str; 6] = [
+const SMALL: [&str; 7] = [
     "01-hello",
     "02-decode-loop",
     "03-prefix-sharing",
     "04-custom-store",
     "05-cuda-decode",
     "06-custom-policy",
+    "07-hybrid-model",
 ];
 
 #[test]

@@ -8,8 +8,10 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Engine, config};
+use common::{Engine, Random, config};
+use kvmgr::attention::write_sequence;
 use kvmgr::cache::{RecurrentConfig, StateStats};
+use kvmgr::device::tensor::Tensor;
 use kvmgr::error::{Kind, Result};
 use kvmgr::manager::{Manager, ManagerConfig, Session};
 use kvmgr::shape::ModelShape;
@@ -314,6 +316,85 @@ fn a_prefix_is_as_long_as_its_last_state() {
     drop((first, second, none));
     let stats = states(&engine);
     assert_eq!((stats.used_states, stats.idle_states, stats.bytes_idle), (0, 2, 2 * 4096));
+}
+
+#[test]
+fn a_prefix_keeps_its_state_while_there_is_room() {
+    let mut engine = Engine::new(hybrid(3, 1), 16);
+    let tokens: Vec<i32> = (0..40).collect();
+    let mut session = engine.session();
+    for piece in tokens[..17].chunks(16) {
+        feed(&mut engine, &mut session, piece);
+        let len = session.sequence().num_tokens();
+        session.sequence_mut().snapshot(len).unwrap();
+    }
+    assert_eq!((states(&engine).used_states, states(&engine).idle_states), (2, 1));
+    let mut other = engine.session();
+    assert_eq!(other.match_prefix(&tokens).unwrap(), 0, "its own state took the slot");
+    drop(other);
+    session.sequence_mut().truncate(17).unwrap();
+    assert_state(&session, &tokens[..17]);
+    // With one more there is room for all.
+    let mut engine = Engine::new(hybrid(4, 1), 16);
+    let mut session = engine.session();
+    for piece in tokens[..17].chunks(16) {
+        feed(&mut engine, &mut session, piece);
+        let len = session.sequence().num_tokens();
+        session.sequence_mut().snapshot(len).unwrap();
+    }
+    assert_eq!(engine.session().match_prefix(&tokens).unwrap(), 16);
+}
+
+/// Feeds rows without an attention, which is for one thread.
+fn feed_alone(session: &mut Session, tokens: &[i32]) -> Result<()> {
+    let rows = vec![0.5; tokens.len() * SHAPE.head_dim];
+    let rows = Tensor::from_slice(&rows, [tokens.len(), 1, SHAPE.head_dim]);
+    session.sequence_mut().reserve(tokens.len())?;
+    (0..SHAPE.num_layers)
+        .for_each(|layer| write_sequence(session.sequence(), layer, &rows, Some(&rows)).unwrap());
+    advance(session, tokens);
+    session.commit(tokens.len(), Some(tokens))
+}
+
+/// One life of a sequence among those of other threads; an error is that blocks or states ran out.
+fn live(manager: &Arc<Manager>, random: &mut Random) -> Result<bool> {
+    let mut session = Session::new(manager, None)?;
+    let start = 1000 * random.below(3) as i32;
+    let tokens: Vec<i32> = (start..start + 50).collect();
+    let matched = session.match_prefix(&tokens)?;
+    assert_state(&session, &tokens[..matched]);
+    let mut len = matched;
+    while len < tokens.len() {
+        let n = (tokens.len() - len).min(BLOCK);
+        feed_alone(&mut session, &tokens[len..len + n])?;
+        len += n;
+        session.sequence_mut().snapshot(len)?;
+    }
+    let child = session.fork()?;
+    drop(session);
+    assert_state(&child, &tokens);
+    Ok(matched > 0)
+}
+
+#[test]
+fn threads_share_states_of_prefixes() {
+    let mut config = hybrid(12, 2);
+    (config.num_blocks, config.store) = (14, Some(store::create("host").unwrap()));
+    let engine = Engine::new(config, 17);
+    let matches: usize = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|seed| {
+                let manager = engine.manager.clone();
+                scope.spawn(move || {
+                    let mut random = Random(seed);
+                    (0..500).filter(|_| live(&manager, &mut random) == Ok(true)).count()
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    assert!(matches > 100, "{matches} matches");
+    assert_eq!(states(&engine).used_states, 0);
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Real memory for blocks of different sizes.
 //!
 //! The arena is cut into equal chunks; a chunk serves slots of one size class at a time, one class
-//! for each block format. A chunk without used slots goes back to the system, so that what the
-//! accounting says is what the process holds.
+//! for each block format. A chunk without used slots goes back to the system, but for a spare one where
+//! many are in use, so that what the accounting says is what the process holds.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -14,6 +14,9 @@ use crate::error::{Result, ensure};
 
 /// Limit from which on chunks are made of huge pages; below, they would be mostly empty.
 const HUGE_FROM: usize = 32 * HUGE_PAGE;
+
+/// Chunks in use from which on an empty one is kept.
+const SPARE_FROM: usize = 8;
 
 /// The memory that is handed out.
 #[derive(Debug)]
@@ -32,6 +35,9 @@ pub(super) struct Slab {
     classes: Vec<Class>,
     chunks: Vec<Chunk>,
     free_chunks: Vec<u32>,
+    /// An empty chunk that still has its pages, so that who takes new blocks before it lets go of old ones
+    /// does not pay for clean pages each time. It counts as taken from the system.
+    spare: Option<u32>,
     used_bytes: usize,
     limit: usize,
 }
@@ -106,6 +112,7 @@ impl Slab {
             classes: slot_bytes.iter().map(class).collect(),
             chunks: (0..chunks).map(|_| Chunk::default()).collect(),
             free_chunks: (0..chunks as u32).rev().collect(),
+            spare: None,
             used_bytes: 0,
             limit,
         }
@@ -154,7 +161,7 @@ impl Slab {
         let chunk = match self.classes[class].partial.last() {
             Some(chunk) => *chunk,
             None => {
-                let chunk = self.free_chunks.pop()?;
+                let chunk = self.spare.take().or_else(|| self.free_chunks.pop())?;
                 let slots = (self.chunk_bytes / slot_bytes) as u32;
                 let entry = &mut self.chunks[chunk as usize];
                 entry.class = class;
@@ -201,10 +208,30 @@ impl Slab {
         if entry.used == 0 {
             partial.retain(|other| *other as usize != chunk);
             self.classes[class].free -= self.chunks[chunk].free.len();
-            self.free_chunks.push(chunk as u32);
-            if let Region::Host(arena) = &self.region {
-                arena.discard(chunk * self.chunk_bytes, self.chunk_bytes);
-            }
+            self.retire(chunk as u32);
+        }
+    }
+
+    /// Keeps an empty chunk as the spare one, and gives the one before back to the system; both if few
+    /// are in use, beside which one more would not be little.
+    fn retire(&mut self, chunk: u32) {
+        let before = match self.region {
+            Region::Host(_) => self.spare.replace(chunk),
+            Region::Device(_) => Some(chunk),
+        };
+        self.give_back(before);
+        let taken = self.chunks.len() - self.free_chunks.len();
+        if taken <= SPARE_FROM {
+            let spare = self.spare.take();
+            self.give_back(spare);
+        }
+    }
+
+    fn give_back(&mut self, chunk: Option<u32>) {
+        let Some(chunk) = chunk else { return };
+        self.free_chunks.push(chunk);
+        if let Region::Host(arena) = &self.region {
+            arena.discard(chunk as usize * self.chunk_bytes, self.chunk_bytes);
         }
     }
 
@@ -237,7 +264,26 @@ mod tests {
         for view in views.drain(..).rev() {
             slab.free(view);
         }
-        assert_eq!((slab.used_bytes(), slab.committed_bytes()), (0, 0));
+        assert_eq!((slab.used_bytes(), slab.committed_bytes(), slab.spare), (0, 0, None));
         assert!(slab.classes.iter().all(|class| class.free == 0 && class.partial.is_empty()));
+    }
+
+    #[test]
+    fn of_many_chunks_one_empty_one_is_kept_and_used_first() {
+        let mut slab = Slab::new(&[8 << 10], 4 << 20).unwrap();
+        let slots = slab.chunk_bytes / (8 << 10);
+        let take = |slab: &mut Slab, chunks: usize| -> Vec<BlockView> {
+            (0..chunks * slots).map(|_| slab.allocate(0).unwrap()).collect()
+        };
+        let chunks = |slab: &Slab| slab.committed_bytes() / slab.chunk_bytes;
+        let (old, new) = (take(&mut slab, SPARE_FROM), take(&mut slab, 3));
+        assert_eq!(chunks(&slab), SPARE_FROM + 3);
+        let first = new[2 * slots].address();
+        new.into_iter().for_each(|view| slab.free(view));
+        assert_eq!(chunks(&slab), SPARE_FROM + 1, "one of three");
+        assert_eq!(take(&mut slab, 1)[0].address(), first, "the one that became empty last");
+        assert_eq!((chunks(&slab), slab.spare), (SPARE_FROM + 1, None));
+        old.into_iter().for_each(|view| slab.free(view));
+        assert_eq!((chunks(&slab), slab.spare), (1, None), "one beside one is much");
     }
 }

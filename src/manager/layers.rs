@@ -1,10 +1,12 @@
 //! The layers of a sequence as a policy sees them.
 
+use parking_lot::MutexGuard;
+
 use super::Manager;
 use crate::error::Result;
 use crate::policy::{HeadInput, LayerInput, LayerSource, OutputProjection};
 use crate::quantizer::Side;
-use crate::sequence::Sequence;
+use crate::sequence::{HeadObservation, Sequence};
 use crate::shape::Needs;
 
 /// Decodes one layer at a time.
@@ -22,6 +24,8 @@ struct HeadBuffers {
     /// The lane that `positions` belongs to.
     lane: Option<usize>,
     positions: Vec<i32>,
+    /// Whether rows are in another order than in the lane; then nothing is lent.
+    is_permuted: bool,
     keys: Vec<f32>,
     values: Vec<f32>,
     queries: Vec<f32>,
@@ -96,7 +100,9 @@ impl<'a> Layers<'a> {
         width
     }
 
-    fn load(&mut self, layer: usize) {
+    /// Copies what policies see of a layer, but for planes that `seen`, the observations of its heads,
+    /// can lend.
+    fn load(&mut self, layer: usize, seen: &[MutexGuard<'_, HeadObservation>]) {
         let shape = self.sequence.cache().config().shape;
         for head in 0..self.heads.len() {
             let (lane, _) = self.sequence.locate(layer, head);
@@ -115,14 +121,16 @@ impl<'a> Layers<'a> {
             if self.needs.contains(Needs::VALUES) {
                 self.sequence.decode(layer, head, Side::Value, &mut buffers.values);
             }
-            if let Some(observation) = self.sequence.observation() {
-                let seen = observation.head(layer, head).lock();
+            buffers.is_permuted = order.as_ref().is_some_and(|order| !order.is_empty());
+            if let Some(seen) = seen.get(head) {
                 seen.queries_by_head(shape.group(), shape.head_dim, &mut buffers.queries);
                 buffers.num_queries = seen.num_queries();
-                buffers.column_sums.clone_from(&seen.received.sums);
-                buffers.last_row.clear();
-                buffers.last_row.extend_from_slice(seen.received.last());
-                buffers.low_counts.clone_from(&seen.low_counts);
+                if buffers.is_permuted {
+                    buffers.column_sums.clone_from(&seen.received.sums);
+                    buffers.last_row.clear();
+                    buffers.last_row.extend_from_slice(seen.received.last());
+                    buffers.low_counts.clone_from(&seen.low_counts);
+                }
                 if self.needs.contains(Needs::HIDDEN) {
                     buffers.gate_scores.clone_from(&seen.gate_scores);
                     buffers.gate_scores.resize(buffers.positions.len(), f32::NAN);
@@ -158,18 +166,24 @@ impl LayerSource for Layers<'_> {
         layer: usize,
         f: &mut dyn FnMut(&LayerInput<'_>) -> Result<()>,
     ) -> Result<()> {
-        self.load(layer);
+        let sequence = self.sequence;
+        let num_heads = sequence.cache().config().shape.num_kv_heads;
+        let seen = sequence.observation().map_or_else(Vec::new, |observation| {
+            (0..num_heads).map(|head| observation.head(layer, head).lock()).collect()
+        });
+        self.load(layer, &seen);
         let width = self.load_projection(layer);
         let config = self.sequence.cache().config();
-        let heads = self.heads.iter().map(|head| HeadInput {
+        let lent = |h: usize| seen.get(h).filter(|_| !self.heads[h].is_permuted);
+        let heads = self.heads.iter().enumerate().map(|(h, head)| HeadInput {
             positions: &head.positions,
             keys: &head.keys,
             values: &head.values,
             queries: &head.queries,
             num_queries: head.num_queries,
-            column_sums: &head.column_sums,
-            last_row: &head.last_row,
-            low_counts: &head.low_counts,
+            column_sums: lent(h).map_or(&head.column_sums, |seen| &seen.received.sums),
+            last_row: lent(h).map_or(&head.last_row, |seen| seen.received.last()),
+            low_counts: lent(h).map_or(&head.low_counts, |seen| &seen.low_counts),
             query_mean: &head.query_mean,
             query_covariance: &head.query_covariance,
             gate_scores: &head.gate_scores,

@@ -177,7 +177,7 @@ impl Sequence {
     fn entry_at(&self, num_tokens: usize) -> Option<(usize, EntryId)> {
         let block_size = self.cache.config().block_size;
         let chunk = (num_tokens / block_size).checked_sub(1)?;
-        let is_end = num_tokens.is_multiple_of(block_size) && num_tokens <= self.committed;
+        let is_end = num_tokens.is_multiple_of(block_size);
         self.entries.get(chunk).filter(|_| is_end).map(|entry| (chunk, *entry))
     }
 }
