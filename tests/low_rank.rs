@@ -194,6 +194,14 @@ fn bytes_fall_and_bases_are_counted() {
         assert_eq!(sealed, if bytes == 0 { 0 } else { 4 });
     }
     assert_eq!(session.fork().unwrap().sequence().basis_bytes(), 4 * 48 * DIM * 4);
+    // The next prompt has its own.
+    session.sequence_mut().truncate(0).unwrap();
+    assert_eq!(session.sequence().basis_bytes(), 0);
+    let _ = engine.step(&mut [&mut session], &[80]);
+    session.commit(80, None).unwrap();
+    assert_eq!(session.sequence().basis_bytes(), 0, "the prompt has not ended");
+    session.end_prefill().unwrap();
+    assert_eq!(session.sequence().basis_bytes(), 4 * 48 * DIM * 4);
 }
 
 #[test]

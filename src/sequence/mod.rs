@@ -300,6 +300,7 @@ impl Sequence {
     /// [`Self::truncate`] once the state is that after `n` tokens.
     fn truncate_rows(&mut self, n: usize) {
         self.drop_rows_from(n as i32);
+        self.forget_bases();
         self.drop_snapshots_after(n);
         self.shared.written.iter().for_each(|layer| layer.store(0, Ordering::Release));
         self.reserved = 0;

@@ -62,6 +62,14 @@ impl Sequence {
         self.bases = Some(Arc::new(Bases::new(heads)));
     }
 
+    /// Forgets subspaces that were fitted to a prompt of which nothing is left.
+    pub(super) fn forget_bases(&mut self) {
+        let Some(low_rank) = self.cache.low_rank() else { return };
+        if low_rank.bases.is_none() && self.lanes.iter().all(Lane::is_empty) {
+            (self.bases, self.may_fit) = (None, false);
+        }
+    }
+
     /// Bytes of subspaces that are fitted to the sequence, shared with its forks; 0 if they are the cache's.
     pub fn basis_bytes(&self) -> usize {
         let is_own = self.cache.low_rank().is_some_and(|low_rank| low_rank.bases.is_none());
