@@ -128,21 +128,25 @@ fn compression_saves_bytes_and_keeps_recall() {
     assert!(out.path().join("kv_bytes.svg").exists());
 }
 
-/// Every score of the registry is on the plot, and the plot can be made.
+/// Every score, budget and act of the registries is on the plot, and the plot can be made.
 #[test]
 fn the_pareto_plot_shows_every_policy() {
     let Some(folder) = programs() else { return };
     let program = folder.join("kvmgr-pareto");
     let listed = run(Command::new(&program).arg("--list"));
-    for score in kvmgr::policy::score::SCORES.iter() {
-        // Some need weights of this very model.
-        let needs_weights = score.examples.iter().all(|example| example.contains("file="));
-        if needs_weights {
+    use kvmgr::policy::{act::ACTS, budget::BUDGETS, score::SCORES};
+    let stages = SCORES.iter().map(|score| (score.name, score.examples));
+    let stages = stages.chain(BUDGETS.iter().map(|budget| (budget.name, budget.examples)));
+    let stages = stages.chain(ACTS.iter().map(|act| (act.name, act.examples)));
+    for (name, examples) in stages {
+        // Some need weights of this very model; uniform is what a spec without a budget has.
+        let needs_weights = examples.iter().all(|example| example.contains("file="));
+        if needs_weights || name == "uniform" {
             continue;
         }
-        let stage = |part: &str| part.trim().split('(').next() == Some(score.name);
+        let stage = |part: &str| part.trim().split('(').next() == Some(name);
         let shown = listed.lines().any(|spec| spec.split('|').any(stage));
-        assert!(shown, "{} is missing in cpp-examples/engine/pareto.cpp", score.name);
+        assert!(shown, "{name} is missing in cpp-examples/engine/pareto.cpp");
     }
     let out = tempfile::tempdir().unwrap();
     let text = run(Command::new(&program)

@@ -58,6 +58,13 @@ const char *kPolicies[] = {
     "noncausal | keep(%)",
     "compactor | keep(%)",
     "random(seed=1) | keep(%)",
+    "snapkv(w=32) | squeeze | keep(%)",
+    "kvzip | compose | keep(%)",
+    "snapkv(w=32) | keep(%) | merge",
+    "snapkv(w=32) | keep(%) | d2o",
+    "snapkv(w=32) | keep(%) | cam",
+    "snapkv(w=32) | keep(%) | kvmerger",
+    "snapkv(w=32) | keep(%) | demote(kivi2)",
 };
 
 const char *kQuantizers[] = {"q8_0", "q4_0", "k=had+q4_0, v=q4_0", "kivi4", "kivi2"};
