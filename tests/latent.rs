@@ -131,6 +131,26 @@ fn pipelines_over_latents_agree_with_the_reference() {
     }
 }
 
+/// Rows longer than the kernels for short ones take, and more query heads than are taken at once.
+#[test]
+fn latents_as_long_as_those_of_deepseek_agree_with_the_reference() {
+    let shape = ModelShape { values: Values::InKeys(512), ..ModelShape::new(1, 20, 1, 576) };
+    for (i, spec) in ["full", "quant(q8_0)", "quant(had+q4_0)", "quant(kivi4)", "quant(tq4)"]
+        .into_iter()
+        .enumerate()
+    {
+        let mut config = config(shape, spec);
+        config.block_size = 32;
+        let mut engine = Engine::new(config, i as u64);
+        let mut session = engine.session();
+        for n in [70, 1, 3] {
+            let steps = engine.step(&mut [&mut session], &[n]);
+            check(&engine, &[&mut session], &[n], &steps, &Options::default());
+            session.commit(n, None).unwrap();
+        }
+    }
+}
+
 #[test]
 fn latents_take_the_bytes_of_keys_alone() {
     for (spec, row) in [("full", 2 * 96), ("quant(q8_0)", 3 * 34), ("quant(k=q4_0)", 3 * 18)] {
