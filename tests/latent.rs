@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Engine, Random, check, config, relative_error};
+use common::{Engine, Random, check, config, relative_error, walk};
 use kvmgr::attention::{Options, write_sequence};
 use kvmgr::device::tensor::Tensor;
 use kvmgr::dtype::DType;
@@ -116,18 +116,7 @@ fn pipelines_over_latents_agree_with_the_reference() {
         config.block_size = 32;
         let mut engine = Engine::new(config, i as u64);
         let mut session = engine.session();
-        for n in [150, 1, 1, 40] {
-            let steps = engine.step(&mut [&mut session], &[n]);
-            check(&engine, &[&mut session], &[n], &steps, &Options::default());
-            session.commit(n, None).unwrap();
-            session.end_prefill().unwrap();
-        }
-        let mut fork = session.fork().unwrap();
-        let tokens = session.sequence().num_tokens();
-        session.sequence_mut().truncate(tokens - 2).unwrap();
-        let steps = engine.step(&mut [&mut session, &mut fork], &[1, 1]);
-        check(&engine, &[&mut session, &mut fork], &[1, 1], &steps, &Options::default());
-        engine.manager.cache().check_integrity();
+        walk(&mut engine, &mut session, &[150, 1, 1, 40], [1, 1]);
     }
 }
 

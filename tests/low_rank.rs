@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{Engine, Random, check, config, relative_error};
+use common::{Engine, Random, check, config, relative_error, walk};
 use kvmgr::attention::Options;
 use kvmgr::cache::OPEN;
 use kvmgr::error::Kind;
@@ -107,23 +107,12 @@ fn pipelines_over_coordinates_agree_with_the_reference() {
             let mut engine = Engine::new(config, i as u64);
             engine.num_workers = random.within(1, 3);
             let mut session = engine.session();
-            for n in [150, 1, 40, 1, 1] {
-                let steps = engine.step(&mut [&mut session], &[n]);
-                check(&engine, &[&mut session], &[n], &steps, &Options::default());
-                session.commit(n, None).unwrap();
-                session.end_prefill().unwrap();
-            }
+            walk(&mut engine, &mut session, &[150, 1, 40, 1, 1], [3, 1]);
             let is_low = |block: &kvmgr::cache::Block| {
                 engine.manager.cache().formats()[block.view.format()].is_low_rank
             };
             let lanes = session.sequence().lanes();
             assert!(lanes.iter().any(|lane| lane.blocks().any(is_low)), "{spec}");
-            let mut fork = session.fork().unwrap();
-            let tokens = session.sequence().num_tokens();
-            session.sequence_mut().truncate(tokens - 2).unwrap();
-            let steps = engine.step(&mut [&mut session, &mut fork], &[3, 1]);
-            check(&engine, &[&mut session, &mut fork], &[3, 1], &steps, &Options::default());
-            engine.manager.cache().check_integrity();
         }
     }
 }

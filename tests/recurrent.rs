@@ -8,6 +8,7 @@ mod common;
 
 use std::sync::Arc;
 
+use common::liar::Liar;
 use common::{Engine, Random, config};
 use kvmgr::attention::write_sequence;
 use kvmgr::cache::{RecurrentConfig, StateStats};
@@ -15,7 +16,7 @@ use kvmgr::device::tensor::Tensor;
 use kvmgr::error::{Kind, Result};
 use kvmgr::manager::{Manager, ManagerConfig, Session};
 use kvmgr::shape::ModelShape;
-use kvmgr::store::{self, Key, Store, StoreStats};
+use kvmgr::store::{self, Store};
 
 const SHAPE: ModelShape = ModelShape::new(2, 2, 1, 32);
 const BLOCK: usize = 16;
@@ -469,35 +470,9 @@ fn a_store_keeps_states_of_prefixes() {
     assert_eq!(stranger.session().match_prefix(&prompt).unwrap(), 0);
 }
 
-/// A host store that flips a bit of each object of more than `limit` bytes, or of none.
-#[derive(Debug)]
-struct Liar(Arc<dyn Store>, std::sync::atomic::AtomicUsize);
-
-impl Store for Liar {
-    fn put(&self, key: &Key, bytes: &[u8]) -> Result<()> {
-        self.0.put(key, bytes)
-    }
-    fn get(&self, key: &Key, out: &mut [u8]) -> Result<bool> {
-        let found = self.0.get(key, out)?;
-        if out.len() > self.1.load(std::sync::atomic::Ordering::Relaxed) {
-            out[60] ^= 4;
-        }
-        Ok(found)
-    }
-    fn contains(&self, key: &Key) -> Result<bool> {
-        self.0.contains(key)
-    }
-    fn remove(&self, key: &Key) -> Result<()> {
-        self.0.remove(key)
-    }
-    fn stats(&self) -> StoreStats {
-        self.0.stats()
-    }
-}
-
 #[test]
 fn a_preempted_sequence_takes_its_state_along() {
-    let liar = Arc::new(Liar(store::create("host").unwrap(), 0.into()));
+    let liar = Liar::new();
     let mut config = hybrid(2, 1);
     // Blocks are smaller than a state, so that only the state is a lie.
     config.lane_width = Some(kvmgr::shape::LaneWidth::Layer);
@@ -510,10 +485,10 @@ fn a_preempted_sequence_takes_its_state_along() {
     assert_eq!((states(&engine).used_states, session.sequence().state_bytes()), (0, 0));
     refused(session.sequence().recurrent_state(0), Kind::InvalidState, "preempted");
     refused(session.sequence_mut().snapshot(40), Kind::InvalidState, "preempted");
-    liar.1.store(4000, std::sync::atomic::Ordering::Relaxed);
+    liar.limit.store(4000, std::sync::atomic::Ordering::Relaxed);
     refused(session.resume(), Kind::Corrupt, "checksum");
     assert_eq!((states(&engine).used_states, engine.manager.cache().stats().used_blocks), (0, 0));
-    liar.1.store(usize::MAX, std::sync::atomic::Ordering::Relaxed);
+    liar.limit.store(usize::MAX, std::sync::atomic::Ordering::Relaxed);
     let others = [engine.session(), engine.session()];
     refused(session.resume(), Kind::OutOfBlocks, "need 1 state");
     drop(others);

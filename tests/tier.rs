@@ -6,38 +6,13 @@ mod common;
 
 use std::sync::Arc;
 
+use common::liar::Liar;
 use common::{Engine, config};
 use kvmgr::attention::Options;
-use kvmgr::error::Result;
 use kvmgr::shape::ModelShape;
-use kvmgr::store::{self, Key, Store, StoreStats};
+use kvmgr::store::{self, Store};
 
 const SHAPE: ModelShape = ModelShape::new(2, 4, 2, 32);
-
-/// A host store that flips a bit of everything it returns.
-#[derive(Debug)]
-struct Liar(Arc<dyn Store>);
-
-impl Store for Liar {
-    fn put(&self, key: &Key, bytes: &[u8]) -> Result<()> {
-        self.0.put(key, bytes)
-    }
-    fn get(&self, key: &Key, out: &mut [u8]) -> Result<bool> {
-        let found = self.0.get(key, out)?;
-        let middle = out.len() / 2;
-        out[middle] ^= 4;
-        Ok(found)
-    }
-    fn contains(&self, key: &Key) -> Result<bool> {
-        self.0.contains(key)
-    }
-    fn remove(&self, key: &Key) -> Result<()> {
-        self.0.remove(key)
-    }
-    fn stats(&self) -> StoreStats {
-        self.0.stats()
-    }
-}
 
 fn engine(store: Arc<dyn Store>) -> Engine {
     let mut config = config(SHAPE, "quant(k=had+q4_0, v=q8_0)");
@@ -83,7 +58,7 @@ fn a_prefix_survives_in_the_store() {
 
 #[test]
 fn a_store_that_lies_costs_a_miss_not_an_answer() {
-    let mut engine = engine(Arc::new(Liar(store::create("host").unwrap())));
+    let mut engine = engine(Liar::new());
     assert_eq!(offload_and_fetch(&mut engine).0, 0);
     let stats = engine.manager.stats();
     assert_eq!((stats.store_hits, stats.store_failures), (0, 1));

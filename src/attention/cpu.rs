@@ -302,11 +302,8 @@ impl Call<'_> {
         side: Side,
         format: usize,
     ) -> Option<&'a Basis> {
-        if !self.cache.formats()[format].is_low_rank {
-            return None;
-        }
         let head = self.layer * self.cache.config().shape.num_kv_heads + kv_head;
-        sequence.bases.as_ref()?.get(head, side)
+        self.cache.basis(sequence.bases.as_deref(), head, side, format)
     }
 
     /// One side of what is at a stop of the walk, if there is one.

@@ -156,8 +156,8 @@ impl Attention {
     }
 
     /// Writes K (`[num_tokens, num_kv_heads, head_dim]`, plan order) and V (the same with `value_dim`, or
-    /// none if values are in keys) of the planned tokens into their reserved rows of `layer`. Workers `0..num_workers` each do a part; the caller
-    /// waits for all of them before any runs.
+    /// none if values are in keys) of the planned tokens into their reserved rows of `layer`. Workers
+    /// `0..num_workers` each do a part; the caller waits for all of them before any runs.
     pub fn append(
         &self,
         layer: usize,
@@ -173,8 +173,8 @@ impl Attention {
     }
 
     /// Attends: `output[i] = softmax(query[i] . K) V` for queries `[num_tokens, num_q_heads, head_dim]`
-    /// and outputs `[num_tokens, num_q_heads, value_dim]`,
-    /// and the log-sum-exp of the logits into `lse` (`[num_tokens, num_q_heads, 1]`). A query that
+    /// and outputs `[num_tokens, num_q_heads, value_dim]`, and the log-sum-exp of the logits into `lse`
+    /// (`[num_tokens, num_q_heads, 1]`). A query that
     /// sees nothing gets zeros and negative infinity. Workers `0..num_workers` each do a part, in any
     /// order and at once; the caller waits for all of them before it runs another layer. After a
     /// run that some workers did not do, plan again.

@@ -222,10 +222,7 @@ impl Cache {
 
     /// The bytes of a block; from a device they are fetched, which waits for all queued work.
     pub fn block_bytes<'a>(&self, view: &'a BlockView) -> Result<Cow<'a, [u8]>> {
-        let Some(memory) = &self.device else { return Ok(Cow::Borrowed(view.bytes())) };
-        let mut bytes = vec![0; view.len()];
-        memory.read(address(view), &mut bytes)?;
-        Ok(Cow::Owned(bytes))
+        fetch(self.device.as_deref(), view)
     }
 
     /// Lets `fill` write the bytes of a block that nobody else sees yet.
@@ -234,13 +231,35 @@ impl Cache {
         view: &BlockView,
         fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        let Some(memory) = &self.device else { return fill(view.write(0..view.len())) };
-        let mut bytes = vec![0; view.len()];
-        fill(&mut bytes)?;
-        memory.write(address(view), &bytes)
+        replace(self.device.as_deref(), view, fill)
     }
 }
 
-fn address(view: &BlockView) -> u64 {
+/// The bytes of a view of `memory`, or of the host's; from a device they are fetched, which waits for all
+/// queued work.
+pub(super) fn fetch<'a>(
+    memory: Option<&DeviceMemory>,
+    view: &'a BlockView,
+) -> Result<Cow<'a, [u8]>> {
+    let Some(memory) = memory else { return Ok(Cow::Borrowed(view.bytes())) };
+    let mut bytes = vec![0; view.len()];
+    memory.read(address(view), &mut bytes)?;
+    Ok(Cow::Owned(bytes))
+}
+
+/// Lets `fill` write the bytes of a view of `memory`, or of the host's, that nobody else uses.
+pub(super) fn replace(
+    memory: Option<&DeviceMemory>,
+    view: &BlockView,
+    fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+) -> Result<()> {
+    let Some(memory) = memory else { return fill(view.write(0..view.len())) };
+    let mut bytes = vec![0; view.len()];
+    fill(&mut bytes)?;
+    memory.write(address(view), &bytes)
+}
+
+/// The address of a view of device memory.
+pub(super) fn address(view: &BlockView) -> u64 {
     view.address().addr().get() as u64
 }

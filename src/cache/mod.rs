@@ -30,6 +30,7 @@ use crate::block::{BlockId, BlockPool, EntryId, Released};
 use crate::device::cuda::DeviceMemory;
 use crate::error::{Result, bail, ensure};
 use crate::evictor;
+use crate::quantizer::basis::{Bases, Basis};
 use crate::quantizer::{self, Quantizer, Side};
 use crate::shape::ModelShape;
 
@@ -256,6 +257,18 @@ impl Cache {
     pub fn low_rank(&self) -> Option<&LowRank> {
         let memory = self.config.memory.as_ref()?;
         (!memory.low_rank.is_none()).then_some(&memory.low_rank)
+    }
+
+    /// Which of `bases` rows of one side of a head, counted over layers, are coordinates in, in blocks of
+    /// `format`; `None` for whole rows.
+    pub fn basis<'a>(
+        &self,
+        bases: Option<&'a Bases>,
+        head: usize,
+        side: Side,
+        format: usize,
+    ) -> Option<&'a Basis> {
+        bases.filter(|_| self.formats[format].is_low_rank)?.get(head, side)
     }
 
     /// Index of the format that a full block of `lane` is sealed in whose first row has `position`.

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 
-use super::{BlockView, Cache, CacheConfig};
+use super::{BlockView, Cache, CacheConfig, device};
 use crate::block::prefix::Digest;
 use crate::block::{BlockId, EntryId};
 use crate::device::cuda::DeviceMemory;
@@ -355,7 +355,7 @@ impl Cache {
         if let Some(memory) = self.state_memory()? {
             let _entered = memory.gpu().enter()?;
             memory.gpu().ensure_not_capturing("copy states")?;
-            let [from, to] = [source, target].map(device_address);
+            let [from, to] = [source, target].map(|state| device::address(&state.view));
             return memory.copy_within(from, to, target.len());
         }
         target.view.write(0..target.len()).copy_from_slice(source.view.bytes());
@@ -367,7 +367,7 @@ impl Cache {
         if let Some(memory) = self.state_memory()? {
             let _entered = memory.gpu().enter()?;
             memory.gpu().ensure_not_capturing("make states")?;
-            let offset = (device_address(state) - memory.address()) as usize;
+            let offset = (device::address(&state.view) - memory.address()) as usize;
             return memory.clear(offset, state.len());
         }
         state.view.write(0..state.len()).fill(0);
@@ -376,12 +376,7 @@ impl Cache {
 
     /// The bytes of a state; from a device they are fetched, which waits for all queued work.
     pub fn state_bytes<'a>(&self, state: &'a RecurrentState) -> Result<Cow<'a, [u8]>> {
-        let Some(memory) = self.state_memory()? else {
-            return Ok(Cow::Borrowed(state.view.bytes()));
-        };
-        let mut bytes = vec![0; state.len()];
-        memory.read(device_address(state), &mut bytes)?;
-        Ok(Cow::Owned(bytes))
+        device::fetch(self.state_memory()?.as_deref(), &state.view)
     }
 
     /// Lets `fill` write the bytes of a state that only the caller refers to.
@@ -390,12 +385,7 @@ impl Cache {
         state: &RecurrentState,
         fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        let Some(memory) = self.state_memory()? else {
-            return fill(state.view.write(0..state.len()));
-        };
-        let mut bytes = vec![0; state.len()];
-        fill(&mut bytes)?;
-        memory.write(device_address(state), &bytes)
+        device::replace(self.state_memory()?.as_deref(), &state.view, fill)
     }
 
     /// Adds a reference to each state.
@@ -527,8 +517,4 @@ impl Cache {
             pool.lock().check_integrity(find);
         }
     }
-}
-
-fn device_address(state: &RecurrentState) -> u64 {
-    state.address(0).addr().get() as u64
 }

@@ -202,7 +202,7 @@ impl Builder {
         }
         let phase = draft.make_phase(score, allowance)?;
         draft.check(&phase)?;
-        self.widen_for(&phase, draft);
+        self.widen_for(&phase);
         let score = &phase.score;
         let events = draft.events(when, score.events(allowance))?;
         if events.contains(&Event::Step) && !score.keeps_runs() {
@@ -232,7 +232,7 @@ impl Builder {
     }
 
     /// Remembers the lanes that the stages of a phase demand.
-    fn widen_for(&mut self, phase: &Phase, draft: &Draft<'_>) {
+    fn widen_for(&mut self, phase: &Phase) {
         let mut needed = (phase.score.lane_width(), &phase.name);
         for (name, map) in &phase.maps {
             let width = map.lane_width(needed.0);
@@ -242,8 +242,7 @@ impl Builder {
         }
         self.widen(needed.0, needed.1);
         if !phase.maps.iter().any(|(_, map)| map.decides()) {
-            let name = draft.budget.as_ref().map_or("uniform", |budget| &budget.0.name);
-            self.widen(phase.budget.lane_width(), name);
+            self.widen(phase.budget.lane_width(), &phase.budget_name);
         }
         if let Some((name, _)) = phase.act.as_ref().filter(|_| phase.demotes().is_none()) {
             // One layer is decoded at a time.

@@ -15,7 +15,7 @@ impl Sequence {
         let cells = self.cache.config().lane_width.cells(&self.cache.config().shape);
         let limit = self.residual_start();
         let bases = self.bases.as_deref();
-        let waits = self.cache.low_rank().is_some() && bases.is_none();
+        let waits = self.awaits_bases();
         for (index, lane) in self.lanes.iter_mut().enumerate() {
             let basis = |cell, side| bases.and_then(|bases| bases.get(index * cells + cell, side));
             let last = lane.spans.len().saturating_sub(1);
@@ -54,7 +54,7 @@ impl Sequence {
         match (positions.first(), positions.last()) {
             (Some(first), Some(last)) if is_full && *last < self.residual_start() => {
                 let format = self.cache.format_of(index, *first);
-                if self.can_encode(format) { (format, true) } else { (OPEN, false) }
+                if format != OPEN && self.awaits_bases() { (OPEN, false) } else { (format, true) }
             }
             _ => (OPEN, false),
         }

@@ -19,18 +19,15 @@ impl Sequence {
         side: Side,
         format: usize,
     ) -> Option<&Basis> {
-        if !self.cache.formats()[format].is_low_rank {
-            return None;
-        }
-        // Heads are counted over layers, and lanes are of consecutive heads.
+        // Lanes are of consecutive heads.
         let config = self.cache.config();
         let head = lane * config.lane_width.cells(&config.shape) + cell;
-        self.bases.as_ref()?.get(head, side)
+        self.cache.basis(self.bases.as_deref(), head, side, format)
     }
 
-    /// Whether blocks can be sealed in `format`: the subspaces of their rows are known.
-    pub(super) fn can_encode(&self, format: usize) -> bool {
-        self.bases.is_some() || !self.cache.formats()[format].is_low_rank
+    /// Whether no block can be sealed yet, because the subspaces of its rows are not known.
+    pub(super) fn awaits_bases(&self) -> bool {
+        self.cache.low_rank().is_some() && self.bases.is_none()
     }
 
     /// Fits subspaces to the rows of all heads, if they are needed and the prompt has left enough rows.

@@ -4,6 +4,7 @@
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part")]
 
 pub mod golden;
+pub mod liar;
 pub mod weights;
 
 use std::sync::Arc;
@@ -221,4 +222,21 @@ pub fn check(
             token += n;
         }
     }
+}
+
+/// Prompts and steps of a session, each compared with the reference; then it goes on without its last two
+/// tokens beside a fork, with so many tokens each.
+pub fn walk(engine: &mut Engine, session: &mut Session, counts: &[usize], last: [usize; 2]) {
+    for n in counts.iter().copied() {
+        let steps = engine.step(&mut [session], &[n]);
+        check(engine, &[session], &[n], &steps, &Options::default());
+        session.commit(n, None).unwrap();
+        session.end_prefill().unwrap();
+    }
+    let mut fork = session.fork().unwrap();
+    let tokens = session.sequence().num_tokens();
+    session.sequence_mut().truncate(tokens - 2).unwrap();
+    let steps = engine.step(&mut [session, &mut fork], &last);
+    check(engine, &[session, &mut fork], &last, &steps, &Options::default());
+    engine.manager.cache().check_integrity();
 }

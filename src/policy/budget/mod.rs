@@ -129,8 +129,10 @@ pub trait Budget: Debug + Send + Sync {
 
     /// Tokens that each head of a layer keeps, at most as many as it has. `shares[h]` is the
     /// allowance of head `h`, which may be more than it has; heads of different lengths may use what
-    /// others leave.
-    fn spread(&self, layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>>;
+    /// others leave. Each head keeps its own allowance unless a budget says otherwise.
+    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>> {
+        Ok(scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect())
+    }
 
     /// The same for all layers at once, for budgets over all layers: `counts[l]` heads of layer `l`, one
     /// layer after the other.

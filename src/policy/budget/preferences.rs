@@ -14,8 +14,8 @@
 
 use super::{Budget, Entry};
 use crate::error::Result;
+use crate::policy::LayerInput;
 use crate::policy::score::QueryWindow;
-use crate::policy::{HeadScores, LayerInput};
 use crate::registry::{Domain, Param};
 use crate::shape::{LaneWidth, Needs};
 
@@ -75,10 +75,6 @@ impl Budget for Preferences {
             vec![0.0; window.len()]
         })?;
         Ok(Some(heads.iter().sum::<f64>() / heads.len().max(1) as f64))
-    }
-
-    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>> {
-        Ok(scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect())
     }
 
     fn is_global(&self) -> bool {

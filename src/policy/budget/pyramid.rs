@@ -10,8 +10,6 @@
 //! budget. The authors add the window on top. The mean over the layers is `n`.
 
 use super::{Budget, Entry, LayerShare};
-use crate::error::Result;
-use crate::policy::HeadScores;
 use crate::registry::{Domain, Param};
 use crate::shape::{LaneWidth, Needs};
 
@@ -58,10 +56,6 @@ impl Budget for Pyramid {
         }
         let step = (max - min) / (at.num_layers - 1) as f64;
         (max - at.layer as f64 * step).round().max(1.0) as usize
-    }
-
-    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>> {
-        Ok(scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect())
     }
 
     fn lane_width(&self) -> LaneWidth {

@@ -15,7 +15,7 @@
 
 use super::{Budget, Entry, Model, pour};
 use crate::error::{Result, bail};
-use crate::policy::{HeadScores, LayerInput};
+use crate::policy::LayerInput;
 use crate::registry::{Domain, Param};
 use crate::shape::{LaneWidth, Needs};
 
@@ -81,10 +81,6 @@ impl Budget for Squeeze {
             });
         }
         model.to_heads(&given)
-    }
-
-    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>> {
-        Ok(scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect())
     }
 
     fn is_global(&self) -> bool {

@@ -1,8 +1,6 @@
 //! Every head keeps the same number of tokens.
 
 use super::{Budget, Entry};
-use crate::error::Result;
-use crate::policy::HeadScores;
 use crate::shape::{LaneWidth, Needs};
 
 pub(super) static ENTRY: Entry = Entry {
@@ -19,10 +17,6 @@ pub(super) static ENTRY: Entry = Entry {
 struct Uniform;
 
 impl Budget for Uniform {
-    fn spread(&self, _layer: usize, scores: &[HeadScores], shares: &[usize]) -> Result<Vec<usize>> {
-        Ok(scores.iter().zip(shares).map(|(head, share)| head.scores.len().min(*share)).collect())
-    }
-
     fn lane_width(&self) -> LaneWidth {
         LaneWidth::Sequence
     }
