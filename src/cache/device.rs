@@ -241,6 +241,6 @@ impl Cache {
     }
 }
 
-fn address(view: &BlockView) -> u64 {
+pub(super) fn address(view: &BlockView) -> u64 {
     view.address().addr().get() as u64
 }
