@@ -102,11 +102,7 @@ impl<'a> Layers<'a> {
 
     /// Copies what policies see of a layer, but for planes that `seen`, the observations of its heads,
     /// can lend.
-    fn load(
-        &mut self,
-        layer: usize,
-        seen: &[MutexGuard<'_, HeadObservation>],
-    ) -> Result<()> {
+    fn load(&mut self, layer: usize, seen: &[MutexGuard<'_, HeadObservation>]) -> Result<()> {
         let shape = self.sequence.cache().config().shape;
         for head in 0..self.heads.len() {
             let (lane, _) = self.sequence.locate(layer, head);

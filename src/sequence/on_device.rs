@@ -15,13 +15,7 @@ use crate::quantizer::Side;
 impl Sequence {
     /// As [`Self::decode`], also where blocks are on a device, from which rows are fetched: that waits for
     /// all queued work.
-    pub fn read(
-        &self,
-        layer: usize,
-        kv_head: usize,
-        side: Side,
-        out: &mut Vec<f32>,
-    ) -> Result<()> {
+    pub fn read(&self, layer: usize, kv_head: usize, side: Side, out: &mut Vec<f32>) -> Result<()> {
         if self.cache.gpu().is_none() {
             self.decode(layer, kv_head, side, out);
             return Ok(());
