@@ -9,6 +9,7 @@
 //   what a capture forbids are errors, each with a line on stderr.
 #define KVM_EMU
 #include "append.cu"
+#include "blocks.cu"
 #include "decode_f16.cu"
 #include "decode_q.cu"
 #include "prefill.cu"
