@@ -2765,7 +2765,8 @@ kvmgr_status kvmgr_sequence_replay(kvmgr_sequence *sequence,
  * layers are set back to it; without one they stay as the engine has written them, unless there are snapshots
  * after some of the reserved tokens: then the answer is KVMGR_INVALID_STATE.
  * On a CUDA device the encoding of full blocks is queued on the stream; while a graph is captured they stay
- * open and are encoded by a later commit.
+ * open and are encoded by a later commit. A policy that acts waits for the stream; while a graph is captured
+ * a commit that may run one answers KVMGR_INVALID_STATE and changes nothing.
  *
  * @param tokens the ids of the tokens, or NULL: the sequence is not shared by prefix from then on
  * @param num_tokens 0 to the number reserved
@@ -2778,9 +2779,11 @@ kvmgr_status kvmgr_sequence_commit(kvmgr_sequence *sequence,
 /**
  * Says that the prompt, or one more piece of it, has been read: runs the prefill phase of the
  * policy. Commits are decode steps from then on. If it runs out of blocks, lanes that were
- * compacted already stay so, and the call may be repeated.
+ * compacted already stay so, and the call may be repeated. On a CUDA device a policy waits for the stream,
+ * which must not be captured.
  */
-KVMGR_NODISCARD kvmgr_status kvmgr_sequence_end_prefill(kvmgr_sequence *sequence);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_end_prefill(kvmgr_sequence *sequence);
 
 /**
  * Forgets the tokens at position num_tokens and above, and any reservation. With recurrent layers their
@@ -3047,7 +3050,8 @@ kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
  *
  * On a CUDA device Q and O are of the cache's dtype with rows aligned to 16 bytes, LSE is f32 with
  * neighbouring heads; worker 0 launches one kernel on the cache's stream, or two if the plan has decode
- * steps and prompts, as kvmgr_attention_append does.
+ * steps and prompts, as kvmgr_attention_append does. A sliding_window in which a policy has evicted tokens is
+ * KVMGR_UNSUPPORTED there.
  *
  * @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
  *        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.

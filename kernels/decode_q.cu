@@ -79,6 +79,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
     // The rows that all queries see, those of the first and of the last query.
     u32 seen_end = it.len + 1 > it.num_queries ? it.len + 1 - it.num_queries : 0;
     u32 seen_begin = p.window > 0 && it.len > p.window ? it.len - p.window : 0;
+    seen_begin = seen_begin > it.first ? seen_begin : it.first;
     for (int place = 0; row < Ring::end(it); place ^= 1, row += Ring::STEP) {
         ring.load(p, it, row + Ring::STEP, next_page, place ^ 1);
         kvm_cp_commit();

@@ -20,7 +20,8 @@ struct KvmItem {
     u32 part, num_parts;
     u32 ticket;      // counts parts that are done; 0 before and after
     u32 next;        // index of the CTA's next item, 0 after its last
-    u32 unused[3];
+    u32 first;       // rows below are evicted; less than a block, and below end
+    u32 unused[2];
 };
 
 /// Strides of Q, O and open blocks are in elements. Rows of K and V are aligned to 16 bytes, of Q
@@ -73,7 +74,8 @@ template <int NT> KVM_DEVICE KvmSight<NT> kvm_sight(const KvmDecode& p, const Kv
             u32 hidden = query < it.num_queries ? it.num_queries - 1 - query : 0;
             u32 len = it.len > hidden ? it.len - hidden : 0;
             sight.end[n][c] = len < it.end ? len : it.end;
-            sight.begin[n][c] = p.window > 0 && len > p.window ? len - p.window : 0;
+            u32 begin = p.window > 0 && len > p.window ? len - p.window : 0;
+            sight.begin[n][c] = begin > it.first ? begin : it.first;
         }
     return sight;
 }
@@ -173,8 +175,8 @@ KVM_DEVICE u32 kvm_page(const KvmDecode& p, const KvmItem& it, u32 row) {
     return row < it.end ? p.pages[it.first_page + (row >> kvm_log2_of(p.block_size))] : 0;
 }
 
-/// Asks for 16 rows of K and V of the open block `page`. IS_HINTED: they leave the second-level cache
-/// first.
+/// Asks for 16 rows of K and V of the open block `page`; those that are not of the part become 0, because
+/// what they hold may not even be finite. IS_HINTED: they leave the second-level cache first.
 template <int D, bool IS_HINTED>
 KVM_DEVICE void kvm_load_tile(const KvmDecode& p, const KvmItem& it, u32 first, u32 page,
                               u16* tile) {
@@ -185,7 +187,7 @@ KVM_DEVICE void kvm_load_tile(const KvmDecode& p, const KvmItem& it, u32 first, 
              ((first & (p.block_size - 1)) + row) * p.kv_token + chunk * 8;
 #pragma unroll
     for (int j = 0; j < D / 16; j++) {
-        bool is_valid = first + row + j * STEP < it.end;
+        bool is_valid = first + row + j * STEP - it.first < it.end - it.first;
         i64 from = is_valid ? at + j * STEP * p.kv_token : 0;
         int to = kvm_swizzle<D>(row + j * STEP, chunk);
         if (IS_HINTED) {

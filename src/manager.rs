@@ -19,7 +19,7 @@ use crate::store::{Key, Store};
 use crate::tier::{self, Tier};
 use layers::Layers;
 use parking_lot::RwLock;
-use serve::{OFFERED, check_policy, demoted_format, observation_for};
+use serve::{check_policy, demoted_format, observation_for, offered};
 
 /// Everything a manager needs to know.
 #[derive(Debug, Clone)]
@@ -229,9 +229,10 @@ impl Session {
         let sealed = &cache.formats()[cache.sealed_format()];
         let config = SequenceConfig {
             cache_relative: policy.position_mode() == PositionMode::CacheRelative,
-            // Prefixes are shared in sealed form, so they cannot wait for the policy.
+            // Prefixes are shared in sealed form, so they cannot wait for the policy. On a device rows of
+            // open blocks alone are moved without the host.
             defer_sealing: policy.acts_on(Event::PrefillEnd)
-                && !sealed.is_token_granular()
+                && (!sealed.is_token_granular() || cache.gpu().is_some())
                 && !cache.config().prefix,
         };
         let sequence = Sequence::new(cache.clone(), config, observation)?;
@@ -302,6 +303,9 @@ impl Session {
         if n <= self.sequence.num_reserved() {
             self.check_observed(n)?;
         }
+        if self.decoding && n > 0 {
+            self.ensure_can_act(Event::Step)?;
+        }
         self.sequence.commit(n, tokens)?;
         if let Some(observation) = self.sequence.observation().filter(|_| !self.decoding) {
             observation.commit_residuals(n);
@@ -325,6 +329,7 @@ impl Session {
     pub fn end_prefill(&mut self) -> Result<()> {
         self.sequence.ensure_present()?;
         ensure!(!self.is_replaying(), InvalidState, "commit 0 tokens to end the replay first");
+        self.ensure_can_act(Event::PrefillEnd)?;
         self.run_policy(Event::PrefillEnd)?;
         self.sequence.seal_deferred();
         self.decoding = true;
@@ -367,6 +372,17 @@ impl Session {
         Ok(())
     }
 
+    /// Fails where a policy that acts would wait for a stream that is being captured.
+    fn ensure_can_act(&self, event: Event) -> Result<()> {
+        match self.sequence.cache().gpu().filter(|_| self.policy.acts_on(event)) {
+            None => Ok(()),
+            Some(gpu) => {
+                let _entered = gpu.enter()?;
+                gpu.ensure_not_capturing("run policies")
+            }
+        }
+    }
+
     fn run_policy(&mut self, event: Event) -> Result<()> {
         let policy = self.policy.clone();
         let demoted = policy.demotes(event);
@@ -383,8 +399,8 @@ impl Session {
         if policy.changes_values(event) {
             return self.run_with_values(event, &policy);
         }
-        let mut layers =
-            Layers::new(&self.sequence, self.manager.as_deref(), policy.needs_with(OFFERED));
+        let needs = policy.needs_with(offered(self.sequence.cache()));
+        let mut layers = Layers::new(&self.sequence, self.manager.as_deref(), needs);
         let kept = policy.select(event, &mut layers)?;
         let format = match demoted {
             Some([key, value]) => Some(demoted_format(self.sequence.cache(), key, value)?),
@@ -414,7 +430,8 @@ impl Session {
         for layer in 0..shape.num_layers {
             let kept = {
                 let manager = self.manager.as_deref();
-                let mut layers = Layers::new(&self.sequence, manager, policy.needs_with(OFFERED));
+                let needs = policy.needs_with(offered(self.sequence.cache()));
+                let mut layers = Layers::new(&self.sequence, manager, needs);
                 policy.select_layer(event, &mut layers, layer)?
             };
             let mut lanes: Vec<(usize, KeepSet, Vec<Vec<f32>>)> = Vec::new();

@@ -33,6 +33,11 @@ struct Case {
 
 const KV_HEADS: usize = 2;
 
+/// Rows at the start of a head of `len` that are evicted.
+fn evicted(head: usize, len: usize) -> usize {
+    if head % 2 == 1 { (head * 5 % 14).min(len.saturating_sub(1)) } else { 0 }
+}
+
 /// Runs ragged heads twice through the kernel (tickets must be 0 again) and answers the relative
 /// error of O and the largest of LSE; infinite if the emulator saw something forbidden.
 fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
@@ -66,10 +71,11 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
             part,
             num_parts,
             ticket: i as u32,
+            first: evicted(i, len) as u32,
             ..Item::default()
         }));
         slot += num_parts;
-        for t in 0..len {
+        for t in evicted(i, len)..len {
             let at = row(pages[first_page + t / block] as usize, i % KV_HEADS, t);
             for side in &mut pool {
                 let values = random.normals(dim);
@@ -143,7 +149,8 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
             let out_row = (i / KV_HEADS * queries + query) * heads + i % KV_HEADS * group + g;
             let len = len.saturating_sub(queries - 1 - query);
             let query = &q[out_row * dim..][..dim];
-            let visible = if case.window > 0 { len.saturating_sub(case.window) } else { 0 }..len;
+            let window = if case.window > 0 { len.saturating_sub(case.window) } else { 0 };
+            let visible = window.max(evicted(i, lens[i])).min(len)..len;
             let at =
                 |t: usize| row(pages[first_page as usize + t / block] as usize, i % KV_HEADS, t);
             let logits: Vec<f64> = visible

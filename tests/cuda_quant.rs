@@ -10,6 +10,8 @@ mod emulator;
 #[path = "common/work.rs"]
 mod work;
 
+use std::ops::Range;
+
 use common::Random;
 use emulator::{Grid, Half, Kernels, address, address_mut};
 use kvmgr::device::cuda::params::{Decode, Item};
@@ -67,7 +69,12 @@ struct Head {
     open: [Vec<u16>; 2],
 }
 
-fn head(case: Case, len: usize, random: &mut Random) -> Head {
+/// Rows at the start of a head of `len` that are evicted.
+fn evicted(head: usize, len: usize) -> usize {
+    [0, 21, 40][head % 3].min(len.saturating_sub(1))
+}
+
+fn head(case: Case, (i, len): (usize, usize), random: &mut Random) -> Head {
     let (dim, full) = (case.dim, len / TOKENS);
     let block = TOKENS * dim;
     let values = [(); 2].map(|()| {
@@ -97,6 +104,9 @@ fn head(case: Case, len: usize, random: &mut Random) -> Head {
     let open = values.map(|side| {
         let mut open = side[full * block..].to_vec();
         open.resize(block, 0x7fff);
+        if full == 0 {
+            open[..evicted(i, len) * dim].fill(0x7fff);
+        }
         open
     });
     Head { rows, sealed, open }
@@ -106,7 +116,8 @@ fn head(case: Case, len: usize, random: &mut Random) -> Head {
 fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
     let Case { dim, queries, group, format, .. } = case;
     let mut random = Random(seed);
-    let heads: Vec<Head> = LENS.iter().map(|len| head(case, *len, &mut random)).collect();
+    let places = LENS.into_iter().enumerate();
+    let heads: Vec<Head> = places.map(|place| head(case, place, &mut random)).collect();
     let sizes = [true, false].map(|is_key| format.bytes(dim, is_key));
     // A page is a sealed and an open block; a head has one more than it fills.
     let page = sizes[0] + sizes[1];
@@ -134,6 +145,7 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
             part,
             num_parts,
             ticket: i as u32,
+            first: evicted(i, len) as u32,
             ..Item::default()
         }));
         slot += num_parts;
@@ -190,7 +202,8 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
     {
         let seen = LENS[i / queries].saturating_sub(queries - 1 - i % queries);
         let query: Vec<f64> = q[row * dim..][..dim].iter().map(|x| case.dtype.value(*x)).collect();
-        let (expected, log) = attend(case, &query, &heads[i / queries].rows, seen);
+        let rows = evicted(i / queries, LENS[i / queries])..seen;
+        let (expected, log) = attend(case, &query, &heads[i / queries].rows, rows);
         let found = f64::from(lse[row]);
         if found.to_bits() != log.to_bits() {
             let error = (found - log).abs();
@@ -205,9 +218,15 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
     (if error.is_nan() { f64::INFINITY } else { error }, worst)
 }
 
-/// Attention to the first `seen` rows: the output and the logarithm of the sum.
-fn attend(case: Case, query: &[f64], rows: &[Vec<f64>; 2], seen: usize) -> (Vec<f64>, f64) {
-    let first = if case.window > 0 { seen.saturating_sub(case.window) } else { 0 };
+/// Attention to the rows `seen`: the output and the logarithm of the sum.
+fn attend(
+    case: Case,
+    query: &[f64],
+    rows: &[Vec<f64>; 2],
+    Range { start, end: seen }: Range<usize>,
+) -> (Vec<f64>, f64) {
+    let window = if case.window > 0 { seen.saturating_sub(case.window) } else { 0 };
+    let first = start.max(window).min(seen);
     let row = |side: usize, t: usize| &rows[side][t * case.dim..][..case.dim];
     let logit = |t: usize| {
         let dot: f64 = query.iter().zip(row(0, t)).map(|(a, b)| a * b).sum();

@@ -11,6 +11,7 @@ pub mod rows;
 mod seal;
 mod slab;
 mod states;
+mod transfer;
 mod view;
 
 use std::sync::Arc;
@@ -22,6 +23,7 @@ pub use config::{CacheConfig, DeviceConfig, Exact, LowRank, MemoryFormats};
 pub use device::PAGE_BYTES;
 pub use format::Format;
 pub use states::{DEFAULT_SNAPSHOTS, RecurrentConfig, RecurrentState, StateStats};
+pub use transfer::{HostBlock, RowMove};
 pub use view::BlockView;
 
 use self::slab::Slab;
@@ -67,6 +69,8 @@ pub struct Cache {
     device: Option<Arc<DeviceMemory>>,
     /// What seals blocks on the device, if sealed ones are not raw.
     sealer: Option<device::Sealer>,
+    /// What reads and moves rows on the device, once somebody has.
+    transfers: Mutex<Option<transfer::Transfers>>,
     state: RwLock<State>,
     /// Of recurrent layers. Its lock is taken last.
     states: Option<Mutex<States>>,
@@ -187,6 +191,7 @@ impl Cache {
             offload: Mutex::new(None),
             device,
             sealer,
+            transfers: Mutex::default(),
             state: RwLock::new(state),
             states,
             counters: Counters::default(),

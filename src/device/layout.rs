@@ -111,6 +111,46 @@ impl Sealed {
         }
     }
 
+    /// The bytes of the host's quantizer from a side of a cell of the device: undoes [`Self::to_device`].
+    pub fn to_host(self, dim: usize, is_key: bool, device: &[u8], out: &mut [u8]) {
+        assert_eq!([device.len(), out.len()], [self.bytes(dim, is_key); 2], "{}", self.name());
+        let row = dim * self.bits() / 8;
+        let (head, tail) = match self.is_kivi() && is_key {
+            true => (4 * dim, 0),
+            false => (0, (out.len() - TOKENS * row) / TOKENS),
+        };
+        out.fill(0);
+        let start = |t: usize| head + t * (row + tail);
+        let mut rest = device;
+        for first in (0..TOKENS).step_by(self.chunk()) {
+            let (words, after) = rest.split_at(self.chunk() * row);
+            let mut add = |t: usize, channel: usize, code: u32| {
+                self.add_code(&mut out[start(first + t)..][..row], channel, code);
+            };
+            match is_key {
+                true => self.get(words, self.chunk(), dim, &mut add),
+                false => self.get(words, dim, self.chunk(), &mut |r, c, code| add(c, r, code)),
+            }
+            let scales = if head > 0 { head } else { self.chunk() * tail };
+            let (scales, after) = after.split_at(scales);
+            if head > 0 {
+                out[..head].copy_from_slice(scales);
+            } else if self.is_kivi() {
+                for (i, pair) in scales.chunks_exact(tail).enumerate() {
+                    out[start(first + i) + row..][..tail].copy_from_slice(pair);
+                }
+            } else {
+                for (part, list) in scales.chunks_exact(4 * self.chunk()).enumerate() {
+                    for (i, number) in list.chunks_exact(4).enumerate() {
+                        let at = start(first + i) + row + 4 * part;
+                        out[at..at + 4].copy_from_slice(number);
+                    }
+                }
+            }
+            rest = after;
+        }
+    }
+
     /// The code of a channel in a row of the host: blocks of 32 channels.
     fn code(self, row: &[u8], channel: usize) -> u32 {
         let (block, j) = (channel / 32, channel % 32);
@@ -122,8 +162,49 @@ impl Sealed {
         })
     }
 
+    /// Sets the code of a channel in a row of the host, which is 0.
+    fn add_code(self, row: &mut [u8], channel: usize, code: u32) {
+        let (block, j, code) = (channel / 32, channel % 32, code as u8);
+        match self {
+            Self::Int8 => row[channel] = code.wrapping_sub(128),
+            Self::Fp8E4m3 => row[channel] = code,
+            Self::Int4 | Self::Kivi4 => row[block * 16 + j % 16] |= code << (j / 16 * 4),
+            Self::Kivi2 => row[block * 8 + j % 8] |= code << (j / 8 * 2),
+        }
+    }
+
     /// Writes a matrix of codes as fragments of a left operand.
     fn put(self, out: &mut [u8], rows: usize, columns: usize, code: impl Fn(usize, usize) -> u32) {
+        self.fragments(rows, columns, |row, column, at, bit| {
+            let placed = code(row, column).rotate_left(bit).to_le_bytes();
+            for (byte, more) in out[at..at + 4].iter_mut().zip(placed) {
+                *byte |= more;
+            }
+        });
+    }
+
+    /// Reads what [`Self::put`] wrote: row, column and code of each element.
+    fn get(
+        self,
+        words: &[u8],
+        rows: usize,
+        columns: usize,
+        out: &mut dyn FnMut(usize, usize, u32),
+    ) {
+        self.fragments(rows, columns, |row, column, at, bit| {
+            let word = u32::from_le_bytes([0, 1, 2, 3].map(|i| words[at + i]));
+            out(row, column, word.rotate_right(bit) & ((1 << self.bits()) - 1));
+        });
+    }
+
+    /// Visits the elements of a matrix: row, column, the first byte of the word that holds the code, and
+    /// the bit at which it starts there.
+    fn fragments(
+        self,
+        rows: usize,
+        columns: usize,
+        mut visit: impl FnMut(usize, usize, usize, u32),
+    ) {
         let words = columns * self.bits() / 64; // of a lane, for a tile of 16 rows
         let width = words.min(4);
         for (tile, step, lane) in places(rows / 16, columns / 16) {
@@ -141,10 +222,7 @@ impl Sealed {
                 };
                 let piece = tile * (words / width) + word / width;
                 let at = ((piece * 32 + lane) * width + word % width) * 4;
-                let placed = code(row, column).rotate_left(bit as u32).to_le_bytes();
-                for (byte, more) in out[at..at + 4].iter_mut().zip(placed) {
-                    *byte |= more;
-                }
+                visit(row, column, at, bit as u32);
             }
         }
     }
@@ -171,6 +249,10 @@ mod tests {
                     out
                 };
                 let base = convert(&vec![0; bytes]);
+                let host: Vec<u8> = (0..bytes).map(|i| (i * 151 % 253) as u8).collect();
+                let mut back = vec![0x55; bytes];
+                format.to_host(dim, is_key, &convert(&host), &mut back);
+                assert!(back == host, "{format:?} {dim} {is_key}: there and back again");
                 for bit in (0..bytes * 8).step_by(37) {
                     let mut host = vec![0; bytes];
                     host[bit / 8] = 1 << (bit % 8);

@@ -251,7 +251,8 @@ pub unsafe extern "C" fn kvmgr_attention_append(
 ///
 /// On a CUDA device Q and O are of the cache's dtype with rows aligned to 16 bytes, LSE is f32 with
 /// neighbouring heads; worker 0 launches one kernel on the cache's stream, or two if the plan has decode
-/// steps and prompts, as kvmgr_attention_append does.
+/// steps and prompts, as kvmgr_attention_append does. A sliding_window in which a policy has evicted tokens is
+/// KVMGR_UNSUPPORTED there.
 ///
 /// @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
 ///        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.

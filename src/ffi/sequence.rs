@@ -241,7 +241,8 @@ pub extern "C" fn kvmgr_sequence_replay(
 /// layers are set back to it; without one they stay as the engine has written them, unless there are snapshots
 /// after some of the reserved tokens: then the answer is KVMGR_INVALID_STATE.
 /// On a CUDA device the encoding of full blocks is queued on the stream; while a graph is captured they stay
-/// open and are encoded by a later commit.
+/// open and are encoded by a later commit. A policy that acts waits for the stream; while a graph is captured
+/// a commit that may run one answers KVMGR_INVALID_STATE and changes nothing.
 ///
 /// @param tokens the ids of the tokens, or NULL: the sequence is not shared by prefix from then on
 /// @param num_tokens 0 to the number reserved
@@ -270,7 +271,8 @@ pub unsafe extern "C" fn kvmgr_sequence_commit(
 
 /// Says that the prompt, or one more piece of it, has been read: runs the prefill phase of the
 /// policy. Commits are decode steps from then on. If it runs out of blocks, lanes that were
-/// compacted already stay so, and the call may be repeated.
+/// compacted already stay so, and the call may be repeated. On a CUDA device a policy waits for the stream,
+/// which must not be captured.
 #[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn kvmgr_sequence_end_prefill(sequence: *mut kvmgr_sequence) -> kvmgr_status {

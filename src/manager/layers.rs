@@ -102,7 +102,7 @@ impl<'a> Layers<'a> {
 
     /// Copies what policies see of a layer, but for planes that `seen`, the observations of its heads,
     /// can lend.
-    fn load(&mut self, layer: usize, seen: &[MutexGuard<'_, HeadObservation>]) {
+    fn load(&mut self, layer: usize, seen: &[MutexGuard<'_, HeadObservation>]) -> Result<()> {
         let shape = self.sequence.cache().config().shape;
         for head in 0..self.heads.len() {
             let (lane, _) = self.sequence.locate(layer, head);
@@ -116,10 +116,10 @@ impl<'a> Layers<'a> {
                 }
             }
             if self.needs.contains(Needs::KEYS) {
-                self.sequence.decode(layer, head, Side::Key, &mut buffers.keys);
+                self.sequence.read(layer, head, Side::Key, &mut buffers.keys)?;
             }
             if self.needs.contains(Needs::VALUES) {
-                self.sequence.decode(layer, head, Side::Value, &mut buffers.values);
+                self.sequence.read(layer, head, Side::Value, &mut buffers.values)?;
             }
             buffers.is_permuted = order.as_ref().is_some_and(|order| !order.is_empty());
             if let Some(seen) = seen.get(head) {
@@ -153,6 +153,7 @@ impl<'a> Layers<'a> {
                 buffers.permute(&order, [shape.head_dim, shape.value_dim()]);
             }
         }
+        Ok(())
     }
 }
 
@@ -171,7 +172,7 @@ impl LayerSource for Layers<'_> {
         let seen = sequence.observation().map_or_else(Vec::new, |observation| {
             (0..num_heads).map(|head| observation.head(layer, head).lock()).collect()
         });
-        self.load(layer, &seen);
+        self.load(layer, &seen)?;
         let width = self.load_projection(layer);
         let config = self.sequence.cache().config();
         let lent = |h: usize| seen.get(h).filter(|_| !self.heads[h].is_permuted);

@@ -4,12 +4,48 @@ use std::sync::Arc;
 
 use crate::cache::Cache;
 use crate::error::{Result, bail, ensure};
-use crate::policy::{Event, Pipeline, PositionMode};
+use crate::policy::{Pipeline, PositionMode};
 use crate::sequence::Observation;
 use crate::shape::{LaneWidth, Needs};
 
-/// What attention of this library tells policies that have a use for it, though none insists.
-pub(super) const OFFERED: Needs = Needs::LAST_ROW;
+/// What attention of this library tells policies that have a use for it, though none insists. On a device it
+/// tells nothing.
+pub(super) fn offered(cache: &Cache) -> Needs {
+    if cache.gpu().is_some() { Needs::NONE } else { Needs::LAST_ROW }
+}
+
+/// What a cache on a device serves.
+const ON_DEVICE: Needs =
+    Needs::KEYS.union(Needs::VALUES).union(Needs::ROPE).union(Needs::OUTPUT_PROJECTION);
+
+/// Refuses a policy that a cache on a device cannot serve, naming the stage.
+fn check_on_device(cache: &Cache, policy: &Pipeline) -> Result<()> {
+    if cache.gpu().is_none() {
+        return Ok(());
+    }
+    let needs = policy.needs();
+    let missing = needs.without(ON_DEVICE);
+    let needing = policy.needed_by(missing).filter(|_| missing != Needs::NONE);
+    let does = |stage: &str, what: &str| (stage.to_string(), what.to_string());
+    let is_relative = policy.position_mode() == PositionMode::CacheRelative;
+    let (stage, what) = match (policy.selector_name(), needing) {
+        (Some(stage), _) => does(stage, "selects blocks"),
+        (_, Some(stage)) => {
+            does(stage, &format!("needs {}", needs.missing_from(ON_DEVICE).join(", ")))
+        }
+        _ if is_relative => does("pos", "moves tokens"),
+        _ => match (policy.changing_stage(), policy.demoted().next()) {
+            (Some(stage), _) => does(stage, "changes values"),
+            (_, Some((stage, _))) => does(stage, "demotes tokens"),
+            _ => return Ok(()),
+        },
+    };
+    bail!(
+        Unsupported,
+        "column {}: {stage} {what}, which a cache on a CUDA device cannot serve yet",
+        policy.column_of(&stage)
+    )
+}
 
 /// Refuses a policy that the cache or the engine cannot serve, naming the stage and what is missing.
 /// The engine has `told` these things.
@@ -38,17 +74,7 @@ pub(super) fn check_policy(cache: &Cache, policy: &Pipeline, told: Needs) -> Res
             needs.missing_from(caps).join(", ")
         );
     }
-    let keeps_all = !policy.acts_on(Event::PrefillEnd)
-        && !policy.acts_on(Event::Step)
-        && policy.selector().is_none()
-        && policy.position_mode() == PositionMode::Keep;
-    ensure!(
-        keeps_all || cache.gpu().is_none(),
-        Unsupported,
-        "the policy {} evicts, selects or moves tokens, which a cache on a CUDA device cannot do yet; \
-         it can do full and quant(...)",
-        policy.spec()
-    );
+    check_on_device(cache, policy)?;
     if let Some(stage) = policy.changing_stage() {
         ensure!(
             cache.config().shape.stores_values(),
@@ -82,7 +108,7 @@ pub(super) fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Ob
     let attention = attention.union(Needs::HIDDEN).union(Needs::REPLAY);
     let attention = attention.union(Needs::LOW_COUNT).union(Needs::LAST_ROW);
     let attention = attention.union(Needs::RESIDUAL);
-    let needs = policy.needs_with(OFFERED);
+    let needs = policy.needs_with(offered(cache));
     (needs.0 & attention.0 != 0 || policy.selector().is_some()).then(|| {
         let shape = &cache.config().shape;
         let observation = Observation::new(shape, needs, policy.query_window());

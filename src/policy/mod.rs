@@ -342,6 +342,11 @@ impl Pipeline {
         self.selector.as_ref().map(|(_, selector)| selector)
     }
 
+    /// The name of the stage that does so.
+    pub fn selector_name(&self) -> Option<&str> {
+        self.selector.as_ref().map(|(name, _)| name.as_str())
+    }
+
     /// How evicted gaps are treated.
     pub fn position_mode(&self) -> PositionMode {
         self.position

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::demote::Groups;
 use super::{HeadObservation, Lane, Positions, Sequence, Span};
-use crate::cache::{Block, Cache, OPEN};
+use crate::cache::{Block, BlockView, Cache, OPEN};
 use crate::error::{Result, ensure};
 use crate::quantizer::Side;
 use crate::shape::KeepSet;
@@ -19,6 +19,17 @@ use crate::shape::KeepSet;
 /// Blocks beyond what the survivors need that a trim may leave before a gather is the better choice;
 /// for long lanes a sixteenth of what they need.
 const TRIM_SLACK: usize = 2;
+
+/// A block of a lane that rows are gathered into.
+#[derive(Debug)]
+pub(super) struct NewBlock<'a> {
+    format: usize,
+    sealed: bool,
+    demoted: bool,
+    pub(super) rows: &'a [Source],
+    /// The index of the first of them in the lane.
+    start: usize,
+}
 
 /// Where a surviving row is now.
 #[derive(Debug, Clone, Copy)]
@@ -64,6 +75,11 @@ impl Sequence {
             Unsupported,
             "values of lanes with demoted rows cannot change"
         );
+        ensure!(
+            values.is_empty() || self.cache.gpu().is_none(),
+            Unsupported,
+            "values of rows on a CUDA device cannot change yet"
+        );
         let trimmed = if values.is_empty() { self.trim(index, keep) } else { None };
         if let Some(lane) = trimmed {
             self.install(index, lane, len, |head| head.keep(keep, len));
@@ -88,8 +104,6 @@ impl Sequence {
             self.reserved
         );
         ensure!(self.has_memory(), Unsupported, "a sequence of a pool holds no rows to compact");
-        let is_on_host = self.cache.gpu().is_none();
-        ensure!(is_on_host, Unsupported, "rows on a CUDA device cannot be evicted yet");
         Ok(())
     }
 
@@ -182,8 +196,11 @@ impl Sequence {
     }
 
     /// Whether the values of rows that `lane` loses from between others of their block are finite:
-    /// attention goes over such rows with a weight of 0.
+    /// attention goes over such rows with a weight of 0. On a device it does not look at them.
     fn gaps_are_finite(&self, index: usize, lane: &Lane) -> bool {
+        if self.cache.gpu().is_some() {
+            return true;
+        }
         let is_same = |a: &Span, b: &Span| a.block.id == b.block.id;
         let mut blocks = self.lanes[index].spans.chunk_by(is_same);
         lane.spans.chunk_by(is_same).filter(|spans| spans.len() > 1).all(|spans| {
@@ -223,26 +240,41 @@ impl Sequence {
         let positions_of = |rows: &[Source]| -> Vec<i32> {
             rows.iter().map(|source| source.position(old)).collect()
         };
-        // Format, sealed, demoted and rows of each new block.
-        let mut plan: Vec<(usize, bool, bool, &[Source])> = Vec::new();
+        let is_on_device = self.cache.gpu().is_some();
+        let mut plan: Vec<NewBlock<'_>> = Vec::new();
+        let mut start = groups.whole.len() * block_size;
         for rows in groups.low.chunks(block_size) {
             let span = &old.spans[rows[0].span as usize];
             let format = if span.demoted { span.block.view.format() } else { low };
-            plan.push((format, true, true, rows));
+            plan.push(NewBlock { format, sealed: true, demoted: true, rows, start });
+            start += rows.len();
         }
         for rows in groups.high.chunks(block_size) {
-            let (format, sealed) = self.format_of_rows(index, &positions_of(rows));
-            plan.push((format, sealed, false, rows));
+            let mut format = self.format_of_rows(index, &positions_of(rows));
+            if is_on_device {
+                format = self.format_on_device(index, format, rows);
+            }
+            let (format, sealed) = format;
+            plan.push(NewBlock { format, sealed, demoted: false, rows, start });
+            start += rows.len();
         }
-        let formats: Vec<usize> = plan.iter().map(|(format, ..)| *format).collect();
+        let formats: Vec<usize> = plan.iter().map(|new| new.format).collect();
         let mut blocks = Vec::new();
         self.cache.allocate_each(&formats, &mut blocks)?;
         let evicted = old.evicted + (old.len() - groups.len(old)) as i32;
+        if is_on_device {
+            if let Err(error) = self.fill_on_device(index, &plan, &blocks, evicted) {
+                self.cache.release(blocks.iter().map(|block| block.id), std::iter::empty());
+                return Err(error);
+            }
+        } else {
+            let views: Vec<_> = old.spans.iter().map(|span| span.block.view).collect();
+            for (new, block) in plan.iter().zip(&blocks) {
+                self.fill(index, new, &block.view, &views, evicted, values);
+            }
+        }
         let mut spans: Vec<Span> = groups.whole.iter().map(|i| old.spans[*i].clone()).collect();
-        let mut start = groups.whole.len() * block_size;
-        for ((_, sealed, demoted, rows), block) in plan.into_iter().zip(blocks) {
-            self.fill(index, rows, block, start, evicted, values);
-            start += rows.len();
+        for (NewBlock { sealed, demoted, rows, .. }, block) in plan.into_iter().zip(blocks) {
             let (count, positions) = (rows.len() as u32, self.positions_of(old, rows));
             let evicted_before = evicted;
             spans.push(Span { block, first: 0, count, sealed, demoted, evicted_before, positions });
@@ -250,20 +282,20 @@ impl Sequence {
         Ok(Lane::new(spans, evicted))
     }
 
-    /// Copies `sources` into `block`; the first of them gets index `start` in the lane.
-    fn fill(
+    /// Copies rows into the block `view` of the host. `views` are the blocks of the spans of the lane.
+    pub(super) fn fill(
         &self,
         lane: usize,
-        sources: &[Source],
-        block: Block,
-        start: usize,
+        new: &NewBlock<'_>,
+        view: &BlockView,
+        views: &[BlockView],
         evicted: i32,
         values: &[Vec<f32>],
     ) {
         let cache = &self.cache;
-        let spans = &self.lanes[lane].spans;
+        let &NewBlock { rows: sources, start, .. } = new;
         let cells = cache.config().lane_width.cells(&cache.config().shape);
-        let target = block.view.format();
+        let target = view.format();
         let is_full = sources.len() == cache.config().block_size;
         let mut rows = Vec::new();
         for cell in 0..cells {
@@ -274,29 +306,29 @@ impl Sequence {
                 let as_bytes = new.is_none()
                     && (side == Side::Value || !self.config.cache_relative)
                     && sources.iter().all(|source| {
-                        let format = spans[source.span as usize].block.view.format();
+                        let format = views[source.span as usize].format();
                         cache.moves_as_bytes(format, target, side)
                     });
                 if as_bytes {
                     for (row, source) in sources.iter().enumerate() {
-                        let view = &spans[source.span as usize].block.view;
-                        cache.move_row((view, source.row as usize), (&block.view, row), cell, side);
+                        let source = (&views[source.span as usize], source.row as usize);
+                        cache.move_row(source, (view, row), cell, side);
                     }
                     continue;
                 }
                 match new {
                     Some(new) => rows.copy_from_slice(&new[start * dim..][..sources.len() * dim]),
-                    None => self.decode_sources(lane, sources, cell, side, &mut rows),
+                    None => self.decode_sources(lane, sources, views, (cell, side), &mut rows),
                 }
                 if side == Side::Key && self.config.cache_relative {
                     self.rotate_sources(lane, sources, start, evicted, &mut rows);
                 }
                 if is_full {
                     let basis = self.basis(lane, cell, side, target);
-                    cache.encode_cell(&block.view, cell, side, &rows, basis);
+                    cache.encode_cell(view, cell, side, &rows, basis);
                 } else {
                     for (row, values) in rows.chunks_exact(dim).enumerate() {
-                        cache.write_row(&block.view, cell, side, row, values);
+                        cache.write_row(view, cell, side, row, values);
                     }
                 }
             }
@@ -307,16 +339,15 @@ impl Sequence {
         &self,
         lane: usize,
         sources: &[Source],
-        cell: usize,
-        side: Side,
+        views: &[BlockView],
+        (cell, side): (usize, Side),
         rows: &mut [f32],
     ) {
         let dim = rows.len() / sources.len();
-        let spans = &self.lanes[lane].spans;
         let mut at = 0;
         // Neighbouring rows of one block are decoded together.
         for run in sources.chunk_by(|a, b| a.span == b.span && a.row + 1 == b.row) {
-            let view = &spans[run[0].span as usize].block.view;
+            let view = &views[run[0].span as usize];
             let range = run[0].row as usize..run[0].row as usize + run.len();
             let out = &mut rows[at * dim..][..run.len() * dim];
             let basis = self.basis(lane, cell, side, view.format());

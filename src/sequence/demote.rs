@@ -83,6 +83,8 @@ impl Sequence {
     /// what [`crate::cache::Exact`] names is never demoted. Fails without a change if no block is free.
     pub fn demote(&mut self, index: usize, keep: &KeepSet, format: usize) -> Result<()> {
         self.ensure_compactable()?;
+        let is_on_host = self.cache.gpu().is_none();
+        ensure!(is_on_host, Unsupported, "rows on a CUDA device cannot be demoted yet");
         ensure!(
             format < self.cache.formats().len(),
             InvalidArgument,

@@ -131,6 +131,27 @@ impl Lane {
         Some(order)
     }
 
+    /// The last rows whose positions follow each other without a gap.
+    pub fn rows_without_gap(&self) -> usize {
+        let (mut rows, mut next) = (0, None);
+        for span in self.spans.iter().rev() {
+            let last = span.last_position();
+            if next.is_some_and(|next| last + 1 != next) {
+                break;
+            }
+            // Positions ascend, so that before a gap all are lower than they would be without.
+            let count = span.count as usize;
+            let is_behind = |i: &usize| (last - span.position(*i)) as usize == count - 1 - i;
+            let own = (0..count).rev().take_while(is_behind).count();
+            rows += own;
+            if own < count {
+                break;
+            }
+            next = Some(span.position(0));
+        }
+        rows
+    }
+
     /// The blocks of the lane, each once.
     pub fn blocks(&self) -> impl Iterator<Item = &Block> {
         let groups = self.spans.chunk_by(|a, b| a.block.id == b.block.id);
@@ -163,5 +184,33 @@ impl Lane {
             let skipped = std::mem::take(&mut skip);
             (span, span.first as usize + skipped, span.count as usize - skipped)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::BlockId;
+    use crate::cache::BlockView;
+
+    fn span(positions: Positions, first: u32, count: u32) -> Span {
+        let block = Block { id: BlockId(0), view: BlockView::none() };
+        Span { block, first, count, sealed: true, demoted: false, evicted_before: 0, positions }
+    }
+
+    #[test]
+    fn rows_count_until_a_position_is_missing() {
+        let list = |positions: &[i32]| Positions::List(positions.into());
+        let rows = |spans: &[Span]| Lane::new(spans.to_vec(), 0).rows_without_gap();
+        let tail = span(Positions::From(8), 0, 5);
+        assert_eq!(rows(&[]), 0);
+        assert_eq!(rows(std::slice::from_ref(&tail)), 5);
+        // Positions 3, 5, 6, 7, then 8 to 12; of the first block some rows.
+        let gathered = list(&[1, 3, 5, 6, 7]);
+        assert_eq!(rows(&[span(gathered.clone(), 1, 4), tail.clone()]), 8);
+        assert_eq!(rows(&[span(gathered.clone(), 2, 3), tail.clone()]), 8);
+        assert_eq!(rows(&[span(gathered, 0, 4), tail.clone()]), 5, "7 is missing");
+        assert_eq!(rows(&[span(list(&[7, 9]), 0, 2), span(Positions::From(10), 0, 1)]), 2);
+        assert_eq!(rows(&[span(Positions::From(0), 2, 6), tail]), 11);
     }
 }

@@ -12,6 +12,7 @@ mod demote;
 mod index;
 mod lane;
 mod observation;
+mod on_device;
 mod prefix;
 mod received;
 mod recurrent;

@@ -13,8 +13,10 @@ mod counting;
 mod driver;
 #[path = "../common/mock_driver.rs"]
 mod mock_driver;
+mod policies;
 mod recurrent;
 mod refused;
+mod sealing;
 mod twin;
 
 use std::ptr;
@@ -112,6 +114,7 @@ fn any_setup(random: &mut Random) -> Setup {
         softcap: random.pick(&[0.0, 2.0, 30.0]),
         window: random.pick(&[0, 1, 20, 100]),
         has_sinks: random.chance(30),
+        has_prefix: true,
     }
 }
 
@@ -180,77 +183,77 @@ fn a_graph_serves_later_plans() {
     on_device("a_graph_serves_later_plans", || {
         let _context = Context::new();
         let stream = Stream::new();
-        let setup = Setup { layers: 1, lanes: KVMGR_LANE_LAYER, ..PLAIN };
-        let twin = Twin::new(setup, 5, |_| {});
-        ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
-        ok(kvmgr_attention_reserve(twin.device.attention, 3, 3, 40));
-        let mut twin = twin;
-        let mut pairs: Vec<Pair> = Vec::new();
-        for n in [3, 17, 40] {
-            let (mut pair, _) = twin.start(&[]);
-            let ids = vec![1; n];
-            twin.step(&mut [&mut pair], &[(ids, n)]);
-            pairs.push(pair);
-        }
-        let steps = if driver::is_mock() { 3 } else { 100 };
-        let heads = setup.kv_heads * setup.group;
-        let buffers = [setup.kv_heads, setup.kv_heads, heads, heads]
-            .map(|heads| Buffer::new(3 * heads * setup.dim * 2));
-        let lse = Buffer::new(3 * heads * 4);
-        let [key, value] =
-            [0, 1].map(|i| setup.tensor(buffers[i].pointer(), 3, setup.kv_heads, true));
-        let [query, output] = [2, 3].map(|i| setup.tensor(buffers[i].pointer(), 3, heads, true));
-        let lse_tensor = setup.lse(lse.pointer(), 3, true);
-        let options = twin.options(0, ptr::null_mut());
-        let (mut graph, mut key_of_graph) = (None, 0);
-        for _ in 0..steps {
-            for pair in &pairs {
-                ok(kvmgr_sequence_reserve(pair.host, 1));
-                ok(kvmgr_sequence_reserve(pair.device, 1));
-            }
-            twin.host.plan(&pairs.iter().map(|pair| pair.host).collect::<Vec<_>>(), &[1; 3]);
-            twin.device.plan(&pairs.iter().map(|pair| pair.device).collect::<Vec<_>>(), &[1; 3]);
-            let mut graph_key = 0;
-            // SAFETY: a live handle and a place for a number.
-            ok(unsafe { kvmgr_attention_graph_key(twin.device.attention, &raw mut graph_key) });
-            let rows = |random: &mut Random, heads| setup.random(random, 3 * heads * setup.dim);
-            let mut data =
-                [setup.kv_heads, setup.kv_heads, heads].map(|h| rows(&mut twin.random, h));
-            buffers.iter().zip(&data).for_each(|(buffer, data)| buffer.write(data));
-            match &graph {
-                None => {
-                    graph = Some(stream.capture(|| {
-                        run(
-                            &twin.device,
-                            0,
-                            [&key, &value, &query, &output, &lse_tensor],
-                            &options,
-                        );
-                        let plan = twin.try_plan(&pairs);
-                        assert_eq!(plan, KVMGR_INVALID_STATE, "no plan in a capture");
-                        assert!(message().contains("captured"), "{}", message());
-                    }));
-                    key_of_graph = graph_key;
-                    // The failed plan is gone; the same again, outside.
-                    let list: Vec<_> = pairs.iter().map(|pair| pair.device).collect();
-                    twin.device.plan(&list, &[1; 3]);
-                }
-                Some(_) => {
-                    assert_eq!(graph_key, key_of_graph);
-                    ok(kvmgr_attention_graph_launched(twin.device.attention));
-                }
-            }
-            if let Some(graph) = &graph {
-                stream.launch(graph);
-            }
-            stream.wait();
-            let host = twin.run_host(&mut data, 3);
-            let found: Vec<f32> =
-                buffers[3].read::<u16>().into_iter().map(|x| setup.value(x)).collect();
-            twin.compare(&found, &host.0, &lse.read::<f32>(), &host.1);
-            pairs.iter_mut().for_each(|pair| twin.commit(pair, &[1]));
+        for spec in ["full", "stream(sink=2, recent=30)"] {
+            serve_with_a_graph(&stream, spec);
         }
     });
+}
+
+fn serve_with_a_graph(stream: &Stream, spec: &'static str) {
+    let setup = Setup { layers: 1, lanes: KVMGR_LANE_LAYER, spec, ..PLAIN };
+    let twin = Twin::new(setup, 5, |_| {});
+    ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
+    ok(kvmgr_attention_reserve(twin.device.attention, 3, 3, 40));
+    let mut twin = twin;
+    let mut pairs: Vec<Pair> = Vec::new();
+    for n in [3, 17, 40] {
+        let (mut pair, _) = twin.start(&[]);
+        let ids = vec![1; n];
+        twin.step(&mut [&mut pair], &[(ids, n)]);
+        twin.end_prefill(&pair);
+        pairs.push(pair);
+    }
+    let steps = if driver::is_mock() { 3 } else { 100 };
+    let heads = setup.kv_heads * setup.group;
+    let buffers = [setup.kv_heads, setup.kv_heads, heads, heads]
+        .map(|heads| Buffer::new(3 * heads * setup.dim * 2));
+    let lse = Buffer::new(3 * heads * 4);
+    let [key, value] = [0, 1].map(|i| setup.tensor(buffers[i].pointer(), 3, setup.kv_heads, true));
+    let [query, output] = [2, 3].map(|i| setup.tensor(buffers[i].pointer(), 3, heads, true));
+    let lse_tensor = setup.lse(lse.pointer(), 3, true);
+    let options = twin.options(0, ptr::null_mut());
+    let (mut graph, mut key_of_graph) = (None, 0);
+    for _ in 0..steps {
+        for pair in &pairs {
+            ok(kvmgr_sequence_reserve(pair.host, 1));
+            ok(kvmgr_sequence_reserve(pair.device, 1));
+        }
+        twin.host.plan(&pairs.iter().map(|pair| pair.host).collect::<Vec<_>>(), &[1; 3]);
+        twin.device.plan(&pairs.iter().map(|pair| pair.device).collect::<Vec<_>>(), &[1; 3]);
+        let mut graph_key = 0;
+        // SAFETY: a live handle and a place for a number.
+        ok(unsafe { kvmgr_attention_graph_key(twin.device.attention, &raw mut graph_key) });
+        let rows = |random: &mut Random, heads| setup.random(random, 3 * heads * setup.dim);
+        let mut data = [setup.kv_heads, setup.kv_heads, heads].map(|h| rows(&mut twin.random, h));
+        buffers.iter().zip(&data).for_each(|(buffer, data)| buffer.write(data));
+        match &graph {
+            None => {
+                graph = Some(stream.capture(|| {
+                    run(&twin.device, 0, [&key, &value, &query, &output, &lse_tensor], &options);
+                    let plan = twin.try_plan(&pairs);
+                    assert_eq!(plan, KVMGR_INVALID_STATE, "no plan in a capture");
+                    assert!(message().contains("captured"), "{}", message());
+                }));
+                key_of_graph = graph_key;
+                // The failed plan is gone; the same again, outside.
+                let list: Vec<_> = pairs.iter().map(|pair| pair.device).collect();
+                twin.device.plan(&list, &[1; 3]);
+            }
+            Some(_) => {
+                assert_eq!(graph_key, key_of_graph);
+                ok(kvmgr_attention_graph_launched(twin.device.attention));
+            }
+        }
+        if let Some(graph) = &graph {
+            stream.launch(graph);
+        }
+        stream.wait();
+        let host = twin.run_host(&mut data, 3);
+        let found: Vec<f32> =
+            buffers[3].read::<u16>().into_iter().map(|x| setup.value(x)).collect();
+        twin.compare(&found, &host.0, &lse.read::<f32>(), &host.1);
+        pairs.iter_mut().for_each(|pair| twin.commit(pair, &[1]));
+    }
 }
 
 /// Plans and runs one after the other without waiting: each run goes by its own plan.
@@ -394,15 +397,7 @@ fn blocks_go_to_a_store_and_come_back() {
             }
             twin.step(&mut [&mut pair], &[(vec![0], 1)]);
         }
-        // SAFETY: all bytes zero are valid; a live handle and a struct of this size.
-        let stats = unsafe {
-            let mut stats = kvmgr_cache_stats {
-                struct_size: size_of::<kvmgr_cache_stats>(),
-                ..Default::default()
-            };
-            ok(kvmgr_cache_get_stats(twin.device.cache, &raw mut stats));
-            stats
-        };
+        let stats = twin.device.stats();
         assert!(stats.store_puts > 0 && stats.store_hits > 0, "{stats:?}");
         assert_eq!(stats.store_failures, 0);
         drop(twin);

@@ -134,7 +134,6 @@ fn what_a_device_cannot_do_is_said() {
 }
 
 fn refuse_configurations() {
-    let policy = c"snapkv(w=16) | keep(0.5)";
     type Edit = Box<dyn FnOnce(&mut kvmgr_cache_config)>;
     let spec = |text: &'static CStr, dim: u32, block: u32| -> Edit {
         Box::new(move |config| {
@@ -142,14 +141,19 @@ fn refuse_configurations() {
             (config.head_dim, config.block_size) = (dim, block);
         })
     };
-    let bad: [(Edit, &str); 14] = [
+    let bad: [(Edit, &str); 19] = [
         (Box::new(|config| config.head_dim = 80), "head_dim is 80"),
         (Box::new(|config| config.block_size = 128), "block_size is 128"),
         (Box::new(|config| config.num_q_heads = 34), "17 query heads"),
         (Box::new(|config| config.dtype = KVMGR_DTYPE_F32), "dtype is f32"),
         (Box::new(|config| config.device_id = 7777), "device_id is 7777"),
         (Box::new(|config| config.device_id = -1), "device_id is -1"),
-        (Box::new(|config| config.spec = policy.as_ptr()), "snapkv"),
+        (spec(c"h2o | keep(0.5)", 64, 16), "column 1: h2o needs COLUMN_SUM"),
+        (spec(c"snapkv(w=16) | keep(0.5)", 64, 16), "column 1: snapkv needs QUERY_WINDOW"),
+        (spec(c"quest(8)", 64, 16), "column 1: quest selects blocks"),
+        (spec(c"stream(sink=4, recent=20) | pos(cache_relative)", 64, 16), "pos needs ROPE"),
+        (spec(c"knorm | keep(0.5) | d2o", 64, 16), "column 21: d2o"),
+        (spec(c"knorm | keep(0.5) | demote(int4) | quant(int8)", 64, 64), "demoted"),
         (spec(c"quant(q5_1)", 64, 64), "q5_1"),
         (spec(c"quant(k=int8, v=int4)", 64, 64), "both must be the same"),
         (spec(c"quant(kivi(bits=4))", 64, 64), "kivi with group at least 64"),

@@ -39,6 +39,8 @@ pub struct Setup {
     pub softcap: f32,
     pub window: u32,
     pub has_sinks: bool,
+    /// Whether prefixes are shared.
+    pub has_prefix: bool,
 }
 
 pub const PLAIN: Setup = Setup {
@@ -54,6 +56,7 @@ pub const PLAIN: Setup = Setup {
     softcap: 0.0,
     window: 0,
     has_sinks: false,
+    has_prefix: true,
 };
 
 impl Setup {
@@ -90,7 +93,7 @@ impl Setup {
         config.dtype = self.dtype;
         config.num_blocks = self.blocks as u64;
         config.spec = spec.as_ptr();
-        config.flags = KVMGR_CACHE_PREFIX;
+        config.flags = if self.has_prefix { KVMGR_CACHE_PREFIX } else { 0 };
         body(config)
     }
 
@@ -157,6 +160,14 @@ impl Engine {
         });
     }
 
+    pub fn stats(&self) -> kvmgr_cache_stats {
+        let struct_size = size_of::<kvmgr_cache_stats>();
+        let mut stats = kvmgr_cache_stats { struct_size, ..Default::default() };
+        // SAFETY: a live handle and a struct of this size.
+        ok(unsafe { kvmgr_cache_get_stats(self.cache, &raw mut stats) });
+        stats
+    }
+
     pub fn sequence(&self) -> *mut kvmgr_sequence {
         let mut sequence = ptr::null_mut();
         // SAFETY: a live handle and a place for a pointer.
@@ -181,7 +192,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    fn both(&self) -> [*mut kvmgr_sequence; 2] {
+    pub fn both(&self) -> [*mut kvmgr_sequence; 2] {
         [self.host, self.device]
     }
 }
@@ -201,6 +212,8 @@ pub struct Twin {
     pub random: Random,
     /// The largest errors so far, of O (relative) and of LSE.
     pub worst: [f64; 2],
+    /// How much larger errors may be than usual.
+    pub slack: f64,
 }
 
 impl Twin {
@@ -210,7 +223,7 @@ impl Twin {
             config.device_type = KVMGR_DEVICE_CUDA;
             edit(config);
         }));
-        Self { setup, host, device, random: Random(seed), worst: [0.0; 2] }
+        Self { setup, host, device, random: Random(seed), worst: [0.0; 2], slack: 1.0 }
     }
 
     /// A sequence for a prompt, and how many of its tokens the prefix index had.
@@ -251,6 +264,33 @@ impl Twin {
         pair.tokens.truncate(n);
     }
 
+    /// Says that the prompt has been read.
+    pub fn end_prefill(&self, pair: &Pair) {
+        pair.both().into_iter().for_each(|sequence| ok(kvmgr_sequence_end_prefill(sequence)));
+    }
+
+    /// The positions that every head keeps, which are the same in both.
+    pub fn positions(&self, pair: &Pair) -> Vec<Vec<i32>> {
+        let Setup { layers, kv_heads, .. } = self.setup;
+        let of_head = |i: usize| {
+            let (layer, head) = (i / kv_heads, i % kv_heads);
+            let [host, device] = pair.both().map(|sequence| {
+                let (mut list, mut num) = (vec![0; pair.tokens.len()], 0);
+                let (out, room) = (list.as_mut_ptr(), list.len());
+                // SAFETY: a live handle, room for the list, a place for a number.
+                ok(unsafe {
+                    let (layer, head) = (layer as u32, head as u32);
+                    kvmgr_sequence_positions(sequence, layer, head, out, room, &raw mut num)
+                });
+                list.truncate(num);
+                list
+            });
+            assert_eq!(host, device, "layer {layer}, head {head}");
+            host
+        };
+        (0..layers * kv_heads).map(of_head).collect()
+    }
+
     /// Feeds tokens to each sequence, compares what attention answers, and commits the first few of
     /// them: `(tokens, how many to commit)`.
     pub fn step(&mut self, pairs: &mut [&mut Pair], feeds: &[(Vec<i32>, usize)]) {
@@ -274,14 +314,20 @@ impl Twin {
         }
     }
 
-    /// Appends tokens to a sequence without attending.
+    /// Gives a sequence tokens without attending.
     pub fn feed(&mut self, pair: &mut Pair, ids: &[i32]) {
+        self.append(pair, ids.len());
+        self.commit(pair, ids);
+    }
+
+    /// Reserves and appends `n` tokens.
+    pub fn append(&mut self, pair: &Pair, n: usize) {
         for sequence in pair.both() {
-            ok(kvmgr_sequence_reserve(sequence, ids.len()));
+            ok(kvmgr_sequence_reserve(sequence, n));
         }
-        self.host.plan(&[pair.host], &[ids.len() as u32]);
-        self.device.plan(&[pair.device], &[ids.len() as u32]);
-        let (setup, n) = (self.setup, ids.len());
+        self.host.plan(&[pair.host], &[n as u32]);
+        self.device.plan(&[pair.device], &[n as u32]);
+        let setup = self.setup;
         for layer in 0..setup.layers as u32 {
             let rows = |random: &mut Random| setup.random(random, n * setup.kv_heads * setup.dim);
             let mut kv = [rows(&mut self.random), rows(&mut self.random)];
@@ -297,7 +343,6 @@ impl Twin {
             // The device has read the rows before they go.
             copies[0].read::<u16>();
         }
-        self.commit(pair, ids);
     }
 
     pub fn commit(&self, pair: &mut Pair, ids: &[i32]) {
@@ -393,11 +438,14 @@ impl Twin {
         let pairs = found_lse.iter().zip(lse);
         let lse = pairs.map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
         // With few bits both round the queries, in ways of their own.
-        let is_raw = self.setup.spec == "full";
+        let is_raw = !self.setup.spec.contains("quant");
         let limit = if is_raw && self.setup.dtype == KVMGR_DTYPE_F16 { 1e-3 } else { 4e-3 };
-        assert!(error < limit, "O differs by {error:e} from the host's, LSE by {lse:e}");
+        assert!(
+            error < limit * self.slack,
+            "O differs by {error:e} from the host's, LSE by {lse:e}"
+        );
         let limit = if is_raw { 2e-3 } else { 1e-2 };
-        assert!(lse < limit, "LSE differs by {lse:e} from the host's");
+        assert!(lse < limit * self.slack, "LSE differs by {lse:e} from the host's");
         self.worst = [self.worst[0].max(error), self.worst[1].max(lse)];
     }
 }

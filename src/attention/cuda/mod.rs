@@ -18,6 +18,7 @@ mod schedule;
 mod workspace;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use self::kernels::{Decoders, Variant, is_prompt, load_prefill, prefill_rows, tile_of};
 use self::schedule::{Schedule, Segment, segments};
@@ -59,6 +60,10 @@ pub(super) struct Cuda {
     /// Whether there are decode steps, and prompts.
     has: [bool; 2],
     num_tokens: usize,
+    /// The widest sliding window that each table allows: kernels count rows, so no row may be missing in it.
+    widest: Vec<u32>,
+    /// The widest sliding window of a run so far.
+    window: AtomicU32,
 }
 
 impl Cuda {
@@ -99,6 +104,8 @@ impl Cuda {
             variant: Variant::default(),
             has: [false; 2],
             num_tokens: 0,
+            widest: vec![u32::MAX; num_tables],
+            window: AtomicU32::new(0),
         })
     }
 
@@ -191,10 +198,12 @@ impl Cuda {
         let page_of =
             |block: &crate::cache::Block| (cache.page(&block.view), block.view.format() != OPEN);
         let mut token = 0;
+        self.widest[table] = u32::MAX;
         for (sequence, n) in batch {
             self.segments.clear();
             self.lanes.clear();
             for lane in &sequence.lanes()[first_lane..first_lane + num_lanes] {
+                self.widest[table] = self.widest[table].min(widest_window(lane, *n));
                 let start = self.segments.len();
                 segments(lane, config.block_size, page_of, pages, &mut self.segments);
                 self.lanes.push(start..self.segments.len());
@@ -206,6 +215,7 @@ impl Cuda {
                 // Parts are only merged by the kernel of decode steps.
                 let is_prompt = is_prompt(*n, shape.group())
                     && segments.len() == 1
+                    && segments[0].rows.start == 0
                     && segments[0].sealed_end == 0;
                 let (tile, schedule) = match is_prompt {
                     true => (prompt_tile, &mut self.prompts),
@@ -329,6 +339,14 @@ impl Cuda {
             );
         }
         let blocks = self.blocks(cache, layer);
+        let (window, widest) = (options.common.sliding_window, self.widest[blocks.table]);
+        self.window.fetch_max(window, Ordering::Relaxed);
+        ensure!(
+            window <= widest,
+            Unsupported,
+            "sliding_window is {window}, but policies have evicted tokens in it; on a CUDA device it can be \
+             at most {widest} now"
+        );
         let (workspace, layout) = (&self.workspace, &self.workspace.layout);
         let params = Decode {
             q: query.address,
@@ -376,9 +394,12 @@ impl Cuda {
     /// Equal for two plans if a graph captured under one is right for the other.
     pub(super) fn graph_key(&self) -> u64 {
         let Variant { has_16_columns, is_wide } = self.variant;
-        let bits = [has_16_columns, is_wide, self.has[0], self.has[1]];
+        // A run in a window that tokens are missing in is refused, which a graph could not be.
+        let window = self.window.load(Ordering::Relaxed);
+        let is_narrow = self.widest.iter().any(|widest| *widest < window);
+        let bits = [has_16_columns, is_wide, self.has[0], self.has[1], is_narrow];
         let launches = bits.into_iter().fold(0, |launches, bit| launches << 1 | u64::from(bit));
-        u64::from(self.workspace.generation) << 36 | launches << 32 | self.num_tokens as u64
+        u64::from(self.workspace.generation) << 37 | launches << 32 | self.num_tokens as u64
     }
 
     /// Where the rows of a layer are.
@@ -418,6 +439,17 @@ struct Blocks {
     block_stride: i64,
     head_stride: i64,
     table: usize,
+}
+
+/// The widest window in which each of the last `n` queries of a lane sees as many rows as positions.
+fn widest_window(lane: &Lane, n: usize) -> u32 {
+    if lane.evicted == 0 {
+        return u32::MAX;
+    }
+    match lane.rows_without_gap() {
+        rows if rows == lane.len() => u32::MAX,
+        rows => (rows + 1).saturating_sub(n) as u32,
+    }
 }
 
 /// Lanes whose blocks a table lists: one, or one for each KV head of a layer.

@@ -19,6 +19,9 @@ use crate::sequence::Lane;
 /// are not cut off.
 const OVERHEAD: u64 = 2;
 
+/// Rows of open blocks that a warp does at a time, at multiples of which parts begin.
+const OPEN_STEP: u32 = 16;
+
 /// Rows of a lane whose blocks follow each other without a gap. Row numbers count from the start of
 /// the first block.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,15 +117,19 @@ impl Schedule {
             let end = seen.min(i64::from(segment.rows.end)) as u32;
             // The last block of a sealed prefix may have lost rows; it is sealed all the same.
             let sealed_end = segment.sealed_end.next_multiple_of(block_size);
+            // Kernels begin where they can and pass over what was evicted before the first row.
+            let first = segment.rows.start;
+            let step = if sealed_end > 0 { block_size } else { OPEN_STEP };
             self.whole.push(Item {
                 token,
                 num_queries,
                 kv_head,
                 first_page: segment.first_page,
                 len: seen as u32,
-                begin: segment.rows.start,
+                begin: first / step * step,
                 end,
                 sealed_end,
+                first,
                 ..Item::default()
             });
         }
@@ -413,5 +420,18 @@ mod tests {
             .collect();
         assert_eq!(rows, [(0, 0, 0..20, 30), (0, 2, 0..10, 10), (2, 0, 0..20, 20)]);
         assert_eq!(schedule.items.iter().map(|item| item.num_parts).collect::<Vec<_>>(), [2, 2, 1]);
+    }
+
+    #[test]
+    fn a_lane_that_lost_the_start_of_a_block_begins_where_kernels_can() {
+        // Blocks of 64 whose first lost 37 rows.
+        for (sealed_end, begin) in [(0, 32), (128, 0)] {
+            let mut schedule = Schedule::default();
+            let segment = Segment { first_page: 0, rows: 37..150, sealed_end, shift: -37 };
+            schedule.push((0, 1, 0), &[segment], 113, 64);
+            schedule.cut(1, UNIT);
+            let [item] = schedule.items[..] else { panic!("one item") };
+            assert_eq!((item.begin, item.end, item.first, item.len), (begin, 150, 37, 150));
+        }
     }
 }

@@ -37,8 +37,10 @@ pub struct Item {
     pub ticket: u32,
     /// Index of the CTA's next item, 0 after its last.
     pub next: u32,
+    /// Rows below are evicted; less than a block.
+    pub first: u32,
     /// Reserved, 0.
-    pub unused: [u32; 3],
+    pub unused: [u32; 2],
 }
 
 impl Item {
@@ -48,10 +50,11 @@ impl Item {
     /// As the kernels read it.
     pub fn words(&self) -> [u32; Self::WORDS] {
         let Self { token, num_queries, kv_head, first_page, len, begin, end, .. } = *self;
-        let Self { sealed_end, slot, part, num_parts, ticket, next, unused: [x, y, z], .. } = *self;
+        let Self { sealed_end, slot, part, num_parts, ticket, next, first, .. } = *self;
+        let [x, y] = self.unused;
         let words = [token, num_queries, kv_head, first_page, len, begin, end, sealed_end];
         let [a, b, c, d, e, f, g, h] = words;
-        [a, b, c, d, e, f, g, h, slot, part, num_parts, ticket, next, x, y, z]
+        [a, b, c, d, e, f, g, h, slot, part, num_parts, ticket, next, first, x, y]
     }
 }
 
@@ -143,9 +146,43 @@ impl Seal {
 // SAFETY: the fields of KvmSeal in kernels/seal.cu.
 unsafe impl Params for Seal {}
 
+/// `KvmCopyBlocks`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/blocks.cu describes them")]
+pub struct CopyBlocks {
+    pub copies: u64,
+    pub bytes: u64,
+    pub num_copies: u32,
+}
+
+// SAFETY: the fields of KvmCopyBlocks in kernels/blocks.cu.
+unsafe impl Params for CopyBlocks {}
+
+/// `KvmMoveRows`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/blocks.cu describes them")]
+pub struct MoveRows {
+    pub k: u64,
+    pub v: u64,
+    pub moves: u64,
+    pub kv_block: i64,
+    pub kv_head: i64,
+    pub kv_token: i64,
+    pub num_moves: u32,
+    pub num_heads: u32,
+    pub dim: u32,
+}
+
+// SAFETY: the fields of KvmMoveRows in kernels/blocks.cu.
+unsafe impl Params for MoveRows {}
+
 // The compiler of the kernels pads structs to their alignment as repr(C) does.
 const _: () = assert!(size_of::<Decode>() == 22 * 8 + 6 * 4);
 const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<Seal>() == 4 * 8 + 2 * 4 + 500 * 8);
+const _: () = assert!(size_of::<CopyBlocks>() == 2 * 8 + 4 + 4);
+const _: () = assert!(size_of::<MoveRows>() == 6 * 8 + 3 * 4 + 4);
 // What a kernel can take on any device.
 const _: () = assert!(size_of::<Seal>() <= 4096);

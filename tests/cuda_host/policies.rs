@@ -1,0 +1,182 @@
+//! Policies keep the same tokens on a device as in host memory, and attention goes on over these.
+
+use std::ptr;
+
+use kvmgr::ffi::attention::*;
+use kvmgr::ffi::cache::*;
+use kvmgr::ffi::sequence::*;
+use kvmgr::ffi::types::*;
+
+use crate::driver::{Buffer, Context, Stream, on_device};
+use crate::twin::{PLAIN, Pair, Setup, Twin, message, ok};
+
+/// A prompt in two pieces, decode steps with a draft, a fork, another piece of a prompt, what is left after
+/// a truncation, and another sequence of the same prompt.
+fn live(setup: Setup, len: usize, seed: u64, slack: f64) {
+    let mut twin = Twin::new(setup, seed, |_| {});
+    twin.slack = slack;
+    let (mut pair, _) = twin.start(&[]);
+    for n in [len / 3, len - len / 3] {
+        twin.step(&mut [&mut pair], &[(vec![1; n], n)]);
+    }
+    let before: usize = twin.positions(&pair).iter().map(Vec::len).sum();
+    twin.end_prefill(&pair);
+    let after: usize = twin.positions(&pair).iter().map(Vec::len).sum();
+    assert!(after < before, "{}: {after} of {before} stay", setup.spec);
+    let mut child = twin.fork(&pair);
+    for (n, keep) in [(1, 1), (4, 2), (1, 1), (1, 1)] {
+        twin.step(&mut [&mut pair, &mut child], &[(vec![2; n], keep), (vec![3; 1], 1)]);
+        twin.positions(&pair);
+        twin.positions(&child);
+    }
+    twin.step(&mut [&mut pair], &[(vec![1; 30], 30)]);
+    twin.end_prefill(&pair);
+    twin.positions(&pair);
+    let n = pair.tokens.len() - 3;
+    twin.truncate(&mut pair, n);
+    for _ in 0..3 {
+        twin.step(&mut [&mut pair, &mut child], &[(vec![2; 2], 2), (vec![3; 1], 1)]);
+        twin.positions(&pair);
+    }
+    let (mut other, matched) = twin.start(&vec![1; len - 1]);
+    assert_eq!(matched > 0, setup.has_prefix);
+    let rest = len - matched;
+    twin.step(&mut [&mut other], &[(vec![1; rest], rest)]);
+    twin.end_prefill(&other);
+    assert!(twin.positions(&other)[0].len() < len);
+    eprintln!("{setup:?}: errors {:?}", twin.worst);
+}
+
+/// A setup for a spec, with lanes that are fine enough for any.
+fn setup_for(spec: &'static str, i: usize) -> Setup {
+    Setup {
+        spec,
+        dim: [64, 128][i % 2],
+        block: [16, 32][i / 2 % 2],
+        lanes: KVMGR_LANE_HEAD,
+        dtype: [KVMGR_DTYPE_F16, KVMGR_DTYPE_BF16][i % 2],
+        has_prefix: i.is_multiple_of(3),
+        ..PLAIN
+    }
+}
+
+#[test]
+fn policies_keep_the_same_tokens() {
+    on_device("policies::policies_keep_the_same_tokens", || {
+        let _context = Context::new();
+        let specs = [
+            "random(seed=1) | keep(0.5)",
+            "stream(sink=4, recent=24)",
+            "knorm | keep(0.5)",
+            "every(2) | keydiff | keep_tokens(40)",
+            "lagkv(lag=16) | keep(0.5)",
+            "cur | keep(0.5)",
+            "knorm | adakv | keep(0.4)",
+            "every(1) | random(seed=2) | keep_tokens(50)",
+            "prefill: knorm | global | keep(0.6); decode: stream(sink=2, recent=30)",
+        ];
+        for (i, spec) in specs.into_iter().enumerate() {
+            live(setup_for(spec, i), 90, i as u64 + 1, 1.0);
+        }
+        // Lanes with the rows of several heads and layers.
+        for (i, lanes) in [KVMGR_LANE_SEQUENCE, KVMGR_LANE_LAYER].into_iter().enumerate() {
+            let setup = Setup { lanes, ..setup_for("stream(sink=4, recent=30)", i) };
+            live(setup, 100, 20 + i as u64, 1.0);
+        }
+    });
+}
+
+/// Blocks in few bits: encoded after the policy has chosen, or before it where prefixes are shared.
+#[test]
+fn policies_keep_the_same_tokens_of_quantized_blocks() {
+    on_device("policies::policies_keep_the_same_tokens_of_quantized_blocks", || {
+        let _context = Context::new();
+        let specs = [
+            ("knorm | keep(0.6) | quant(int8)", true),
+            ("random(seed=3) | keep(0.7) | quant(int4)", true),
+            ("random(seed=3) | keep(0.7) | quant(had+int4)", false),
+            ("keydiff | keep(0.6) | quant(kivi(bits=4, group=128))", false),
+            ("keydiff | keep(0.6) | quant(kivi(bits=2, group=128))", true),
+            ("every(2) | random(seed=4) | keep_tokens(140) | quant(had+int8)", true),
+            ("every(1) | stream(sink=4, recent=130) | quant(fp8(e4m3))", false),
+        ];
+        for (i, (spec, has_prefix)) in specs.into_iter().enumerate() {
+            let setup = Setup { block: 64, has_prefix, ..setup_for(spec, i) };
+            // A host seals rows that can be moved one by one at once, a device after the policy has run.
+            let waits = !has_prefix && !spec.contains("kivi");
+            live(setup, 250, i as u64 + 1, if waits { 30.0 } else { 1.0 });
+        }
+    });
+}
+
+/// Rows count as positions in a window, so it may miss none; the window of odd layers is 20.
+#[test]
+fn windows_with_missing_tokens_are_refused() {
+    on_device("policies::windows_with_missing_tokens_are_refused", || {
+        let _context = Context::new();
+        let window = Setup { window: 20, ..PLAIN };
+        live(Setup { spec: "stream(sink=4, recent=60)", ..window }, 100, 1, 1.0);
+        let setup = Setup { spec: "random(seed=1) | keep(0.5)", lanes: KVMGR_LANE_HEAD, ..window };
+        let mut twin = Twin::new(setup, 2, |_| {});
+        let (mut pair, _) = twin.start(&[]);
+        twin.step(&mut [&mut pair], &[(vec![1; 60], 60)]);
+        twin.end_prefill(&pair);
+        assert_eq!(step(&twin, &pair, 0), KVMGR_OK, "{}", message());
+        assert_eq!(step(&twin, &pair, 1), KVMGR_UNSUPPORTED);
+        assert!(message().contains("sliding_window is 20"), "{}", message());
+    });
+}
+
+/// Runs a layer of a decode step on the device alone.
+fn step(twin: &Twin, pair: &Pair, layer: usize) -> kvmgr_status {
+    let setup = twin.setup;
+    let heads = setup.kv_heads * setup.group;
+    if layer == 0 {
+        ok(kvmgr_sequence_reserve(pair.device, 1));
+        twin.device.plan(&[pair.device], &[1]);
+    }
+    let rows = Buffer::of(&vec![0u16; heads * setup.dim]);
+    let kv = setup.tensor(rows.pointer(), 1, setup.kv_heads, true);
+    let q = setup.tensor(rows.pointer(), 1, heads, true);
+    let (out, options) = (Buffer::new(rows.bytes), twin.options(layer, ptr::null_mut()));
+    let o = setup.tensor(out.pointer(), 1, heads, true);
+    let (attention, layer) = (twin.device.attention, layer as u32);
+    let (kv, q, o) = (&raw const kv, &raw const q, &raw const o);
+    // SAFETY: live handles and tensors that fit the plan.
+    let status = unsafe {
+        ok(kvmgr_attention_append(attention, layer, kv, kv, 0, 1));
+        kvmgr_attention_run(attention, layer, q, o, ptr::null(), &raw const options, 0, 1)
+    };
+    // The device has read the rows before they go.
+    out.read::<u16>();
+    status
+}
+
+/// Policies wait for the stream, which nobody can do while it is captured; nothing has changed then.
+#[test]
+fn policies_do_not_run_in_a_capture() {
+    on_device("policies::policies_do_not_run_in_a_capture", || {
+        let _context = Context::new();
+        let setup = Setup { spec: "stream(sink=4, recent=20)", ..PLAIN };
+        let mut twin = Twin::new(setup, 3, |_| {});
+        let (mut pair, _) = twin.start(&[]);
+        twin.step(&mut [&mut pair], &[(vec![1; 60], 60)]);
+        let stream = Stream::new();
+        ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
+        _ = stream.capture(|| {
+            assert_eq!(kvmgr_sequence_end_prefill(pair.device), KVMGR_INVALID_STATE);
+            assert!(message().contains("captured"), "{}", message());
+        });
+        twin.end_prefill(&pair);
+        assert_eq!(twin.positions(&pair)[0].len(), 24);
+        ok(kvmgr_sequence_reserve(pair.device, 1));
+        _ = stream.capture(|| {
+            // SAFETY: a live handle and no token.
+            let status = unsafe { kvmgr_sequence_commit(pair.device, ptr::null(), 0) };
+            assert_eq!(status, KVMGR_OK, "no token is no step: {}", message());
+        });
+        ok(kvmgr_cache_set_stream(twin.device.cache, ptr::null_mut()));
+        twin.step(&mut [&mut pair], &[(vec![1], 1)]);
+        assert_eq!(twin.positions(&pair)[0].len(), 24);
+    });
+}
