@@ -1,19 +1,25 @@
 // Full open blocks become sealed ones: f16 or bf16 rows to the codes of a quantizer, to the bit as on the
 // CPU (src/quantizer, src/simd/encode.rs), in the layout that kvm_quant.cuh describes.
 //
-// A CTA does one side of a cell of 64 tokens. Its warps read rows, make them finite and rotate them if
-// keys or values are kept rotated; codes and what they are scaled by meet in shared memory, from where
-// they are written fragment by fragment. Only the sign of a minimum that is 0 can be another one.
+// A launch does many blocks, a CTA one side of a cell of 64 tokens. Its warps read rows, make them finite and
+// rotate them if keys or values are kept rotated; codes and what they are scaled by meet in shared memory,
+// from where they are written fragment by fragment. Only the sign of a minimum that is 0 can be another one.
 #include "kvm_quant.cuh"
 #include "kvm_rows.cuh"
 
-/// A block is `num_cells` cells, each the K side [64, D] before the V side. `open_cell` counts elements,
-/// `sealed_cell` and `sealed_v`, where the V side of a cell starts, bytes.
+/// Blocks of a launch, so many that parameters fit 4 KiB.
+static constexpr u32 KVM_SEAL_BLOCKS = 500;
+
+/// A block is `num_cells` cells, each the K side [64, D] before the V side. `open_cell`, `sealed_cell` and
+/// `sealed_v`, where the V side of a cell starts, are bytes.
 struct KvmSeal {
-    const u16* open;       // the open block, aligned to 16 bytes
-    unsigned char* sealed; // the sealed block, aligned to 16 bytes
+    unsigned char* memory; // page i starts 256 * i bytes behind
     i64 open_cell, sealed_cell, sealed_v;
     u32 rotates; // 1: keys, 2: values, 3: both are rotated
+    u32 num_cells;
+    struct {
+        u32 open, sealed;
+    } pages[KVM_SEAL_BLOCKS]; // where blocks start; the grid says how many there are
 };
 
 /// What a CTA keeps in shared memory: rows as floats, codes, and for each token or channel s and m.
@@ -204,14 +210,15 @@ KVM_DEVICE void kvm_write_side(const KvmSealed<D>& shared, bool is_key, unsigned
 
 template <class F, u32 TYPE, int D> KVM_DEVICE void kvm_seal(const KvmSeal& p, unsigned char* smem) {
     KvmSealed<D>& shared = *(KvmSealed<D>*)smem;
-    i64 cell = kvm_bid() / 2;
-    u32 side = kvm_bid() % 2;
-    const u16* rows = p.open + cell * p.open_cell + side * 64 * D;
-    kvm_encode_side<F, TYPE, D>(rows, side == 0, p.rotates >> side & 1, shared);
-    kvm_write_side<F, D>(shared, side == 0, p.sealed + cell * p.sealed_cell + side * p.sealed_v);
+    u32 side = kvm_bid() % 2, block = kvm_bid() / 2 / p.num_cells;
+    i64 cell = kvm_bid() / 2 % p.num_cells;
+    const unsigned char* open = p.memory + (u64)p.pages[block].open * 256 + cell * p.open_cell;
+    unsigned char* sealed = p.memory + (u64)p.pages[block].sealed * 256 + cell * p.sealed_cell;
+    kvm_encode_side<F, TYPE, D>((const u16*)open + side * 64 * D, side == 0, p.rotates >> side & 1, shared);
+    kvm_write_side<F, D>(shared, side == 0, sealed + side * p.sealed_v);
 }
 
-/// Two CTAs of 128 threads for each cell, with 64 * 5 * D + 1024 bytes of shared memory.
+/// Two CTAs of 128 threads for each cell of each block, with 64 * 5 * D + 1024 bytes of shared memory.
 #define KVM_SEAL(name, F, TYPE, D)                                                                \
     KVM_KERNEL(128, 2, name, KvmSeal) {                                                           \
         KVM_DYN_SMEM(smem);                                                                       \

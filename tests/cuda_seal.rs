@@ -8,7 +8,7 @@ mod common;
 mod emulator;
 
 use common::Random;
-use emulator::{Grid, Half, Kernels, address, address_mut};
+use emulator::{Grid, Half, Kernels, address_mut};
 use kvmgr::device::cuda::params::Seal;
 use kvmgr::device::layout::{Sealed, TOKENS};
 use kvmgr::quantizer::{self, Side};
@@ -67,45 +67,93 @@ fn expected(format: Sealed, rotates: bool, side: Side, rows: &[f32], dim: usize)
     bytes
 }
 
+/// Memory of blocks that start at pages, as those of a cache do.
+struct Pages {
+    memory: Vec<u8>,
+    pages: [[u32; 2]; Seal::BLOCKS],
+}
+
+impl Pages {
+    /// Room for blocks of these bytes, open and sealed ones in no order. What nobody writes is 0xee.
+    fn new(random: &mut Random, num_blocks: usize, bytes: [usize; 2]) -> Self {
+        let sizes = bytes.map(|bytes| bytes.div_ceil(256) + 1);
+        let mut order: Vec<usize> = (0..2 * num_blocks).collect();
+        (0..order.len()).for_each(|i| order.swap(i, random.below(i + 1)));
+        let (mut next, mut pages) = (0, [[0; 2]; Seal::BLOCKS]);
+        for place in order {
+            pages[place / 2][place % 2] = next as u32;
+            next += sizes[place % 2];
+        }
+        Self { memory: vec![0xee; next * 256], pages }
+    }
+
+    fn block(&mut self, block: usize, is_sealed: bool) -> &mut [u8] {
+        &mut self.memory[self.pages[block][usize::from(is_sealed)] as usize * 256..]
+    }
+}
+
+/// Launches the kernel for blocks of `kinds` of rows and compares what it writes.
+fn seal(kernels: &Kernels, case: u32, (format, dim, half): (Sealed, usize, Half), kinds: &[usize]) {
+    let mut random = Random(u64::from(case));
+    let huge = if half == Half::F16 { 1e4 } else { 1e37 };
+    let (cells, rotates) = (random.within(1, 3), random.pick(&[0, 0, 1, 2, 3]));
+    let bytes = [true, false].map(|is_key| format.bytes(dim, is_key));
+    let (row_bytes, sealed_cell) = (TOKENS * dim * 2, bytes[0] + bytes[1]);
+    let sizes = [cells * 2 * row_bytes, cells * sealed_cell];
+    let mut pages = Pages::new(&mut random, kinds.len(), sizes);
+    // The sign of a zero that is a minimum may differ, so there is only one zero.
+    let bits = |x: &f32| Some(half.bits(*x)).filter(|bits| *bits != 0x8000).unwrap_or(0);
+    let mut values = Vec::new();
+    for (block, kind) in kinds.iter().enumerate() {
+        let sides = (0..2 * cells).flat_map(|_| rows(&mut random, *kind, dim, huge));
+        let open: Vec<u16> = sides.map(|x| bits(&x)).collect();
+        for (to, bits) in pages.block(block, false).chunks_exact_mut(2).zip(&open) {
+            to.copy_from_slice(&bits.to_le_bytes());
+        }
+        values.extend(open.iter().map(|bits| half.value(*bits) as f32));
+    }
+    let params = Seal {
+        memory: address_mut(&mut pages.memory),
+        open_cell: 2 * row_bytes as i64,
+        sealed_cell: sealed_cell as i64,
+        sealed_v: bytes[0] as i64,
+        rotates,
+        num_cells: cells as u32,
+        pages: pages.pages,
+    };
+    let name = format!("kvm_seal_{}_{}_d{dim}", format.name(), half.name());
+    let ctas = 2 * cells * kinds.len();
+    let grid = Grid { ctas, threads: 128, smem: 64 * 5 * dim + 1024, seed: case };
+    kernels.launch(&name, &params, grid).unwrap();
+    let sides = (0..kinds.len() * cells).flat_map(|cell| SIDES.map(|side| (cell, side)));
+    for ((cell, side), values) in sides.zip(values.chunks_exact(TOKENS * dim)) {
+        let (block, kind) = (cell / cells, kinds[cell / cells]);
+        let is_rotated = rotates >> (side as u32) & 1 == 1;
+        let expected = expected(format, is_rotated, side, values, dim);
+        let start = cell % cells * sealed_cell + side as usize * bytes[0];
+        let sealed = pages.block(block, true);
+        let found = &sealed[start..start + expected.len()];
+        let differs = expected.iter().zip(found).filter(|(a, b)| a != b).count();
+        assert_eq!(differs, 0, "{name} block {block} kind {kind} {side:?} rotated {is_rotated}");
+        let after = &sealed[cells * sealed_cell..][..256];
+        assert!(after.iter().all(|byte| *byte == 0xee), "{name} writes too much");
+    }
+}
+
 #[test]
 fn sealed_blocks_are_those_of_the_cpu() {
     let Some(kernels) = Kernels::build("seal.cu") else { return };
-    let mut random = Random(1);
     for (case, kind) in (0..9).cycle().take(180).enumerate() {
-        let format = Sealed::ALL[case % 5];
         let (dim, half) = ([64, 128][case / 5 % 2], [Half::F16, Half::Bf16][case / 10 % 2]);
-        let huge = if half == Half::F16 { 1e4 } else { 1e37 };
-        let (cells, rotates) = (random.within(1, 3), random.pick(&[0, 0, 1, 2, 3]));
-        let blocks: Vec<Vec<f32>> =
-            (0..2 * cells).map(|_| rows(&mut random, kind, dim, huge)).collect();
-        // The sign of a zero that is a minimum may differ, so there is only one zero.
-        let bits = |x: &f32| Some(half.bits(*x)).filter(|bits| *bits != 0x8000).unwrap_or(0);
-        let open: Vec<u16> = blocks.iter().flatten().map(bits).collect();
-        let bytes = [true, false].map(|is_key| format.bytes(dim, is_key));
-        let mut sealed = vec![0xee; cells * (bytes[0] + bytes[1]) + 16];
-        let params = Seal {
-            open: address(&open),
-            sealed: address_mut(&mut sealed),
-            open_cell: 2 * (TOKENS * dim) as i64,
-            sealed_cell: (bytes[0] + bytes[1]) as i64,
-            sealed_v: bytes[0] as i64,
-            rotates,
-        };
-        let name = format!("kvm_seal_{}_{}_d{dim}", format.name(), half.name());
-        let smem = 64 * 5 * dim + 1024;
-        let grid = Grid { ctas: 2 * cells, threads: 128, smem, seed: case as u32 };
-        kernels.launch(&name, &params, grid).unwrap();
-        let mut at = 0;
-        for (i, side) in (0..cells).flat_map(|cell| SIDES.map(|side| (cell, side))).enumerate() {
-            let values = open[i * TOKENS * dim..][..TOKENS * dim].iter();
-            let values: Vec<f32> = values.map(|bits| half.value(*bits) as f32).collect();
-            let is_rotated = rotates >> (i % 2) & 1 == 1;
-            let expected = expected(format, is_rotated, side.1, &values, dim);
-            let found = &sealed[at..at + expected.len()];
-            at += expected.len();
-            let differs = expected.iter().zip(found).filter(|(a, b)| a != b).count();
-            assert_eq!(differs, 0, "{name} kind {kind} {side:?} rotated {is_rotated}");
-        }
-        assert!(sealed[at..].iter().all(|byte| *byte == 0xee), "{name} writes too much");
+        let kinds = [kind, (kind + 4) % 9];
+        let kinds = &kinds[..1 + case % 2];
+        seal(&kernels, case as u32, (Sealed::ALL[case % 5], dim, half), kinds);
     }
+}
+
+#[test]
+fn a_launch_seals_as_many_blocks_as_its_parameters_hold() {
+    let Some(kernels) = Kernels::build("seal.cu") else { return };
+    let kinds: Vec<usize> = (0..Seal::BLOCKS).map(|block| block % 9).collect();
+    seal(&kernels, 7, (Sealed::Int4, 64, Half::F16), &kinds);
 }

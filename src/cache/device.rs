@@ -4,13 +4,13 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::{Block, BlockView, Cache, CacheConfig, Exact, Format, OPEN};
+use super::{BlockView, Cache, CacheConfig, Exact, Format};
 use crate::device::cuda::params::Seal;
 use crate::device::cuda::{DeviceMemory, Gpu, Kernel};
 use crate::device::layout::{self, Sealed};
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
-use crate::quantizer::{ROTATION, Side};
+use crate::quantizer::ROTATION;
 use crate::shape::Values;
 
 /// Blocks on a device start at multiples of this, so that a page table of 32-bit numbers reaches a
@@ -68,8 +68,8 @@ pub(super) struct Sealer {
     /// How kernels read sealed blocks.
     layout: Sealed,
     /// Bit 0: keys, bit 1: values are rotated before they are encoded.
-    rotates: u32,
-    kernel: Kernel,
+    pub(super) rotates: u32,
+    pub(super) kernel: Kernel,
 }
 
 impl Sealer {
@@ -89,10 +89,19 @@ impl Sealer {
         let rotates = u32::from(rotated[0]) | u32::from(rotated[1]) << 1;
         Ok(Some(Self { layout, rotates, kernel }))
     }
+
+    /// The most blocks of `cells` cells for a launch.
+    pub(super) fn blocks_of_launch(&self, cells: u32) -> usize {
+        (SEAL_CTAS / (2 * cells)).clamp(1, Seal::BLOCKS as u32) as usize
+    }
 }
 
 /// Threads of a CTA of the kernel that seals.
 const SEAL_THREADS: u32 = 128;
+
+/// CTAs of a launch that keep any device busy. More blocks at a time would only need more memory, because open
+/// ones are free after the launch.
+const SEAL_CTAS: u32 = 4096;
 
 /// How kernels read the sealed blocks, and whether keys and values are rotated; `None` if these are raw.
 fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<(Sealed, [bool; 2])>> {
@@ -182,31 +191,6 @@ impl Cache {
     /// Bit 0: keys, bit 1: values of sealed blocks on a device are rotated.
     pub fn rotates(&self) -> u32 {
         self.sealer.as_ref().map_or(0, |sealer| sealer.rotates)
-    }
-
-    /// [`Cache::seal`] on a device: queues the kernel that encodes the block, after all that writes it. A
-    /// block stays open while a graph is captured.
-    pub(super) fn seal_on_device(&self, block: Block, sealer: &Sealer) -> Option<BlockView> {
-        let memory = self.device.as_ref()?;
-        let gpu = memory.gpu();
-        let _entered = gpu.enter().ok()?;
-        gpu.ensure_not_capturing("commit").ok()?;
-        let shape = &self.config().shape;
-        let [open, sealed] = [OPEN, self.sealed_format()].map(|i| &self.formats()[i]);
-        let start = |format: &Format, cell, side| format.range(cell, side).start as i64;
-        let cells = self.config().lane_width.cells(shape) as u32;
-        self.replace(block, self.sealed_format(), |target| {
-            let params = Seal {
-                open: address(&block.view),
-                sealed: address(target),
-                open_cell: start(open, 1, Side::Key) / 2,
-                sealed_cell: start(sealed, 1, Side::Key),
-                sealed_v: start(sealed, 0, Side::Value),
-                rotates: sealer.rotates,
-            };
-            // A failure is one of the device, which answers the same to all that follows.
-            _ = gpu.launch(&sealer.kernel, 2 * cells, &params);
-        })
     }
 
     /// Copies the bytes of a block over another of the same format.

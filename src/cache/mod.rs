@@ -8,6 +8,7 @@ mod config;
 mod device;
 mod format;
 pub mod rows;
+mod seal;
 mod slab;
 mod states;
 mod transfer;

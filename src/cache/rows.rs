@@ -1,8 +1,8 @@
-//! Rows of a block: written while it is open, decoded, moved to another block, sealed.
+//! Rows of a block: written while it is open, decoded, moved to another block.
 
 use std::ops::Range;
 
-use super::{Block, BlockView, Cache, OPEN};
+use super::{BlockView, Cache, OPEN};
 use crate::quantizer::basis::Basis;
 use crate::quantizer::{Cell, Granularity, Side};
 
@@ -53,30 +53,6 @@ impl Cache {
         let format = &self.formats()[view.format()];
         let bytes = view.read(format.range(cell, side));
         Cell { bytes, tokens: format.tokens, dim: format.dim(side), rows, ahead: &[] }
-    }
-
-    /// Seals a full open block: encodes its cells once. `None` if the block is shared or there is
-    /// no memory for it now; it stays open and can be sealed later.
-    /// `basis` names that of a side of a cell whose rows become coordinates.
-    pub fn seal<'a>(
-        &self,
-        block: Block,
-        basis: &dyn Fn(usize, Side) -> Option<&'a Basis>,
-    ) -> Option<BlockView> {
-        if let Some(sealer) = &self.sealer {
-            return self.seal_on_device(block, sealer);
-        }
-        self.replace(block, self.sealed_format(), |target| {
-            let tokens = self.config().block_size;
-            let mut rows = Vec::new();
-            for cell in 0..self.config().lane_width.cells(&self.config().shape) {
-                for side in self.sides() {
-                    rows.resize(tokens * self.formats()[OPEN].dim(*side), 0.0);
-                    self.read_rows(&block.view, cell, *side, 0..tokens, None, &mut rows);
-                    self.encode_cell(target, cell, *side, &rows, basis(cell, *side));
-                }
-            }
-        })
     }
 
     /// Encodes a whole cell side, `[block_size, dim]`, into a block nobody else sees yet; with a `basis`

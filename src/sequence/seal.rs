@@ -5,41 +5,65 @@
 //! ```
 
 use super::{Lane, Positions, Sequence, Span};
-use crate::cache::OPEN;
+use crate::cache::{Block, OPEN};
 
 impl Sequence {
     /// Seals every full block that nobody shares, unless it holds tokens of the residual window.
     pub(super) fn seal_full(&mut self) {
         self.fit_bases();
+        let due = self.due_blocks();
+        if !due.is_empty() {
+            let blocks: Vec<Block> =
+                due.iter().map(|(lane, span)| self.lanes[*lane].spans[*span].block).collect();
+            let cells = self.cache.config().lane_width.cells(&self.cache.config().shape);
+            let bases = self.bases.as_deref();
+            let basis = |i: usize, cell, side| {
+                bases.and_then(|bases| bases.get(due[i].0 * cells + cell, side))
+            };
+            let views = self.cache.seal(&blocks, &basis);
+            for ((lane, span), view) in due.iter().zip(views) {
+                let span = &mut self.lanes[*lane].spans[*span];
+                if let Some(view) = view {
+                    span.block.view = view;
+                    span.sealed = true;
+                }
+            }
+        }
+        for lane in &mut self.lanes {
+            let open = lane.spans.iter().skip(lane.first_open);
+            lane.first_open += open.take_while(|span| span.sealed).count();
+        }
+    }
+
+    /// The lane and span of each block that is to be encoded. Those that are full and stay in the open format
+    /// are sealed as they are.
+    fn due_blocks(&mut self) -> Vec<(usize, usize)> {
         let block_size = self.cache.config().block_size;
-        let cells = self.cache.config().lane_width.cells(&self.cache.config().shape);
         let limit = self.residual_start();
-        let bases = self.bases.as_deref();
         let waits = self.awaits_bases();
+        let mut due = Vec::new();
         for (index, lane) in self.lanes.iter_mut().enumerate() {
-            let basis = |cell, side| bases.and_then(|bases| bases.get(index * cells + cell, side));
             let last = lane.spans.len().saturating_sub(1);
             for i in lane.first_open..lane.spans.len() {
                 let span = &mut lane.spans[i];
-                if !span.sealed {
-                    // Only the last block has rows that are not written.
-                    let is_full = i < last || span.end() == block_size;
-                    if !is_full || span.last_position() >= limit {
-                        break;
-                    }
-                    let format = self.cache.format_of(index, span.position(0));
-                    if format == OPEN {
-                        span.sealed = true;
-                    } else if waits {
-                        break;
-                    } else if let Some(view) = self.cache.seal(span.block, &basis) {
-                        span.block.view = view;
-                        span.sealed = true;
-                    }
+                if span.sealed {
+                    continue;
                 }
-                lane.first_open += usize::from(span.sealed && i == lane.first_open);
+                // Only the last block has rows that are not written.
+                let is_full = i < last || span.end() == block_size;
+                if !is_full || span.last_position() >= limit {
+                    break;
+                }
+                if self.cache.format_of(index, span.position(0)) == OPEN {
+                    span.sealed = true;
+                } else if waits {
+                    break;
+                } else {
+                    due.push((index, i));
+                }
             }
         }
+        due
     }
 
     /// The position of the first committed token of the residual window.

@@ -1,7 +1,7 @@
 //! A device to test on: a real one if the machine has one, else `tests/cuda/mock_driver.cpp`, which a
 //! child process of the test finds through LD_LIBRARY_PATH. Memory is only reached through the driver.
 
-use std::ffi::c_void;
+use std::ffi::{CStr, c_char, c_void};
 use std::ops::Range;
 use std::process::Command;
 use std::ptr;
@@ -41,6 +41,16 @@ pub fn on_device(name: &str, body: impl FnOnce()) {
 /// Whether the device is the mock.
 pub fn is_mock() -> bool {
     std::env::var_os(CHILD).is_some()
+}
+
+/// Launches so far of kernels whose names start with `prefix`, as the mock counts them; `None` on a device.
+pub fn num_launches(prefix: &CStr) -> Option<u32> {
+    type Count = unsafe extern "C" fn(*const c_char) -> u32;
+    // SAFETY: a symbol of the mock with this type, which reads the string.
+    is_mock().then(|| unsafe {
+        let count = sys::culib().get::<Count>(b"mock_num_launches").unwrap();
+        count(prefix.as_ptr())
+    })
 }
 
 #[track_caller]

@@ -16,6 +16,7 @@ mod mock_driver;
 mod policies;
 mod recurrent;
 mod refused;
+mod sealing;
 mod twin;
 
 use std::ptr;
@@ -399,15 +400,7 @@ fn blocks_go_to_a_store_and_come_back() {
             }
             twin.step(&mut [&mut pair], &[(vec![0], 1)]);
         }
-        // SAFETY: all bytes zero are valid; a live handle and a struct of this size.
-        let stats = unsafe {
-            let mut stats = kvmgr_cache_stats {
-                struct_size: size_of::<kvmgr_cache_stats>(),
-                ..Default::default()
-            };
-            ok(kvmgr_cache_get_stats(twin.device.cache, &raw mut stats));
-            stats
-        };
+        let stats = twin.device.stats();
         assert!(stats.store_puts > 0 && stats.store_hits > 0, "{stats:?}");
         assert_eq!(stats.store_failures, 0);
         drop(twin);

@@ -163,6 +163,14 @@ impl Engine {
         });
     }
 
+    pub fn stats(&self) -> kvmgr_cache_stats {
+        let struct_size = size_of::<kvmgr_cache_stats>();
+        let mut stats = kvmgr_cache_stats { struct_size, ..Default::default() };
+        // SAFETY: a live handle and a struct of this size.
+        ok(unsafe { kvmgr_cache_get_stats(self.cache, &raw mut stats) });
+        stats
+    }
+
     pub fn sequence(&self) -> *mut kvmgr_sequence {
         let mut sequence = ptr::null_mut();
         // SAFETY: a live handle and a place for a pointer.
@@ -309,14 +317,20 @@ impl Twin {
         }
     }
 
-    /// Appends tokens to a sequence without attending.
+    /// Gives a sequence tokens without attending.
     pub fn feed(&mut self, pair: &mut Pair, ids: &[i32]) {
+        self.append(pair, ids.len());
+        self.commit(pair, ids);
+    }
+
+    /// Reserves and appends `n` tokens.
+    pub fn append(&mut self, pair: &Pair, n: usize) {
         for sequence in pair.both() {
-            ok(kvmgr_sequence_reserve(sequence, ids.len()));
+            ok(kvmgr_sequence_reserve(sequence, n));
         }
-        self.host.plan(&[pair.host], &[ids.len() as u32]);
-        self.device.plan(&[pair.device], &[ids.len() as u32]);
-        let (setup, n) = (self.setup, ids.len());
+        self.host.plan(&[pair.host], &[n as u32]);
+        self.device.plan(&[pair.device], &[n as u32]);
+        let setup = self.setup;
         for layer in 0..setup.layers as u32 {
             let rows = |random: &mut Random| setup.random(random, n * setup.kv_heads * setup.dim);
             let mut kv = [rows(&mut self.random), rows(&mut self.random)];
@@ -332,7 +346,6 @@ impl Twin {
             // The device has read the rows before they go.
             copies[0].read::<u16>();
         }
-        self.commit(pair, ids);
     }
 
     pub fn commit(&self, pair: &mut Pair, ids: &[i32]) {

@@ -128,12 +128,19 @@ unsafe impl Params for Append {}
 #[derive(Debug, Clone, Copy)]
 #[expect(missing_docs, reason = "kernels/seal.cu describes them")]
 pub struct Seal {
-    pub open: u64,
-    pub sealed: u64,
+    pub memory: u64,
     pub open_cell: i64,
     pub sealed_cell: i64,
     pub sealed_v: i64,
     pub rotates: u32,
+    pub num_cells: u32,
+    /// Open and sealed.
+    pub pages: [[u32; 2]; Self::BLOCKS],
+}
+
+impl Seal {
+    /// The most blocks of a launch.
+    pub const BLOCKS: usize = 500;
 }
 
 // SAFETY: the fields of KvmSeal in kernels/seal.cu.
@@ -193,7 +200,9 @@ unsafe impl Params for NoteQueries {}
 // The compiler of the kernels pads structs to their alignment as repr(C) does.
 const _: () = assert!(size_of::<Decode>() == 22 * 8 + 6 * 4);
 const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);
-const _: () = assert!(size_of::<Seal>() == 5 * 8 + 4 + 4);
+const _: () = assert!(size_of::<Seal>() == 4 * 8 + 2 * 4 + 500 * 8);
 const _: () = assert!(size_of::<CopyBlocks>() == 2 * 8 + 4 + 4);
 const _: () = assert!(size_of::<MoveRows>() == 6 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<NoteQueries>() == 4 * 8 + 5 * 4 + 4);
+// What a kernel can take on any device.
+const _: () = assert!(size_of::<Seal>() <= 4096);

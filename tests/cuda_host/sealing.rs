@@ -1,0 +1,101 @@
+//! Blocks are sealed on a device as in host memory, many by a launch, as soon as that can be.
+
+use std::ptr;
+
+use kvmgr::ffi::cache::*;
+use kvmgr::ffi::types::*;
+
+use crate::driver::{Context, Stream, num_launches, on_device};
+use crate::twin::{Engine, PLAIN, Pair, Setup, Twin, ok};
+
+/// One head, whose blocks of 64 tokens have 16384 bytes, and 8704 once they are sealed.
+const INT8: Setup =
+    Setup { spec: "quant(int8)", block: 64, kv_heads: 1, layers: 1, group: 1, ..PLAIN };
+
+/// Seals so far; none on a device, which does not count.
+fn seals() -> Option<u32> {
+    num_launches(c"kvm_seal_")
+}
+
+/// Both caches hold as much, and attention finds the same in it.
+fn compare(twin: &mut Twin, pair: &mut Pair) {
+    let [host, device] = [&twin.host, &twin.device].map(Engine::stats);
+    assert_eq!(device.used_blocks, host.used_blocks);
+    assert_eq!(device.bytes_used, host.bytes_used);
+    assert_eq!(device.bytes_idle, host.bytes_idle);
+    twin.step(&mut [pair], &[(vec![1; 2], 1)]);
+}
+
+#[test]
+fn a_launch_seals_many_blocks() {
+    on_device("sealing::a_launch_seals_many_blocks", || {
+        let _context = Context::new();
+        // 64 lanes fill 8 blocks each: 512, of which a launch seals 500.
+        let setup = Setup { layers: 8, kv_heads: 8, lanes: KVMGR_LANE_HEAD, blocks: 2000, ..INT8 };
+        let mut twin = Twin::new(setup, 1, |_| {});
+        let before = seals();
+        let (mut pair, _) = twin.start(&[]);
+        twin.feed(&mut pair, &vec![1; 515]);
+        assert_eq!(seals(), before.map(|before| before + 2));
+        compare(&mut twin, &mut pair);
+        // Another one of the same start has the blocks already; a commit that fills none seals none.
+        let (mut other, matched) = twin.start(&vec![1; 600]);
+        assert_eq!(matched, 512);
+        twin.feed(&mut other, &[1; 63]);
+        assert_eq!(seals(), before.map(|before| before + 2));
+        twin.feed(&mut other, &[1]);
+        assert_eq!(seals(), before.map(|before| before + 3));
+        compare(&mut twin, &mut other);
+    });
+}
+
+/// A device with memory for 24 open blocks, in three chunks of 8: of 16 blocks it seals the first 15 in
+/// the chunk that is left, and the last where the first were.
+#[test]
+fn blocks_are_sealed_in_what_others_leave() {
+    on_device("sealing::blocks_are_sealed_in_what_others_leave", || {
+        let _context = Context::new();
+        let mut twin = Twin::new(INT8, 2, |config| config.memory_limit = 24 * 16384);
+        let before = seals();
+        let (mut pair, _) = twin.start(&[]);
+        twin.feed(&mut pair, &[1; 1024]);
+        assert_eq!(seals(), before.map(|before| before + 2));
+        assert_eq!(twin.device.stats().bytes_used, 16 * 8704);
+        compare(&mut twin, &mut pair);
+    });
+}
+
+/// Blocks that cannot be sealed by a commit are by the next one that can.
+#[test]
+fn what_a_commit_could_not_seal_the_next_one_does() {
+    on_device("sealing::what_a_commit_could_not_seal_the_next_one_does", || {
+        let context = Context::new();
+        for in_capture in [true, false] {
+            let mut twin = Twin::new(INT8, 3, |_| {});
+            let (mut pair, _) = twin.start(&[]);
+            twin.append(&pair, 130);
+            let before = seals();
+            if in_capture {
+                let stream = Stream::new();
+                ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
+                _ = stream.capture(|| twin.commit(&mut pair, &[1; 130]));
+                ok(kvmgr_cache_set_stream(twin.device.cache, ptr::null_mut()));
+            } else {
+                // The driver refuses what is queued on a stream of another context.
+                let other = Context::new();
+                let stream = Stream::new();
+                ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
+                twin.commit(&mut pair, &[1; 130]);
+                ok(kvmgr_cache_set_stream(twin.device.cache, ptr::null_mut()));
+                drop((stream, other));
+            }
+            assert!(context.is_current());
+            assert_eq!(seals(), before);
+            assert_eq!(twin.device.stats().bytes_used, 3 * 16384);
+            twin.feed(&mut pair, &[1]);
+            assert_eq!(seals(), before.map(|before| before + 1));
+            assert_eq!(twin.device.stats().bytes_used, 2 * 8704 + 16384);
+            compare(&mut twin, &mut pair);
+        }
+    });
+}
