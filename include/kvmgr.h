@@ -2786,9 +2786,10 @@ KVMGR_NODISCARD
 kvmgr_status kvmgr_sequence_end_prefill(kvmgr_sequence *sequence);
 
 /**
- * Forgets the tokens at position num_tokens and above, and any reservation. With recurrent layers their
- * states are set back to a snapshot of that length, to what the prefix keeps there, or to zeros at 0; if
- * committed tokens would go and there is none, the answer is KVMGR_INVALID_STATE.
+ * Forgets the tokens at position num_tokens and above, and any reservation, and ends a replay. With
+ * recurrent layers their states are set back to a snapshot of that length, to what the prefix keeps there,
+ * or to zeros at 0; if committed tokens would go and there is none, the answer is KVMGR_INVALID_STATE. At 0
+ * the sequence starts anew: what comes is a prompt until kvmgr_sequence_end_prefill.
  *
  * @param num_tokens 0 to the number of committed tokens
  */

@@ -339,6 +339,15 @@ impl Session {
         Ok(())
     }
 
+    /// See [`Sequence::truncate`]. Without tokens the sequence starts anew: what comes is a prompt.
+    pub fn truncate(&mut self, n: usize) -> Result<()> {
+        self.sequence.truncate(n)?;
+        if n == 0 {
+            (self.decoding, self.steps) = (false, 0);
+        }
+        Ok(())
+    }
+
     /// Moves the bytes of the sequence to `store` and frees its blocks.
     pub fn preempt(&mut self, store: Arc<dyn Store>) -> Result<()> {
         let mut keys: Vec<Key> = Vec::new();

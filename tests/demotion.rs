@@ -254,6 +254,29 @@ fn rollback_fork_and_preemption_find_mixed_lanes_as_they_were() {
     }
 }
 
+/// Demoted blocks in front of the others go with a rollback; the open block behind them is sealed all the same
+/// once it is full.
+#[test]
+fn blocks_are_sealed_after_a_rollback_took_demoted_ones() {
+    let (mut engine, mut session) = start("knorm | keep(0.5) | demote(kivi2) | quant(q8_0)", 132);
+    let format = engine.manager.cache().find_format("kivi2", "kivi2").unwrap().unwrap();
+    let keep = KeepSet::from_indices(0..100);
+    for lane in 0..session.sequence().lanes().len() {
+        session.sequence_mut().demote(lane, &keep, format).unwrap();
+        assert_eq!(session.sequence().lanes()[lane].num_demoted_spans(), 2);
+    }
+    step(&mut engine, &mut session, 1, &Options::default());
+    session.commit(1, None).unwrap();
+    session.sequence_mut().truncate(100).unwrap();
+    step(&mut engine, &mut session, 30, &Options::default());
+    session.commit(30, None).unwrap();
+    for lane in session.sequence().lanes() {
+        let sealed: Vec<bool> = lane.spans.iter().map(|span| span.sealed).collect();
+        assert_eq!(sealed, [vec![true; 8], vec![false]].concat());
+    }
+    check_bytes(&engine, &session);
+}
+
 #[test]
 fn an_engine_may_still_evict_rows_of_mixed_lanes() {
     for seed in 0..10 {

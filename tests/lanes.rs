@@ -4,10 +4,14 @@
 
 mod common;
 
+use std::ops::Range;
+
 use common::{Engine, Random, config};
-use kvmgr::manager::Session;
+use kvmgr::attention::Options;
+use kvmgr::dtype::DType;
+use kvmgr::manager::{ManagerConfig, Session};
 use kvmgr::quantizer::Side;
-use kvmgr::shape::{KeepSet, LaneWidth, ModelShape};
+use kvmgr::shape::{KeepSet, LaneWidth, ModelShape, Rope};
 
 const SHAPE: ModelShape = ModelShape::new(1, 2, 2, 32);
 const BLOCK: usize = 16;
@@ -119,5 +123,87 @@ fn single_rows_go_without_a_copy_and_everything_else_still_works() {
         drop(watched);
         assert_eq!(engine.manager.stats().cache.bytes_used, 0);
         engine.manager.cache().check_integrity();
+    }
+}
+
+/// A sequence whose engine rotates keys and queries, and keys of head 0 before that, by index in the cache.
+struct Rotated {
+    session: Session,
+    rope: Rope,
+    keys: Vec<Vec<f32>>,
+}
+
+impl Rotated {
+    /// Rows `[n, 2 heads]` from the next position on.
+    fn rotate(&self, mut rows: Vec<f32>) -> Vec<f32> {
+        let first = self.session.sequence().num_tokens();
+        for (i, row) in rows.chunks_exact_mut(SHAPE.head_dim).enumerate() {
+            self.rope.rotate(row, (first + i / 2) as i32);
+        }
+        rows
+    }
+
+    /// Appends `n` tokens that attend; compares with queries and keys that are turned to their index.
+    fn extend(&mut self, engine: &mut Engine, n: usize, name: &str) {
+        self.session.sequence_mut().reserve(n).unwrap();
+        engine.attention.plan(&[(self.session.sequence(), n)]).unwrap();
+        let wide = 2 * SHAPE.head_dim;
+        let (keys, queries) = (engine.random.normals(n * wide), engine.random.normals(n * wide));
+        engine.append(0, &self.rotate(keys.clone()), &vec![1.0; n * wide]);
+        self.keys.extend(keys.chunks_exact(wide).map(|row| row[..SHAPE.head_dim].to_vec()));
+        let step = engine.run(0, self.rotate(queries.clone()), &Options::default());
+        let turned = |row: &[f32], index: usize| {
+            let mut row = row.to_vec();
+            self.rope.rotate(&mut row, index as i32);
+            row
+        };
+        for (i, query) in queries.chunks_exact(wide).enumerate() {
+            let last = self.keys.len() - n + i;
+            let query = turned(&query[..SHAPE.head_dim], last);
+            let logits = self.keys[..=last].iter().enumerate().map(|(index, key)| {
+                let key = turned(key, index);
+                let dot: f32 = query.iter().zip(&key).map(|(a, b)| a * b).sum();
+                f64::from(dot / (SHAPE.head_dim as f32).sqrt())
+            });
+            let expected = logits.map(f64::exp).sum::<f64>().ln();
+            let found = f64::from(step.lse[2 * i]);
+            assert!((found - expected).abs() < 1e-3, "{name}: {found} instead of {expected}");
+        }
+        self.session.commit(n, None).unwrap();
+    }
+
+    fn evict(&mut self, rows: Range<usize>) {
+        let kept = KeepSet::from_indices((0..self.keys.len()).filter(|i| !rows.contains(i)));
+        (0..2).for_each(|lane| self.session.sequence_mut().compact(lane, &kept).unwrap());
+        self.keys.drain(rows);
+    }
+}
+
+/// Rows that were evicted do not count, and after a rollback neither do those that it would have taken.
+#[test]
+fn indices_inside_the_cache_close_up_after_a_rollback() {
+    let config = ManagerConfig {
+        dtype: DType::F32,
+        lane_width: Some(LaneWidth::Head),
+        ..config(SHAPE, "pos(cache_relative)")
+    };
+    // Few rows are trimmed away, many make survivors move to other blocks.
+    for (evicted, left) in [(40..60, 70), (40..60, 50), (40..60, 30), (4..84, 50), (4..84, 3)] {
+        for n in [1, 5] {
+            let mut engine = Engine::new(config.clone(), 9);
+            let rope = config.rope.clone().unwrap();
+            let session = engine.session();
+            let mut sequence = Rotated { session, rope, keys: Vec::new() };
+            let name = format!("{evicted:?} evicted, {left} left");
+            sequence.extend(&mut engine, 100, &name);
+            sequence.evict(evicted.clone());
+            sequence.session.truncate(left).unwrap();
+            let gone = evicted.len().min(left.saturating_sub(evicted.start));
+            sequence.keys.truncate(left - gone);
+            for _ in 0..3 {
+                sequence.extend(&mut engine, n, &name);
+                sequence.evict(1..2 + n / 3);
+            }
+        }
     }
 }

@@ -184,13 +184,29 @@ fn bytes_fall_and_bases_are_counted() {
     }
     assert_eq!(session.fork().unwrap().sequence().basis_bytes(), 4 * 48 * DIM * 4);
     // The next prompt has its own.
-    session.sequence_mut().truncate(0).unwrap();
+    session.truncate(0).unwrap();
     assert_eq!(session.sequence().basis_bytes(), 0);
     let _ = engine.step(&mut [&mut session], &[80]);
     session.commit(80, None).unwrap();
     assert_eq!(session.sequence().basis_bytes(), 0, "the prompt has not ended");
     session.end_prefill().unwrap();
     assert_eq!(session.sequence().basis_bytes(), 4 * 48 * DIM * 4);
+}
+
+/// Rows that are reserved but not written yet are none to fit a subspace to.
+#[test]
+fn reserved_tokens_do_not_count_as_rows_to_fit_to() {
+    let mut engine = Engine::new(config(SHAPE, "quant(f16, k_rank=16, v_rank=16)"), 1);
+    let mut session = engine.session();
+    let _ = engine.step(&mut [&mut session], &[20]);
+    session.commit(20, None).unwrap();
+    session.sequence_mut().reserve(100).unwrap();
+    session.end_prefill().unwrap();
+    assert_eq!(session.sequence().basis_bytes(), 0);
+    session.sequence_mut().truncate(20).unwrap();
+    let _ = engine.step(&mut [&mut session], &[12]);
+    session.commit(12, None).unwrap();
+    assert_eq!(session.sequence().basis_bytes(), 4 * 32 * DIM * 4);
 }
 
 #[test]

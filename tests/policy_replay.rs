@@ -127,6 +127,44 @@ fn a_replay_notes_the_largest_probabilities_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_rollback_ends_a_replay() {
+    let mut engine = Engine::new(config(SMALL, "kvzip(sink=3) | global | keep(0.5)"), 1);
+    let mut session = engine.session();
+    feed(&mut engine, &mut session, 40);
+    session.commit(40, None).unwrap();
+    session.replay(20..40).unwrap();
+    feed(&mut engine, &mut session, 20);
+    session.truncate(30).unwrap();
+    // What follows are tokens that go on.
+    feed(&mut engine, &mut session, 5);
+    session.commit(5, None).unwrap();
+    assert_eq!(session.sequence().num_tokens(), 35);
+}
+
+/// Nothing of a prompt is left for the next one.
+#[test]
+fn a_sequence_without_tokens_starts_anew() {
+    let spec = "expected | keep(0.5) | quant(kivi2)";
+    let config = config(ModelShape::new(2, 4, 2, 32), spec);
+    let mut engine = Engine::new(config, 1);
+    let mut session = engine.session();
+    for _ in 0..2 {
+        feed(&mut engine, &mut session, 64);
+        session.commit(64, None).unwrap();
+        let sealed = |session: &Session| session.sequence().lanes()[0].spans[0].sealed;
+        assert!(
+            !sealed(&session),
+            "a policy is going to evict rows of blocks that cannot lose any"
+        );
+        session.end_prefill().unwrap();
+        assert!(sealed(&session));
+        session.truncate(0).unwrap();
+        let seen = session.sequence().observation().unwrap();
+        assert!(seen.head(0, 0).lock().statistics.is_empty());
+    }
+}
+
+#[test]
 fn replays_happen_between_prompt_and_end() {
     let mut engine = Engine::new(config(SMALL, "kvzip | global | keep(0.5)"), 1);
     let mut session = engine.session();

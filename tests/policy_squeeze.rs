@@ -296,8 +296,33 @@ fn a_cache_knows_the_cosines_of_committed_tokens_of_the_prompt() {
         session.commit(1, None).unwrap();
         assert_eq!(means(session), before);
     }
-    session.sequence_mut().truncate(0).unwrap();
+    session.truncate(0).unwrap();
     assert_eq!(session.sequence().observation().unwrap().residual(0).lock().mean(), None);
+}
+
+/// A sequence without tokens starts anew: the next prompt is a prompt, whose residual streams count.
+#[test]
+fn the_next_prompt_of_a_sequence_is_a_prompt() {
+    let mut engine = Engine::new(config(SMALL, "snapkv(w=8) | squeeze | keep(0.5)"), 5);
+    let mut session = engine.session();
+    let mut random = Random(2);
+    let mut kept = Vec::new();
+    for _ in 0..2 {
+        let mut sums = vec![0.0; SMALL.num_layers];
+        attend(&mut engine, &mut session, 80);
+        observe(&mut session, &mut random, 80, 80, &mut sums);
+        session.commit(80, None).unwrap();
+        session.end_prefill().unwrap();
+        for (found, sum) in means(&session).iter().zip(&sums) {
+            assert!((found - sum / 80.0).abs() < 1e-9);
+        }
+        kept.push(rows(&session));
+        attend(&mut engine, &mut session, 1);
+        session.commit(1, None).unwrap();
+        session.truncate(0).unwrap();
+    }
+    assert_eq!(kept[0], kept[1]);
+    assert!(kept[0].iter().sum::<usize>() <= 4 * 40, "{kept:?}");
 }
 
 #[test]

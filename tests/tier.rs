@@ -9,7 +9,7 @@ use std::sync::Arc;
 use common::liar::Liar;
 use common::{Engine, config};
 use kvmgr::attention::Options;
-use kvmgr::shape::ModelShape;
+use kvmgr::shape::{KeepSet, ModelShape};
 use kvmgr::store::{self, Store};
 
 const SHAPE: ModelShape = ModelShape::new(2, 4, 2, 32);
@@ -75,4 +75,22 @@ fn tenants_with_other_salts_find_nothing() {
     let stranger = Engine::new(config, 4);
     let tokens: Vec<i32> = (0..97).collect();
     assert_eq!(stranger.session().match_prefix(&tokens).unwrap(), 0);
+}
+
+/// A sequence without tokens starts anew, whatever was left of its first prompt.
+#[test]
+fn the_next_prompt_of_a_sequence_is_shared() {
+    let mut engine = engine(store::create("host").unwrap());
+    let tokens: Vec<i32> = (0..33).collect();
+    let mut session = engine.session();
+    let _ = engine.step(&mut [&mut session], &[32]);
+    session.commit(32, None).unwrap();
+    session.sequence_mut().compact(0, &KeepSet::from_indices(0..20)).unwrap();
+    session.truncate(0).unwrap();
+    let _ = engine.step(&mut [&mut session], &[32]);
+    session.commit(32, Some(&tokens[..32])).unwrap();
+    assert_eq!(engine.session().match_prefix(&tokens).unwrap(), 32);
+    // It lets go of the prefix when its own rows do: all other blocks can be had.
+    session.sequence_mut().compact(0, &KeepSet::from_indices(0..16)).unwrap();
+    engine.session().sequence_mut().reserve(11 * 16).unwrap();
 }

@@ -279,9 +279,10 @@ pub extern "C" fn kvmgr_sequence_end_prefill(sequence: *mut kvmgr_sequence) -> k
     guard(|| write(sequence, Session::end_prefill))
 }
 
-/// Forgets the tokens at position num_tokens and above, and any reservation. With recurrent layers their
-/// states are set back to a snapshot of that length, to what the prefix keeps there, or to zeros at 0; if
-/// committed tokens would go and there is none, the answer is KVMGR_INVALID_STATE.
+/// Forgets the tokens at position num_tokens and above, and any reservation, and ends a replay. With
+/// recurrent layers their states are set back to a snapshot of that length, to what the prefix keeps there,
+/// or to zeros at 0; if committed tokens would go and there is none, the answer is KVMGR_INVALID_STATE. At 0
+/// the sequence starts anew: what comes is a prompt until kvmgr_sequence_end_prefill.
 ///
 /// @param num_tokens 0 to the number of committed tokens
 #[must_use]
@@ -290,7 +291,7 @@ pub extern "C" fn kvmgr_sequence_truncate(
     sequence: *mut kvmgr_sequence,
     num_tokens: usize,
 ) -> kvmgr_status {
-    guard(|| write(sequence, |session| session.sequence_mut().truncate(num_tokens)))
+    guard(|| write(sequence, |session| session.truncate(num_tokens)))
 }
 
 /// The number of committed tokens, evicted ones included: the position of the next token.

@@ -165,7 +165,10 @@ impl Sequence {
             }
             (span.count > 0).then_some(span)
         };
-        self.lanes[index].spans = spans.into_iter().enumerate().filter_map(cut).collect();
+        let lane = &mut self.lanes[index];
+        lane.spans = spans.into_iter().enumerate().filter_map(cut).collect();
+        let gone = demoted - lane.num_demoted_spans();
+        lane.first_open = lane.first_open.saturating_sub(gone);
         self.follow_lane(index, |head| head.keep(&kept, len));
         true
     }

@@ -321,6 +321,10 @@ impl Sequence {
             let dropped = self.entries.split_off(full);
             self.cache.release(std::iter::empty(), dropped.into_iter());
         }
+        if n == 0 {
+            // What comes is another text.
+            (self.hashable, self.lossless, self.defer) = (true, true, self.config.defer_sealing);
+        }
         // A cut inside a sealed block leaves a span that no chunk matches any more.
         self.lossless &= n.is_multiple_of(self.cache.config().block_size)
             || self.lanes.iter().all(|lane| lane.spans.last().is_none_or(|tail| !tail.sealed));
@@ -458,10 +462,10 @@ impl Sequence {
     fn drop_rows_from(&mut self, limit: i32) {
         let mut released = Vec::new();
         let mut dropped = false;
-        // What is demoted was committed.
-        let reaches_demoted = (limit as usize) < self.committed;
+        // Whether committed tokens go: what is demoted or evicted was committed.
+        let is_rollback = (limit as usize) < self.committed;
         for index in 0..self.lanes.len() {
-            if reaches_demoted {
+            if is_rollback {
                 dropped |= self.drop_demoted_from(index, limit, &mut released);
             }
             let lane = &mut self.lanes[index];
@@ -479,6 +483,10 @@ impl Sequence {
                 lane.spans.pop();
             }
             lane.close_gap(limit);
+            if is_rollback {
+                // Evicted rows at later positions are forgotten like all others there.
+                lane.evicted = limit - lane.len() as i32;
+            }
         }
         if !released.is_empty() {
             self.cache.release(released.into_iter(), std::iter::empty());

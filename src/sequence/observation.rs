@@ -62,7 +62,7 @@ pub struct HeadObservation {
     /// Queries that gave each row less than an even share since the last eviction.
     pub low_counts: Vec<f32>,
     /// Statistics of each query head of the group, from position [`FIRST_STATISTIC`] on. Tokens that
-    /// are truncated or not committed stay in them.
+    /// are truncated or not committed stay in them as long as any token is left.
     pub statistics: Vec<QueryStatistics>,
     /// What the policy's gate made of the hidden state of each row, NaN where none was handed over.
     pub gate_scores: Vec<f32>,
@@ -238,9 +238,10 @@ impl Observation {
         }
     }
 
-    /// Forgets queries at positions of `limit` and above. Means over tokens are without those that were
-    /// reserved; of others that are gone they know as long as any token is left.
+    /// Forgets queries at positions of `limit` and above, and ends a replay. Means over tokens are without
+    /// those that were reserved; of others that are gone they know as long as any token is left.
     pub fn truncate(&self, limit: i32) {
+        self.set_replay(None);
         match limit {
             0 => self.residuals.iter().for_each(|residual| *residual.lock() = Residual::default()),
             _ => self.commit_residuals(0),
@@ -249,7 +250,11 @@ impl Observation {
             noted.commit(limit);
         }
         for head in &self.heads {
-            head.lock().commit(limit, self.window, Needs::NONE);
+            let mut head = head.lock();
+            head.commit(limit, self.window, Needs::NONE);
+            if limit == 0 {
+                head.statistics.clear();
+            }
         }
     }
 }

@@ -38,7 +38,9 @@ impl Sequence {
         }
         let ranks = low_rank.ranks;
         let most = ranks.iter().flatten().max().map_or(0, |rank| ROWS_PER_DIMENSION * rank);
-        if self.lanes.iter().map(Lane::len).min().unwrap_or(0) < most {
+        // Rows that are reserved are not written yet.
+        let written = |lane: &Lane| lane.len() - self.reserved;
+        if self.lanes.iter().map(written).min().unwrap_or(0) < most {
             return;
         }
         let shape = self.cache.config().shape;
@@ -47,10 +49,8 @@ impl Sequence {
             let rank = ranks[side as usize]?;
             self.decode(layer, head, side, &mut rows);
             let dim = self.cache.formats()[OPEN].dim(side);
-            // Rows that are reserved are not written yet.
             let (lane, _) = self.locate(layer, head);
-            let written = self.lanes[lane].len() - self.reserved;
-            Some(Basis::fit(&rows[..written * dim], dim, rank))
+            Some(Basis::fit(&rows[..written(&self.lanes[lane]) * dim], dim, rank))
         };
         let heads = (0..shape.num_layers * shape.num_kv_heads)
             .map(|i| (i / shape.num_kv_heads, i % shape.num_kv_heads))
