@@ -74,6 +74,7 @@ fn live(setup: Setup, seed: u64, steps: usize) {
             }
             _ => {}
         }
+        twin.compare_sizes();
     }
     eprintln!("{setup:?}: errors {:?}", twin.worst);
 }
@@ -146,6 +147,39 @@ fn quantized_sequences_live_alike() {
                 ..PLAIN
             };
             live(setup, i as u64 + 1, if driver::is_mock() { 14 } else { 200 });
+        }
+    });
+}
+
+/// Of which some stay open.
+#[test]
+fn sequences_with_exact_rows_live_alike() {
+    on_device("sequences_with_exact_rows_live_alike", || {
+        let _context = Context::new();
+        let specs = [
+            "quant(int4, residual=70)",
+            "quant(kivi(bits=2, group=128), first=1)",
+            "quant(int8, skip_layers=1)",
+            "quant(had+int4, first=65, residual=1)",
+            "quant(fp8(e4m3), skip_layers=1, residual=100)",
+            "quant(kivi(bits=4, group=128), skip_layers=1, first=4, residual=64)",
+        ];
+        for (i, spec) in specs.into_iter().enumerate() {
+            let setup = Setup {
+                spec,
+                layers: 3,
+                block: 64,
+                dim: [64, 128][i % 2],
+                group: [4, 9, 1][i % 3],
+                lanes: [KVMGR_LANE_SEQUENCE, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER][i % 3],
+                dtype: [KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16][i % 2],
+                window: 70,
+                ..PLAIN
+            };
+            // Prefixes and blocks that wait for each other in more ways than sequences of one format have.
+            for seed in 0..if driver::is_mock() { 2 } else { 20 } {
+                live(setup, seed, if driver::is_mock() { 12 } else { 60 });
+            }
         }
     });
 }

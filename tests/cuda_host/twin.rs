@@ -434,6 +434,16 @@ impl Twin {
         options
     }
 
+    /// Both caches hold as many blocks, of as many bytes.
+    #[track_caller]
+    pub fn compare_sizes(&self) {
+        let [host, device] = [&self.host, &self.device].map(Engine::stats);
+        let sizes = |stats: &kvmgr_cache_stats| {
+            [stats.used_blocks, stats.idle_blocks, stats.bytes_used, stats.bytes_idle]
+        };
+        assert_eq!(sizes(&device), sizes(&host), "{}", self.setup.spec);
+    }
+
     pub fn compare(&mut self, found: &[f32], output: &[f32], found_lse: &[f32], lse: &[f32]) {
         let norm = |list: &mut dyn Iterator<Item = f64>| list.map(|x| x * x).sum::<f64>().sqrt();
         let pairs = found.iter().zip(output);
