@@ -120,7 +120,7 @@ impl Attention {
     /// `i = s * num_kv_heads + h`, ascending indices into the block table of its lane. The blocks
     /// that hold the planned tokens are attended in any case. It holds for the runs of this layer
     /// until the next plan; nobody may run the layer meanwhile. On failure the layer is back to
-    /// all blocks. Buffers are reused.
+    /// all blocks. Buffers are reused. On a device it queues one copy.
     pub fn select(&mut self, layer: usize, starts: &[u32], blocks: &[u32]) -> Result<()> {
         self.check(layer, 0, 1)?;
         let result = self.check_lists(starts, blocks);

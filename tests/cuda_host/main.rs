@@ -17,6 +17,7 @@ mod policies;
 mod recurrent;
 mod refused;
 mod sealing;
+mod selected;
 mod twin;
 
 use std::ptr;
@@ -116,6 +117,7 @@ fn any_setup(random: &mut Random) -> Setup {
         window: random.pick(&[0, 1, 20, 100]),
         has_sinks: random.chance(30),
         has_prefix: true,
+        scale: random.pick(&[0.0, 0.2]),
     }
 }
 
@@ -217,17 +219,19 @@ fn a_graph_serves_later_plans() {
     on_device("a_graph_serves_later_plans", || {
         let _context = Context::new();
         let stream = Stream::new();
-        for spec in ["full", "stream(sink=2, recent=30)"] {
+        for spec in
+            ["full", "stream(sink=2, recent=30)", "every(2) | snapkv(w=4) | keep_tokens(30)"]
+        {
             serve_with_a_graph(&stream, spec);
         }
     });
 }
 
 fn serve_with_a_graph(stream: &Stream, spec: &'static str) {
-    let setup = Setup { layers: 1, lanes: KVMGR_LANE_LAYER, spec, ..PLAIN };
+    let setup = Setup { layers: 1, lanes: KVMGR_LANE_HEAD, spec, ..PLAIN };
     let twin = Twin::new(setup, 5, |_| {});
     ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
-    ok(kvmgr_attention_reserve(twin.device.attention, 3, 3, 40));
+    ok(kvmgr_attention_reserve(twin.device.attention, 3, 3, 80));
     let mut twin = twin;
     let mut pairs: Vec<Pair> = Vec::new();
     for n in [3, 17, 40] {

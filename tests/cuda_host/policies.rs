@@ -86,6 +86,35 @@ fn policies_keep_the_same_tokens() {
     });
 }
 
+/// Policies that ask for the last queries, which a kernel notes.
+#[test]
+fn policies_see_the_same_queries() {
+    on_device("policies::policies_see_the_same_queries", || {
+        let _context = Context::new();
+        let specs = [
+            "snapkv(w=16) | keep(0.5)",
+            "snapkv(w=8, kernel=3, pool=max, agg=max) | adakv(0.2) | keep(0.4)",
+            "every(2) | snapkv(w=4) | keep_tokens(50)",
+            "prefill: snapkv(w=70) | keep(0.9); decode: every(1) | tova | keep_tokens(60)",
+            "cake(w=12) | keep(0.5)",
+            "finch(w=10) | keep(0.5)",
+            "keyformer | keep(0.5)",
+        ];
+        for (i, spec) in specs.into_iter().enumerate() {
+            let scale = [0.0, 0.2][i % 2];
+            live(Setup { scale, ..setup_for(spec, i) }, 90, i as u64 + 1, 1.0);
+        }
+        // Both seal before the policy, or both after it.
+        for (spec, has_prefix) in [
+            ("snapkv(w=16) | keep(0.6) | quant(had+int4)", true),
+            ("snapkv(w=16) | keep(0.6) | quant(kivi(bits=4, group=128))", false),
+        ] {
+            let setup = Setup { block: 64, has_prefix, ..setup_for(spec, 1) };
+            live(setup, 250, 3, 1.0);
+        }
+    });
+}
+
 /// Blocks in few bits: encoded after the policy has chosen, or before it where prefixes are shared.
 #[test]
 fn policies_keep_the_same_tokens_of_quantized_blocks() {

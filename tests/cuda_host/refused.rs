@@ -100,16 +100,6 @@ fn what_a_device_cannot_do_is_said() {
             assert_eq!(run(&options), KVMGR_UNSUPPORTED, "{}", message());
             let status = kvmgr_sequence_append(pair.device, 1, &raw const good, &raw const good);
             assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
-            let starts = [0u32; 3];
-            let status = kvmgr_attention_select(
-                twin.device.attention,
-                0,
-                starts.as_ptr(),
-                3,
-                ptr::null(),
-                0,
-            );
-            assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
             assert_eq!(kvmgr_cache_set_stream(twin.host.cache, ptr::null_mut()), KVMGR_UNSUPPORTED);
             let mut key = 0;
             let status = kvmgr_attention_graph_key(twin.host.attention, &raw mut key);
@@ -149,7 +139,7 @@ fn refuse_configurations() {
         (Box::new(|config| config.device_id = 7777), "device_id is 7777"),
         (Box::new(|config| config.device_id = -1), "device_id is -1"),
         (spec(c"h2o | keep(0.5)", 64, 16), "column 1: h2o needs COLUMN_SUM"),
-        (spec(c"snapkv(w=16) | keep(0.5)", 64, 16), "column 1: snapkv needs QUERY_WINDOW"),
+        (spec(c"expected | keep(0.5)", 64, 16), "column 1: expected needs"),
         (spec(c"quest(8)", 64, 16), "column 1: quest selects blocks"),
         (spec(c"stream(sink=4, recent=20) | pos(cache_relative)", 64, 16), "pos needs ROPE"),
         (spec(c"knorm | keep(0.5) | d2o", 64, 16), "column 21: d2o"),

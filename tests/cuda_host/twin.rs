@@ -41,6 +41,8 @@ pub struct Setup {
     pub has_sinks: bool,
     /// Whether prefixes are shared.
     pub has_prefix: bool,
+    /// Of the logits of odd layers; 0 for the usual.
+    pub scale: f32,
 }
 
 pub const PLAIN: Setup = Setup {
@@ -57,6 +59,7 @@ pub const PLAIN: Setup = Setup {
     window: 0,
     has_sinks: false,
     has_prefix: true,
+    scale: 0.0,
 };
 
 impl Setup {
@@ -354,7 +357,7 @@ impl Twin {
     }
 
     /// Appends to and runs a layer in both and notes the difference.
-    fn layer(&mut self, layer: usize, total: usize) {
+    pub fn layer(&mut self, layer: usize, total: usize) {
         let setup = self.setup;
         let heads = setup.kv_heads * setup.group;
         let rows =
@@ -423,6 +426,7 @@ impl Twin {
         options.struct_size = size_of::<kvmgr_attention_options>();
         if layer % 2 == 1 {
             (options.softcap, options.sliding_window) = (self.setup.softcap, self.setup.window);
+            options.scale = self.setup.scale;
         }
         if self.setup.has_sinks {
             options.sinks = sinks;

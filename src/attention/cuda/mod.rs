@@ -11,9 +11,11 @@
 //! number of CTAs is that of the device whatever the batch is: what each of them does is read from
 //! the plan's tables, so a captured graph serves every plan with the same [`Cuda::graph_key`].
 //!
-//! There is one table for all layers, or one for each layer if their lanes differ.
+//! There is one table for all layers, or one for each layer if their lanes differ; and one more for each layer
+//! whose blocks the engine selects.
 
 mod kernels;
+mod notes;
 mod schedule;
 mod selected;
 mod table;
@@ -24,9 +26,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use self::kernels::{Decoders, Variant, is_prompt, load_prefill, prefill_rows, tile_of};
+use self::notes::Notes;
 use self::selected::Selected;
 use self::table::{Builder, Table, lanes_of_table};
-use self::workspace::{Capacity, Workspace};
+use self::workspace::{Capacity, NOTE_WORDS, Workspace};
 use super::{DeviceOptions, check_shape};
 use crate::cache::{Cache, Format, OPEN, PAGE_BYTES};
 use crate::device::cuda::params::{Append, Decode};
@@ -50,6 +53,7 @@ pub(super) struct Cuda {
     decode: Decoders,
     prefill: Kernel,
     workspace: Workspace,
+    notes: Notes,
     builder: Builder,
     /// One for all layers, or one for each.
     tables: Vec<Table>,
@@ -91,6 +95,7 @@ impl Cuda {
             },
             prefill: load_prefill(gpu, dtype, dim)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
+            notes: Notes::default(),
             builder: Builder::default(),
             tables: (0..num_tables).map(|_| Table::default()).collect(),
             selected: (0..config.shape.num_layers).map(|_| Selected::new(gpu)).collect(),
@@ -123,6 +128,7 @@ impl Cuda {
             items: tiles * heads + 2 * grid,
             prompts: tiles * heads + self.prefill_grid() as usize,
             places: num_queries * lists,
+            notes: num_queries,
             pages: num_blocks,
             slots: 2 * grid,
             tickets: grid,
@@ -151,7 +157,9 @@ impl Cuda {
         self.builder.tiles = [tile, prefill_rows(cache.config().shape.head_dim) / group];
         self.builder.grids = [self.grid_of(self.variant), self.prefill_grid()];
         self.builder.unit = self.decode.rows(self.variant);
-        let mut needed = Capacity::default();
+        self.notes.plan(&self.gpu, batch)?;
+        let notes = self.notes.words.len() / NOTE_WORDS;
+        let mut needed = Capacity { notes, ..Capacity::default() };
         for (i, table) in self.tables.iter_mut().enumerate() {
             table.make(cache, batch, i, &mut self.builder);
             let [has_steps, has_prompts] = self.builder.has();
@@ -166,8 +174,9 @@ impl Cuda {
     /// Queues the copy of the tables.
     fn send_tables(&mut self) -> Result<()> {
         let layout = self.workspace.layout;
-        let tables = &self.tables;
+        let (tables, notes) = (&self.tables, &self.notes.words);
         self.workspace.write(|words| {
+            words[layout.notes..][..notes.len()].copy_from_slice(notes);
             for (words, table) in words.chunks_exact_mut(layout.words).zip(tables) {
                 table.lists.put(words, &layout);
                 words[layout.places..][..table.places.len()].copy_from_slice(&table.places);
@@ -188,6 +197,9 @@ impl Cuda {
         let _entered = self.gpu.enter()?;
         self.gpu.ensure_not_capturing("select")?;
         let lists = lists?;
+        if lists.0.is_empty() {
+            return Ok(()); // There is no plan, or one of nothing.
+        }
         let table = &self.tables[self.table_of(layer)];
         let heads = cache.config().shape.num_kv_heads;
         self.selected[layer].fill(table, heads, num_queries, lists, &mut self.builder)?;
@@ -337,6 +349,8 @@ impl Cuda {
             rotates: cache.rotates(),
         };
         let _entered = self.gpu.enter()?;
+        let notes = workspace.address(0, workspace.layout.notes);
+        self.notes.launch(&self.gpu, layer, query, notes, params.scale)?;
         let [has_steps, has_prompts] = table.has;
         if has_steps {
             let kernel = self.decode.kernel(self.variant);
@@ -372,7 +386,8 @@ impl Cuda {
     pub(super) fn graph_key(&self) -> u64 {
         let Variant { has_16_columns, is_wide } = self.variant;
         let mut hasher = DefaultHasher::new();
-        (has_16_columns, is_wide, self.num_tokens, self.workspace.generation).hash(&mut hasher);
+        let (generation, notes) = (self.workspace.generation, self.notes.has_any());
+        (has_16_columns, is_wide, self.num_tokens, generation, notes).hash(&mut hasher);
         // A run in a window that tokens are missing in is refused, which a graph could not be.
         for (layer, window) in self.windows.iter().enumerate() {
             let Reading { items, prompts, pages, has, widest } = self.reading(layer).0;

@@ -88,7 +88,14 @@ impl Selected {
     }
 
     /// The segments of a head that reads `list` and the blocks of the last `n` rows.
-    fn push_head(&mut self, table: &Table, lane: &TableLane, n: usize, list: &[u32], block_size: usize) {
+    fn push_head(
+        &mut self,
+        table: &Table,
+        lane: &TableLane,
+        n: usize,
+        list: &[u32],
+        block_size: usize,
+    ) {
         let tail = lane.block_of(&table.segments, lane.len - n, block_size) as u32;
         let before = &list[..list.partition_point(|block| *block < tail)];
         let all = before.iter().copied().chain(tail..lane.pages.len() as u32);

@@ -194,7 +194,8 @@ impl Builder {
 impl Lists {
     /// Writes them into a table of this layout.
     pub(super) fn put(&self, words: &mut [u32], layout: &Layout) {
-        let lists = [(0, &self.items), (layout.prompts, &self.prompts), (layout.pages, &self.pages)];
+        let lists =
+            [(0, &self.items), (layout.prompts, &self.prompts), (layout.pages, &self.pages)];
         for (at, list) in lists {
             words[at..][..list.len()].copy_from_slice(list);
         }
