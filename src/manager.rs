@@ -332,6 +332,9 @@ impl Session {
         self.ensure_can_act(Event::PrefillEnd)?;
         self.run_policy(Event::PrefillEnd)?;
         self.sequence.seal_deferred();
+        if let Some(observation) = self.sequence.observation() {
+            observation.end_prompt(self.policy.step_query_window());
+        }
         self.decoding = true;
         Ok(())
     }

@@ -12,7 +12,7 @@ use std::ptr;
 
 use common::Random;
 use emulator::{Element, Grid, Half, Kernels, address, address_mut};
-use kvmgr::device::cuda::params::Append;
+use kvmgr::device::cuda::params::{Append, NoteQueries};
 use kvmgr::simd;
 
 const NAN: u16 = 0x7fff;
@@ -333,6 +333,63 @@ struct Hadamard {
     num_tokens: u32,
     num_heads: u32,
     sanitize: u32,
+}
+
+#[test]
+fn queries_are_noted_in_the_ring_of_their_sequence() {
+    let Some(kernels) = Kernels::build("note.cu") else { return };
+    let mut random = Random(6);
+    for case in 0..12 {
+        let (tokens, heads) = ([0, 1, 2, 17][case % 4], random.within(1, 5));
+        let (dim, layers) = (random.pick(&[8, 64, 80, 256]), random.within(1, 3));
+        let capacities = [8, 24];
+        let row = heads * dim;
+        // A head of 8 bytes is four elements.
+        let layer_len = |capacity: usize| capacity * (4 + row);
+        let mut rings = capacities.map(|capacity| vec![NAN; layers * layer_len(capacity)]);
+        let mut expected = rings.clone();
+        let ([q_token, q_head], len) = strides(&mut random, tokens, heads, dim);
+        let q: Vec<u16> = (0..len).map(|_| random.below(1 << 16) as u16).collect();
+        let layer = random.below(layers);
+        let first = random.below(1000);
+        let mut notes: Vec<u32> = Vec::new();
+        for token in 0..tokens {
+            // The last of each ring's capacity at most, some tokens of neither.
+            let which = [token % 2, 2][usize::from(token + 8 < tokens || random.chance(20))];
+            let (ring, capacity) = match which {
+                2 => (0, 0),
+                _ => (address_mut(&mut rings[which]), capacities[which]),
+            };
+            let position = first + token;
+            notes.extend([ring as u32, (ring >> 32) as u32, position as u32, capacity as u32]);
+            if which == 2 {
+                continue;
+            }
+            let layer = &mut expected[which][layer * layer_len(capacity)..][..layer_len(capacity)];
+            let (head, queries) = layer.split_at_mut(capacity * 4);
+            let place = position % capacity;
+            let words = [position as u32, 0.75f32.to_bits()];
+            let halves = words.map(|word| [word as u16, (word >> 16) as u16]).concat();
+            head[place * 4..][..4].copy_from_slice(&halves);
+            for h in 0..heads {
+                let from = token * q_token as usize + h * q_head as usize;
+                queries[place * row + h * dim..][..dim].copy_from_slice(&q[from..][..dim]);
+            }
+        }
+        let params = NoteQueries {
+            q: address(&q),
+            notes: address(&notes),
+            q_token,
+            q_head,
+            num_tokens: tokens as u32,
+            num_heads: heads as u32,
+            dim: dim as u32,
+            layer: layer as u32,
+            factor: 0.75,
+        };
+        kernels.launch("kvm_note_queries", &params, grid(1 + case % 2, case as u32)).unwrap();
+        assert!(rings == expected, "{tokens} tokens of {heads} heads of {dim}");
+    }
 }
 
 /// What `had+` does on the CPU before it encodes a row.

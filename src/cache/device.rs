@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::{BlockView, Cache, CacheConfig, Exact, Format};
+use super::{BlockView, Cache, CacheConfig, Format};
 use crate::device::cuda::params::Seal;
 use crate::device::cuda::{DeviceMemory, Gpu, Kernel};
 use crate::device::layout::{self, Sealed};
@@ -42,11 +42,6 @@ pub(super) fn check(config: &CacheConfig) -> Result<()> {
         "a KV head has {group} query heads, on a CUDA device it can have at most 16"
     );
     let Some(memory) = &config.memory else { return Ok(()) };
-    ensure!(
-        memory.exact == Exact::default(),
-        Unsupported,
-        "skip_layers, first and residual are not supported on a CUDA device yet"
-    );
     ensure!(
         memory.low_rank.is_none(),
         Unsupported,

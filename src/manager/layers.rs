@@ -169,6 +169,9 @@ impl LayerSource for Layers<'_> {
     ) -> Result<()> {
         let sequence = self.sequence;
         let num_heads = sequence.cache().config().shape.num_kv_heads;
+        if let Some(observation) = sequence.observation() {
+            observation.fetch_queries(layer)?;
+        }
         let seen = sequence.observation().map_or_else(Vec::new, |observation| {
             (0..num_heads).map(|head| observation.head(layer, head).lock()).collect()
         });

@@ -15,8 +15,11 @@ pub(super) fn offered(cache: &Cache) -> Needs {
 }
 
 /// What a cache on a device serves.
-const ON_DEVICE: Needs =
-    Needs::KEYS.union(Needs::VALUES).union(Needs::ROPE).union(Needs::OUTPUT_PROJECTION);
+const ON_DEVICE: Needs = Needs::KEYS
+    .union(Needs::VALUES)
+    .union(Needs::ROPE)
+    .union(Needs::OUTPUT_PROJECTION)
+    .union(Needs::QUERY_WINDOW);
 
 /// Refuses a policy that a cache on a device cannot serve, naming the stage.
 fn check_on_device(cache: &Cache, policy: &Pipeline) -> Result<()> {
@@ -113,6 +116,10 @@ pub(super) fn observation_for(cache: &Cache, policy: &Pipeline) -> Option<Arc<Ob
         let shape = &cache.config().shape;
         let observation = Observation::new(shape, needs, policy.query_window());
         let observation = observation.with_history(policy.history());
+        let observation = match (cache.gpu(), &cache.config().memory) {
+            (Some(gpu), Some(memory)) => observation.on_device(gpu, shape, memory.open),
+            _ => observation,
+        };
         Arc::new(observation.with_selector(policy.selector().cloned()))
     })
 }

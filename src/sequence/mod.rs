@@ -17,6 +17,7 @@ mod prefix;
 mod received;
 mod recurrent;
 mod residual;
+mod ring;
 mod seal;
 mod statistics;
 mod subspace;
@@ -30,6 +31,7 @@ pub use lane::{Lane, Positions, Span};
 pub use observation::{FIRST_STATISTIC, HeadObservation, Observation, Replay};
 pub use received::{MAX_DRAFTS, Received};
 pub use residual::{Residual, cosine};
+pub use ring::QueryRing;
 pub use statistics::QueryStatistics;
 
 use crate::block::prefix::Digest;
@@ -162,6 +164,10 @@ impl Sequence {
             "{} tokens are reserved; commit or truncate before a fork",
             self.reserved
         );
+        let observation = match &self.observation {
+            Some(observation) => Some(Arc::new(observation.fork()?)),
+            None => None,
+        };
         let recurrent = match &self.recurrent {
             Some(recurrent) => Some(recurrent.fork(&self.cache)?),
             None => None,
@@ -178,7 +184,7 @@ impl Sequence {
         child.entries.clone_from(&self.entries);
         child.tail_shared = AtomicBool::new(true);
         (child.defer, child.may_fit) = (self.defer, self.may_fit);
-        child.observation = self.observation.as_ref().map(|seen| Arc::new(seen.fork()));
+        child.observation = observation;
         child.bases.clone_from(&self.bases);
         child.evicted = self.evicted;
         Ok(child)

@@ -9,7 +9,11 @@ use parking_lot::{Mutex, RwLock};
 use super::index::BlockIndex;
 use super::received::{MAX_DRAFTS, Received, keep_rows, reorder_rows};
 use super::residual::Residual;
+use super::ring::{NotedQueries, QueryRing};
 use super::statistics::QueryStatistics;
+use crate::device::cuda::Gpu;
+use crate::dtype::DType;
+use crate::error::Result;
 use crate::selector::Selector;
 use crate::shape::{KeepSet, ModelShape, Needs};
 
@@ -32,6 +36,8 @@ pub struct Observation {
     replay_norms: Vec<RwLock<Vec<f32>>>,
     /// How much attention of each layer changes the residual stream.
     residuals: Vec<Mutex<Residual>>,
+    /// Queries that are noted in the memory of a device.
+    noted: Option<NotedQueries>,
 }
 
 /// Tokens that reserved tokens read once more: the prompt, or a piece of it, repeated. A softmax is over
@@ -81,7 +87,16 @@ impl Observation {
             replay: RwLock::default(),
             replay_norms: (0..shape.num_layers).map(|_| RwLock::default()).collect(),
             residuals: (0..shape.num_layers).map(|_| Mutex::default()).collect(),
+            noted: None,
         }
+    }
+
+    /// The same where attention runs on a device, with queries of `dtype`.
+    #[must_use]
+    pub fn on_device(self, gpu: &Arc<Gpu>, shape: &ModelShape, dtype: DType) -> Self {
+        let asked = self.needs.contains(Needs::QUERY_WINDOW);
+        let noted = asked.then(|| NotedQueries::new(gpu, shape, dtype, self.window));
+        Self { noted, ..self }
     }
 
     /// The same for a policy that counts the last `history` queries of each call.
@@ -128,11 +143,10 @@ impl Observation {
         &self.heads[layer * self.num_kv_heads + kv_head]
     }
 
-    /// Everything observed so far, apart from the original.
-    #[must_use]
-    pub fn fork(&self) -> Self {
+    /// Everything observed so far, apart from the original. What is on a device is copied there.
+    pub fn fork(&self) -> Result<Self> {
         let copy = |head: &Mutex<HeadObservation>| Mutex::new(head.lock().clone());
-        Self {
+        Ok(Self {
             needs: self.needs,
             window: self.window,
             heads: self.heads.iter().map(copy).collect(),
@@ -142,6 +156,35 @@ impl Observation {
             replay: RwLock::default(),
             replay_norms: self.replay_norms.iter().map(|_| RwLock::default()).collect(),
             residuals: self.residuals.iter().map(|seen| Mutex::new(seen.lock().clone())).collect(),
+            noted: self.noted.as_ref().map(NotedQueries::fork).transpose()?,
+        })
+    }
+
+    /// Where a device notes the queries of the next `n` tokens, and how many of the last; `None` if it need
+    /// not. The first time it takes memory.
+    pub fn ring_for(&self, n: usize) -> Result<Option<(Arc<QueryRing>, usize)>> {
+        self.noted.as_ref().map_or(Ok(None), |noted| noted.ring_for(n))
+    }
+
+    /// Brings the queries of a layer from the device, which waits for all queued work.
+    pub fn fetch_queries(&self, layer: usize) -> Result<()> {
+        let Some(noted) = &self.noted else { return Ok(()) };
+        let queries = noted.read(layer)?;
+        for head in 0..self.num_kv_heads {
+            let mut seen = self.head(layer, head).lock();
+            seen.queries.clear();
+            for (position, rows) in &queries {
+                let own = rows.len() / self.num_kv_heads;
+                seen.queries.push((*position, rows[head * own..][..own].into()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Says that the prompt has ended, and how many queries steps remember.
+    pub fn end_prompt(&self, window: usize) {
+        if let Some(noted) = &self.noted {
+            noted.end_prompt(window);
         }
     }
 
@@ -173,6 +216,9 @@ impl Observation {
 
     /// Forgets all but the last `keep` queries of each head.
     pub fn forget_queries(&self, keep: usize) {
+        if let Some(noted) = &self.noted {
+            noted.forget(keep);
+        }
         for head in &self.heads {
             let queries = &mut head.lock().queries;
             if queries.len() > keep {
@@ -184,6 +230,9 @@ impl Observation {
 
     /// Says that the tokens below `limit` are real and that no others are reserved.
     pub fn commit(&self, limit: i32) {
+        if let Some(noted) = &self.noted {
+            noted.commit(limit);
+        }
         for head in &self.heads {
             head.lock().commit(limit, self.window, self.needs);
         }
@@ -196,6 +245,9 @@ impl Observation {
         match limit {
             0 => self.residuals.iter().for_each(|residual| *residual.lock() = Residual::default()),
             _ => self.commit_residuals(0),
+        }
+        if let Some(noted) = &self.noted {
+            noted.commit(limit);
         }
         for head in &self.heads {
             let mut head = head.lock();

@@ -12,6 +12,7 @@
 #include "blocks.cu"
 #include "decode_f16.cu"
 #include "decode_q.cu"
+#include "note.cu"
 #include "prefill.cu"
 #include "seal.cu"
 

@@ -74,6 +74,7 @@ fn live(setup: Setup, seed: u64, steps: usize) {
             }
             _ => {}
         }
+        twin.compare_sizes();
     }
     eprintln!("{setup:?}: errors {:?}", twin.worst);
 }
@@ -115,6 +116,7 @@ fn any_setup(random: &mut Random) -> Setup {
         window: random.pick(&[0, 1, 20, 100]),
         has_sinks: random.chance(30),
         has_prefix: true,
+        scale: random.pick(&[0.0, 0.2]),
     }
 }
 
@@ -145,6 +147,39 @@ fn quantized_sequences_live_alike() {
                 ..PLAIN
             };
             live(setup, i as u64 + 1, if driver::is_mock() { 14 } else { 200 });
+        }
+    });
+}
+
+/// Of which some stay open.
+#[test]
+fn sequences_with_exact_rows_live_alike() {
+    on_device("sequences_with_exact_rows_live_alike", || {
+        let _context = Context::new();
+        let specs = [
+            "quant(int4, residual=70)",
+            "quant(kivi(bits=2, group=128), first=1)",
+            "quant(int8, skip_layers=1)",
+            "quant(had+int4, first=65, residual=1)",
+            "quant(fp8(e4m3), skip_layers=1, residual=100)",
+            "quant(kivi(bits=4, group=128), skip_layers=1, first=4, residual=64)",
+        ];
+        for (i, spec) in specs.into_iter().enumerate() {
+            let setup = Setup {
+                spec,
+                layers: 3,
+                block: 64,
+                dim: [64, 128][i % 2],
+                group: [4, 9, 1][i % 3],
+                lanes: [KVMGR_LANE_SEQUENCE, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER][i % 3],
+                dtype: [KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16][i % 2],
+                window: 70,
+                ..PLAIN
+            };
+            // Prefixes and blocks that wait for each other in more ways than sequences of one format have.
+            for seed in 0..if driver::is_mock() { 2 } else { 20 } {
+                live(setup, seed, if driver::is_mock() { 12 } else { 60 });
+            }
         }
     });
 }
@@ -183,17 +218,19 @@ fn a_graph_serves_later_plans() {
     on_device("a_graph_serves_later_plans", || {
         let _context = Context::new();
         let stream = Stream::new();
-        for spec in ["full", "stream(sink=2, recent=30)"] {
+        for spec in
+            ["full", "stream(sink=2, recent=30)", "every(2) | snapkv(w=4) | keep_tokens(30)"]
+        {
             serve_with_a_graph(&stream, spec);
         }
     });
 }
 
 fn serve_with_a_graph(stream: &Stream, spec: &'static str) {
-    let setup = Setup { layers: 1, lanes: KVMGR_LANE_LAYER, spec, ..PLAIN };
+    let setup = Setup { layers: 1, lanes: KVMGR_LANE_HEAD, spec, ..PLAIN };
     let twin = Twin::new(setup, 5, |_| {});
     ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
-    ok(kvmgr_attention_reserve(twin.device.attention, 3, 3, 40));
+    ok(kvmgr_attention_reserve(twin.device.attention, 3, 3, 80));
     let mut twin = twin;
     let mut pairs: Vec<Pair> = Vec::new();
     for n in [3, 17, 40] {

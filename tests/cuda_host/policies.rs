@@ -86,6 +86,35 @@ fn policies_keep_the_same_tokens() {
     });
 }
 
+/// Policies that ask for the last queries, which a kernel notes.
+#[test]
+fn policies_see_the_same_queries() {
+    on_device("policies::policies_see_the_same_queries", || {
+        let _context = Context::new();
+        let specs = [
+            "snapkv(w=16) | keep(0.5)",
+            "snapkv(w=8, kernel=3, pool=max, agg=max) | adakv(0.2) | keep(0.4)",
+            "every(2) | snapkv(w=4) | keep_tokens(50)",
+            "prefill: snapkv(w=70) | keep(0.9); decode: every(1) | tova | keep_tokens(60)",
+            "cake(w=12) | keep(0.5)",
+            "finch(w=10) | keep(0.5)",
+            "keyformer | keep(0.5)",
+        ];
+        for (i, spec) in specs.into_iter().enumerate() {
+            let scale = [0.0, 0.2][i % 2];
+            live(Setup { scale, ..setup_for(spec, i) }, 90, i as u64 + 1, 1.0);
+        }
+        // Both seal before the policy, or both after it.
+        for (spec, has_prefix) in [
+            ("snapkv(w=16) | keep(0.6) | quant(had+int4)", true),
+            ("snapkv(w=16) | keep(0.6) | quant(kivi(bits=4, group=128))", false),
+        ] {
+            let setup = Setup { block: 64, has_prefix, ..setup_for(spec, 1) };
+            live(setup, 250, 3, 1.0);
+        }
+    });
+}
+
 /// Blocks in few bits: encoded after the policy has chosen, or before it where prefixes are shared.
 #[test]
 fn policies_keep_the_same_tokens_of_quantized_blocks() {
@@ -99,6 +128,8 @@ fn policies_keep_the_same_tokens_of_quantized_blocks() {
             ("keydiff | keep(0.6) | quant(kivi(bits=2, group=128))", true),
             ("every(2) | random(seed=4) | keep_tokens(140) | quant(had+int8)", true),
             ("every(1) | stream(sink=4, recent=130) | quant(fp8(e4m3))", false),
+            ("knorm | keep(0.7) | quant(int4, first=4, residual=70)", true),
+            ("every(2) | random(seed=5) | keep_tokens(150) | quant(int8, residual=40)", true),
         ];
         for (i, (spec, has_prefix)) in specs.into_iter().enumerate() {
             let setup = Setup { block: 64, has_prefix, ..setup_for(spec, i) };

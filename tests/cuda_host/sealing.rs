@@ -6,7 +6,7 @@ use kvmgr::ffi::cache::*;
 use kvmgr::ffi::types::*;
 
 use crate::driver::{Context, Stream, num_launches, on_device};
-use crate::twin::{Engine, PLAIN, Pair, Setup, Twin, ok};
+use crate::twin::{PLAIN, Pair, Setup, Twin, ok};
 
 /// One head, whose blocks of 64 tokens have 16384 bytes, and 8704 once they are sealed.
 const INT8: Setup =
@@ -19,10 +19,7 @@ fn seals() -> Option<u32> {
 
 /// Both caches hold as much, and attention finds the same in it.
 fn compare(twin: &mut Twin, pair: &mut Pair) {
-    let [host, device] = [&twin.host, &twin.device].map(Engine::stats);
-    assert_eq!(device.used_blocks, host.used_blocks);
-    assert_eq!(device.bytes_used, host.bytes_used);
-    assert_eq!(device.bytes_idle, host.bytes_idle);
+    twin.compare_sizes();
     twin.step(&mut [pair], &[(vec![1; 2], 1)]);
 }
 
@@ -96,6 +93,49 @@ fn what_a_commit_could_not_seal_the_next_one_does() {
             assert_eq!(seals(), before.map(|before| before + 1));
             assert_eq!(twin.device.stats().bytes_used, 2 * 8704 + 16384);
             compare(&mut twin, &mut pair);
+        }
+    });
+}
+
+/// Four layers of two heads. With `first=4, residual=64` the first block stays open, and each later one until 64
+/// tokens are behind it; with `skip_layers=1` all blocks of two layers do.
+#[test]
+fn some_blocks_stay_open() {
+    on_device("sealing::some_blocks_stay_open", || {
+        let _context = Context::new();
+        for (i, lanes) in [KVMGR_LANE_LAYER, KVMGR_LANE_HEAD].into_iter().enumerate() {
+            let spec = "quant(int4, skip_layers=1, first=4, residual=64)";
+            let setup = Setup { spec, layers: 4, kv_heads: 2, group: 4, lanes, ..INT8 };
+            let mut twin = Twin::new(setup, i as u64, |_| {});
+            // Bytes while all but so many blocks of a lane in the middle are open.
+            let bytes = |blocks: u64, sealed: u64| 8 * blocks * 16384 - 4 * sealed * (16384 - 5120);
+            let (mut pair, _) = twin.start(&[]);
+            let mut fed = 0;
+            for (len, sealed) in [(127, 0), (191, 0), (192, 1), (255, 1), (256, 2), (321, 3)] {
+                twin.feed(&mut pair, &vec![1; len - fed]);
+                fed = len;
+                let blocks = len.div_ceil(64) as u64;
+                assert_eq!(twin.device.stats().bytes_used, bytes(blocks, sealed), "{len} tokens");
+                // Drafts that nobody takes: more rows than a tile has, then one.
+                for n in [9, 1] {
+                    twin.step(&mut [&mut pair], &[(vec![2; n], 0)]);
+                }
+            }
+            // In the window, in a sealed block, in the first one, each time in a fork that goes on.
+            for cut in [300, 200, 150, 64, 30] {
+                let mut child = twin.fork(&pair);
+                twin.truncate(&mut child, cut);
+                twin.step(&mut [&mut child, &mut pair], &[(vec![3; 70], 70), (vec![1; 3], 0)]);
+                for n in [70, 1] {
+                    twin.step(&mut [&mut child], &[(vec![4; n], n)]);
+                    twin.compare_sizes();
+                }
+            }
+            // What has left the window is shared.
+            let (mut other, matched) = twin.start(&[1; 321]);
+            assert_eq!(matched, 256);
+            twin.step(&mut [&mut other, &mut pair], &[(vec![1; 65], 65), (vec![1], 1)]);
+            compare(&mut twin, &mut other);
         }
     });
 }

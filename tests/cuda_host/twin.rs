@@ -41,6 +41,8 @@ pub struct Setup {
     pub has_sinks: bool,
     /// Whether prefixes are shared.
     pub has_prefix: bool,
+    /// Of the logits of odd layers; 0 for the usual.
+    pub scale: f32,
 }
 
 pub const PLAIN: Setup = Setup {
@@ -57,6 +59,7 @@ pub const PLAIN: Setup = Setup {
     window: 0,
     has_sinks: false,
     has_prefix: true,
+    scale: 0.0,
 };
 
 impl Setup {
@@ -423,11 +426,22 @@ impl Twin {
         options.struct_size = size_of::<kvmgr_attention_options>();
         if layer % 2 == 1 {
             (options.softcap, options.sliding_window) = (self.setup.softcap, self.setup.window);
+            options.scale = self.setup.scale;
         }
         if self.setup.has_sinks {
             options.sinks = sinks;
         }
         options
+    }
+
+    /// Both caches hold as many blocks, of as many bytes.
+    #[track_caller]
+    pub fn compare_sizes(&self) {
+        let [host, device] = [&self.host, &self.device].map(Engine::stats);
+        let sizes = |stats: &kvmgr_cache_stats| {
+            [stats.used_blocks, stats.idle_blocks, stats.bytes_used, stats.bytes_idle]
+        };
+        assert_eq!(sizes(&device), sizes(&host), "{}", self.setup.spec);
     }
 
     pub fn compare(&mut self, found: &[f32], output: &[f32], found_lse: &[f32], lse: &[f32]) {

@@ -14,6 +14,7 @@
 //! There is one table for all layers, or one for each layer if their lanes differ.
 
 mod kernels;
+mod notes;
 mod schedule;
 mod workspace;
 
@@ -21,8 +22,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use self::kernels::{Decoders, Variant, is_prompt, load_prefill, prefill_rows, tile_of};
+use self::notes::Notes;
 use self::schedule::{Schedule, Segment, segments};
-use self::workspace::{Capacity, Workspace};
+use self::workspace::{Capacity, NOTE_WORDS, Workspace};
 use super::{DeviceOptions, check_shape};
 use crate::cache::{Cache, CacheConfig, Format, OPEN, PAGE_BYTES};
 use crate::device::cuda::params::{Append, Decode, Item};
@@ -46,6 +48,7 @@ pub(super) struct Cuda {
     decode: Decoders,
     prefill: Kernel,
     workspace: Workspace,
+    notes: Notes,
     schedule: Schedule,
     prompts: Schedule,
     segments: Vec<Segment>,
@@ -93,6 +96,7 @@ impl Cuda {
             },
             prefill: load_prefill(gpu, dtype, dim)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
+            notes: Notes::default(),
             schedule: Schedule::default(),
             prompts: Schedule::default(),
             segments: Vec::new(),
@@ -130,6 +134,7 @@ impl Cuda {
             items: tiles * heads + 2 * grid,
             prompts: tiles * heads + self.prefill_grid() as usize,
             places: num_queries * lists,
+            notes: num_queries,
             pages: num_blocks,
             slots: 2 * grid,
             tickets: grid,
@@ -151,7 +156,9 @@ impl Cuda {
         self.variant = self.decode.choose(Variant { has_16_columns, is_wide });
         self.num_tokens = queries.sum();
         self.has = [false; 2];
-        let mut needed = Capacity::default();
+        self.notes.plan(&self.gpu, batch)?;
+        let notes = self.notes.words.len() / NOTE_WORDS;
+        let mut needed = Capacity { notes, ..Capacity::default() };
         for table in 0..self.items.len() {
             self.make_table(cache, batch, table);
             self.make_places(cache, batch, table);
@@ -164,7 +171,7 @@ impl Cuda {
             needed.tickets = needed.tickets.max(schedule.num_tickets as usize);
         }
         self.workspace.reserve(&needed)?;
-        let Self { items, prompt_items, places, pages, workspace, .. } = self;
+        let Self { items, prompt_items, places, notes, pages, workspace, .. } = self;
         let layout = workspace.layout;
         workspace.write(|words| {
             for (i, table) in words.chunks_exact_mut(layout.words).take(items.len()).enumerate() {
@@ -175,6 +182,9 @@ impl Cuda {
                 put(layout.prompts, &prompt_items[i]);
                 put(layout.places, &places[i]);
                 put(layout.pages, &pages[i]);
+                if i == 0 {
+                    put(layout.notes, &notes.words);
+                }
             }
             pages.iter().map(Vec::len).max().unwrap_or(0)
         })
@@ -379,6 +389,8 @@ impl Cuda {
             rotates: cache.rotates(),
         };
         let _entered = self.gpu.enter()?;
+        let notes = workspace.address(0, layout.notes);
+        self.notes.launch(&self.gpu, layer, query, notes, params.scale)?;
         let [has_steps, has_prompts] = self.has;
         if has_steps {
             let kernel = self.decode.kernel(self.variant);
@@ -397,9 +409,10 @@ impl Cuda {
         // A run in a window that tokens are missing in is refused, which a graph could not be.
         let window = self.window.load(Ordering::Relaxed);
         let is_narrow = self.widest.iter().any(|widest| *widest < window);
-        let bits = [has_16_columns, is_wide, self.has[0], self.has[1], is_narrow];
+        let has_notes = self.notes.has_any();
+        let bits = [has_16_columns, is_wide, self.has[0], self.has[1], is_narrow, has_notes];
         let launches = bits.into_iter().fold(0, |launches, bit| launches << 1 | u64::from(bit));
-        u64::from(self.workspace.generation) << 37 | launches << 32 | self.num_tokens as u64
+        u64::from(self.workspace.generation) << 38 | launches << 32 | self.num_tokens as u64
     }
 
     /// Where the rows of a layer are.

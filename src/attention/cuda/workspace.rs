@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table 0 .. table n-1 | tickets | partial results
-//! table = items | items of prompts | places (page, row) | pages
+//! table = items | items of prompts | places (page, row) | notes (ring, position, capacity) | pages
 //! ```
 //!
 //! Where things are depends on the capacities alone. So the addresses that kernels are given stay the
@@ -14,6 +14,9 @@ use crate::device::cuda::params::Item;
 use crate::device::cuda::{DeviceMemory, Gpu, Staging};
 use crate::error::Result;
 
+/// Words that say where the query of a token is noted.
+pub(super) const NOTE_WORDS: usize = 4;
+
 /// How much of everything there is room for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Capacity {
@@ -23,6 +26,8 @@ pub(super) struct Capacity {
     pub(super) prompts: usize,
     /// Rows that are appended, over all heads that have a list of their own.
     pub(super) places: usize,
+    /// Tokens of which it is said where their queries are noted.
+    pub(super) notes: usize,
     /// Blocks of a table.
     pub(super) pages: usize,
     /// Partial results.
@@ -36,6 +41,7 @@ impl Capacity {
         self.items <= other.items
             && self.prompts <= other.prompts
             && self.places <= other.places
+            && self.notes <= other.notes
             && self.pages <= other.pages
             && self.slots <= other.slots
             && self.tickets <= other.tickets
@@ -48,6 +54,7 @@ impl Capacity {
             items: grow(self.items, other.items),
             prompts: grow(self.prompts, other.prompts),
             places: grow(self.places, other.places),
+            notes: grow(self.notes, other.notes),
             pages: grow(self.pages, other.pages),
             slots: grow(self.slots, other.slots),
             tickets: grow(self.tickets, other.tickets),
@@ -60,6 +67,7 @@ impl Capacity {
 pub(super) struct Layout {
     pub(super) prompts: usize,
     pub(super) places: usize,
+    pub(super) notes: usize,
     pub(super) pages: usize,
     /// Words of a table.
     pub(super) words: usize,
@@ -95,8 +103,10 @@ impl Workspace {
         let align = |words: usize| words.next_multiple_of(4);
         let prompts = capacity.items * Item::WORDS;
         let places = prompts + capacity.prompts * Item::WORDS;
-        let pages = places + align(capacity.places * 2);
-        let layout = Layout { prompts, places, pages, words: pages + align(capacity.pages) };
+        let notes = places + align(capacity.places * 2);
+        let pages = notes + capacity.notes * NOTE_WORDS;
+        let words = pages + align(capacity.pages);
+        let layout = Layout { prompts, places, notes, pages, words };
         let table_bytes = layout.words * 4 * self.num_tables;
         let tickets = (capacity.tickets * 4).next_multiple_of(16);
         let bytes = table_bytes + tickets + capacity.slots * self.slot_bytes;

@@ -89,6 +89,18 @@ impl DeviceMemory {
         })
     }
 
+    /// As much memory of our own; queues a copy of the bytes.
+    pub fn duplicate(&self) -> Result<Self> {
+        let copy = Self::allocate(&self.gpu, self.bytes)?;
+        let _entered = self.gpu.enter()?;
+        // SAFETY: both ranges are that long.
+        check("cuMemcpyDtoDAsync", unsafe {
+            let stream = self.gpu.stream();
+            sys::cuMemcpyDtoDAsync_v2(copy.address, self.address, self.bytes, stream)
+        })?;
+        Ok(copy)
+    }
+
     /// Copies the bytes at a device address to the host, once all that is queued has been done.
     pub fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
         self.check(address, out.len());

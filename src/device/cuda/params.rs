@@ -178,11 +178,31 @@ pub struct MoveRows {
 // SAFETY: the fields of KvmMoveRows in kernels/blocks.cu.
 unsafe impl Params for MoveRows {}
 
+/// `KvmNoteQueries`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/note.cu describes them")]
+pub struct NoteQueries {
+    pub q: u64,
+    pub notes: u64,
+    pub q_token: i64,
+    pub q_head: i64,
+    pub num_tokens: u32,
+    pub num_heads: u32,
+    pub dim: u32,
+    pub layer: u32,
+    pub factor: f32,
+}
+
+// SAFETY: the fields of KvmNoteQueries in kernels/note.cu.
+unsafe impl Params for NoteQueries {}
+
 // The compiler of the kernels pads structs to their alignment as repr(C) does.
 const _: () = assert!(size_of::<Decode>() == 22 * 8 + 6 * 4);
 const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<Seal>() == 4 * 8 + 2 * 4 + 500 * 8);
 const _: () = assert!(size_of::<CopyBlocks>() == 2 * 8 + 4 + 4);
 const _: () = assert!(size_of::<MoveRows>() == 6 * 8 + 3 * 4 + 4);
+const _: () = assert!(size_of::<NoteQueries>() == 4 * 8 + 5 * 4 + 4);
 // What a kernel can take on any device.
 const _: () = assert!(size_of::<Seal>() <= 4096);
