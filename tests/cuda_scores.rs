@@ -21,16 +21,17 @@ fn score_kernels() -> Option<Kernels> {
     *KERNELS.get_or_init(|| Kernels::build("score.cu"))
 }
 
-/// `KvmQuestBounds` of the kernels; an item is page, head, first row, rows, slot.
+/// `KvmQuestBounds` of the kernels; a block is page and slot.
 #[repr(C)]
 struct QuestBounds {
     k: *const u16,
     bounds: *mut u16,
-    items: *const [u32; 5],
-    /// Block, head, row of K; slot, head of the bounds.
-    strides: [i64; 5],
-    num_items: u32,
+    cell: i64,
+    num_blocks: u32,
+    num_cells: u32,
+    block_size: u32,
     dim: u32,
+    blocks: [[u32; 2]; 500],
 }
 
 #[test]
@@ -40,48 +41,47 @@ fn bounds_are_the_least_and_the_most_of_each_channel() {
     for case in 0..12 {
         let half = [Half::F16, Half::Bf16][case % 2];
         let (dim, block) = ([64, 80, 128, 256][case % 4], [16, 32, 64][case % 3]);
-        let (heads, blocks, slots) = (2, 5, 7);
-        let strides = [heads * block * dim, block * dim, dim, heads * 2 * dim + 8, 2 * dim];
-        let mut keys = vec![NAN; blocks * strides[0]];
-        let mut items = Vec::new();
+        let (cells, blocks, slots) = (2usize, 5usize, 7);
+        // Keys, and as much behind them that is not read, to the start of a page.
+        let cell = block * dim + 8;
+        let stride = (cells * cell).next_multiple_of(128);
+        let mut keys = vec![NAN; blocks * stride];
+        let mut params = QuestBounds {
+            k: keys.as_ptr(),
+            bounds: ptr::null_mut(),
+            cell: cell as i64,
+            num_blocks: blocks as u32,
+            num_cells: cells as u32,
+            block_size: block as u32,
+            dim: dim as u32,
+            blocks: [[u32::MAX; 2]; 500],
+        };
         for page in 0..blocks {
-            for head in 0..heads {
-                let first = random.below(block);
-                let rows = random.within(1, block - first);
-                items.push([page, head, first, rows, (page * 3 + 1) % slots].map(|x| x as u32));
-                for row in first..first + rows {
-                    let at = page * strides[0] + head * strides[1] + row * strides[2];
-                    keys[at..at + dim].fill_with(|| half.bits(random.normal()));
-                    // Maxima pass over what is no number.
-                    if row > first && random.chance(10) {
-                        keys[at + random.below(dim)] = NAN;
-                    }
+            params.blocks[page] = [page * stride / 128, (page * 3 + 1) % slots].map(|x| x as u32);
+            for row in 0..cells * block {
+                let at = page * stride + row / block * cell + row % block * dim;
+                keys[at..at + dim].fill_with(|| half.bits(random.normal()));
+                // Maxima pass over what is no number.
+                if row % block > 0 && random.chance(10) {
+                    keys[at + random.below(dim)] = NAN;
                 }
             }
         }
-        let mut bounds = vec![NAN; slots * strides[3]];
-        let params = QuestBounds {
-            k: keys.as_ptr(),
-            bounds: bounds.as_mut_ptr(),
-            items: items.as_ptr(),
-            strides: strides.map(|x| x as i64),
-            num_items: items.len() as u32,
-            dim: dim as u32,
-        };
+        let mut bounds = vec![NAN; slots * cells * 2 * dim];
+        params.bounds = bounds.as_mut_ptr();
         let name = format!("kvm_quest_bounds_{}", half.name());
         let grid = Grid { ctas: 1 + case % 2, threads: 256, smem: 0, seed: case as u32 };
         kernels.launch(&name, &params, grid).unwrap();
         let mut expected = vec![NAN; bounds.len()];
-        for [page, head, first, rows, slot] in items.iter().map(|x| x.map(|x| x as usize)) {
+        for (page, i) in (0..blocks).flat_map(|page| (0..cells).map(move |i| (page, i))) {
+            let slot = params.blocks[page][1] as usize;
             for d in 0..dim {
-                let key = |row: usize| {
-                    let at = page * strides[0] + head * strides[1] + row * strides[2] + d;
-                    half.value(keys[at]) as f32
-                };
-                let values = (first..first + rows).map(key);
+                let key =
+                    |row: usize| half.value(keys[page * stride + i * cell + row * dim + d]) as f32;
+                let values = (0..block).map(key);
                 let high = values.clone().fold(f32::NEG_INFINITY, f32::max);
                 let low = values.fold(f32::INFINITY, f32::min);
-                let at = slot * strides[3] + head * strides[4] + d;
+                let at = (slot * cells + i) * 2 * dim + d;
                 expected[at] = Half::F16.bits(high);
                 expected[at + dim] = Half::F16.bits(low);
             }
@@ -142,6 +142,7 @@ fn scores_are_the_largest_bound_of_the_group() {
             }
             first += len;
         }
+        items.push([0; 6]); // nothing to do
         let mut scores = vec![f32::NAN; total + lens.len()];
         let params = Quest {
             q: q.as_ptr(),
@@ -235,6 +236,7 @@ fn lists_are_those_of_a_sort() {
             expected.extend(all.iter().map(|i| (*i as u32, pages[first_page + i])));
         }
     }
+    items.insert(7, [0; 7]); // no list
     let mut blocks = vec![u32::MAX; list + 1];
     let mut list_pages = vec![u32::MAX; list + 1];
     let mut params = Topk {

@@ -108,7 +108,8 @@ pub extern "C" fn kvmgr_attention_destroy(attention: *mut kvmgr_attention) {
 /// tokens, reserved ones included; their rows follow each other in Q, K, V, O and LSE. If one of
 /// the sequences changes afterwards, append and run answer KVMGR_INVALID_STATE. On failure the
 /// previous plan is gone. This is the only call that allocates, but for a selector in the spec: the first
-/// run after a block was sealed grows what it knows of the blocks.
+/// run after a block was sealed grows what it knows of the blocks. On a CUDA device `run` never allocates; with
+/// a selector plan waits for the stream if there are new blocks that came encoded from a store.
 ///
 /// @param sequences num_sequences different sequences of the handle's cache
 /// @param num_queries num_sequences numbers, each at least 1

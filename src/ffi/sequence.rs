@@ -60,7 +60,8 @@ pub struct kvmgr_sequence_stats {
     pub bytes: u64,
     /// Blocks referred to, shared ones included.
     pub num_blocks: u64,
-    /// Bytes of what the spec's selector knows of the blocks; not part of `bytes`.
+    /// Bytes of what the spec's selector knows of the blocks; not part of `bytes`. 0 on a CUDA device, where
+    /// that lies beside the blocks and is everybody's.
     pub selector_bytes: u64,
     /// Bytes of the states of recurrent layers and of snapshots, shared ones included; not part of `bytes`.
     pub state_bytes: u64,

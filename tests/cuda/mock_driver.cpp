@@ -14,6 +14,7 @@
 #include "decode_q.cu"
 #include "note.cu"
 #include "prefill.cu"
+#include "score.cu"
 #include "seal.cu"
 
 #include <sys/mman.h>

@@ -14,6 +14,7 @@ mod driver;
 #[path = "../common/mock_driver.rs"]
 mod mock_driver;
 mod policies;
+mod quest;
 mod recurrent;
 mod refused;
 mod sealing;

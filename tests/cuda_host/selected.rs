@@ -63,7 +63,7 @@ fn select(twin: &Twin, layer: usize, lists: &[Vec<u32>]) {
     [&twin.host, &twin.device].iter().for_each(|engine| ok(try_select(engine, layer, lists)));
 }
 
-fn plan(twin: &Twin, pairs: &[Pair], counts: &[u32]) {
+pub fn plan(twin: &Twin, pairs: &[Pair], counts: &[u32]) {
     for (pair, n) in pairs.iter().zip(counts) {
         let reserve = |sequence| ok(kvmgr_sequence_reserve(sequence, *n as usize));
         pair.both().into_iter().for_each(reserve);

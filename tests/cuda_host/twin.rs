@@ -6,6 +6,7 @@ use std::ptr;
 use half::{bf16, f16};
 use kvmgr::ffi::attention::*;
 use kvmgr::ffi::cache::*;
+use kvmgr::ffi::policy::*;
 use kvmgr::ffi::sequence::*;
 use kvmgr::ffi::types::*;
 use kvmgr::ffi::version::*;
@@ -171,10 +172,10 @@ impl Engine {
         stats
     }
 
-    pub fn sequence(&self) -> *mut kvmgr_sequence {
+    pub fn sequence(&self, policy: *const kvmgr_policy) -> *mut kvmgr_sequence {
         let mut sequence = ptr::null_mut();
-        // SAFETY: a live handle and a place for a pointer.
-        ok(unsafe { kvmgr_cache_sequence_create(self.cache, ptr::null(), &raw mut sequence) });
+        // SAFETY: live handles and a place for a pointer.
+        ok(unsafe { kvmgr_cache_sequence_create(self.cache, policy, &raw mut sequence) });
         sequence
     }
 }
@@ -231,7 +232,12 @@ impl Twin {
 
     /// A sequence for a prompt, and how many of its tokens the prefix index had.
     pub fn start(&self, prompt: &[i32]) -> (Pair, usize) {
-        let (host, device) = (self.host.sequence(), self.device.sequence());
+        self.start_with(ptr::null(), prompt)
+    }
+
+    /// The same with a policy of its own.
+    pub fn start_with(&self, policy: *const kvmgr_policy, prompt: &[i32]) -> (Pair, usize) {
+        let (host, device) = (self.host.sequence(policy), self.device.sequence(policy));
         let pair = Pair { host, device, tokens: Vec::new() };
         let matched = pair.both().map(|sequence| {
             let mut matched = 0;

@@ -16,6 +16,7 @@
 
 mod kernels;
 mod notes;
+mod quest;
 mod schedule;
 mod selected;
 mod table;
@@ -27,6 +28,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use self::kernels::{Decoders, Variant, is_prompt, load_prefill, prefill_rows, tile_of};
 use self::notes::Notes;
+use self::quest::Quest;
 use self::selected::Selected;
 use self::table::{Builder, Table, lanes_of_table};
 use self::workspace::{Capacity, NOTE_WORDS, Workspace};
@@ -59,6 +61,8 @@ pub(super) struct Cuda {
     tables: Vec<Table>,
     /// The lists of blocks of each layer that the engine has given.
     selected: Vec<Selected>,
+    /// The lists of blocks that selectors make.
+    quest: Quest,
     /// The kernel that the plan runs.
     variant: Variant,
     /// Whether there are decode steps, and prompts.
@@ -99,6 +103,7 @@ impl Cuda {
             builder: Builder::default(),
             tables: (0..num_tables).map(|_| Table::default()).collect(),
             selected: (0..config.shape.num_layers).map(|_| Selected::new(gpu)).collect(),
+            quest: Quest::new(gpu),
             variant: Variant::default(),
             has: [false; 2],
             num_tokens: 0,
@@ -167,8 +172,10 @@ impl Cuda {
             let places = Capacity { places: table.places.len() / 2, ..Capacity::default() };
             needed = needed.max(&table.lists.capacity()).max(&self.builder.partials()).max(&places);
         }
-        self.workspace.reserve(&needed)?;
-        self.send_tables()
+        let partials = self.quest.make(cache, batch, &self.tables, &mut self.builder)?;
+        self.workspace.reserve(&needed.max(&partials))?;
+        self.send_tables()?;
+        self.quest.send()
     }
 
     /// Queues the copy of the tables.
@@ -220,6 +227,7 @@ impl Cuda {
     pub(super) fn clear(&mut self) {
         (self.has, self.num_tokens) = ([false; 2], 0);
         self.selected.iter_mut().for_each(Selected::clear);
+        self.quest.clear();
     }
 
     fn table_of(&self, layer: usize) -> usize {
@@ -310,7 +318,11 @@ impl Cuda {
         let blocks = self.blocks(cache, layer);
         let window = options.common.sliding_window;
         self.windows[layer].fetch_max(window, Ordering::Relaxed);
-        let (table, reason) = self.reading(layer);
+        let choice = self.choice(layer).filter(|_| window == 0);
+        let (table, reason) = match choice {
+            Some(choice) => (self.quest.reading(choice), ""),
+            None => self.reading(layer),
+        };
         ensure!(
             window <= table.widest,
             Unsupported,
@@ -352,15 +364,26 @@ impl Cuda {
         let notes = workspace.address(0, workspace.layout.notes);
         self.notes.launch(&self.gpu, layer, query, notes, params.scale)?;
         let [has_steps, has_prompts] = table.has;
+        let mut decode = *self.decode.kernel(self.variant);
+        if let Some(choice) = choice {
+            self.quest.launch(cache, layer, choice, query)?;
+            // It reads its list before it waits.
+            decode = decode.after_previous();
+        }
         if has_steps {
-            let kernel = self.decode.kernel(self.variant);
-            self.gpu.launch(kernel, self.grid_of(self.variant), &params)?;
+            self.gpu.launch(&decode, self.grid_of(self.variant), &params)?;
         }
         if has_prompts {
             let params = Decode { items: table.prompts, ..params };
             self.gpu.launch(&self.prefill, self.prefill_grid(), &params)?;
         }
         Ok(())
+    }
+
+    /// The table of choices of a layer; lists of the engine come before them. Sliding windows bound what is read
+    /// already.
+    fn choice(&self, layer: usize) -> Option<usize> {
+        self.quest.route(layer).filter(|_| self.selected[layer].in_use().is_none())
     }
 
     /// The table that a layer goes by, and what may be missing there.
@@ -376,10 +399,7 @@ impl Cuda {
                 (&self.workspace, index, self.has, widest, "policies have evicted tokens")
             }
         };
-        let at = |word| workspace.address(index, word);
-        let layout = &workspace.layout;
-        let [items, prompts, pages] = [0, layout.prompts, layout.pages].map(at);
-        (Reading { items, prompts, pages, has, widest }, reason)
+        (Reading::new(workspace, index, has, widest), reason)
     }
 
     /// Equal for two plans if a graph captured under one is right for the other.
@@ -392,8 +412,9 @@ impl Cuda {
         for (layer, window) in self.windows.iter().enumerate() {
             let Reading { items, prompts, pages, has, widest } = self.reading(layer).0;
             let is_narrow = widest < window.load(Ordering::Relaxed);
-            (items, prompts, pages, has, is_narrow).hash(&mut hasher);
+            (items, prompts, pages, has, is_narrow, self.choice(layer)).hash(&mut hasher);
         }
+        self.quest.hash(&mut hasher);
         hasher.finish()
     }
 
@@ -433,6 +454,15 @@ struct Reading {
     has: [bool; 2],
     /// The widest sliding window that it allows.
     widest: u32,
+}
+
+impl Reading {
+    fn new(workspace: &Workspace, index: usize, has: [bool; 2], widest: u32) -> Self {
+        let layout = &workspace.layout;
+        let at = |word| workspace.address(index, word);
+        let [items, prompts, pages] = [0, layout.prompts, layout.pages].map(at);
+        Self { items, prompts, pages, has, widest }
+    }
 }
 
 /// Addresses and strides, in elements, of the rows of a layer.

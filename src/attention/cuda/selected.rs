@@ -122,7 +122,7 @@ impl Selected {
 
 /// Appends the pages of blocks of a lane, ascending, to `pages`, and makes `out` their segments: as few as can
 /// be. Answers how many rows at the end follow each other in the lane without a gap.
-fn chosen(
+pub(super) fn chosen(
     table: &Table,
     lane: &TableLane,
     blocks: impl Iterator<Item = u32>,

@@ -107,6 +107,14 @@ impl Workspace {
         Self { gpu, num_tables, slot_bytes, capacity, layout, held: None, generation: 0 }
     }
 
+    /// Makes room for `n` tables from the next [`Self::reserve`] on; never for less than before.
+    pub(super) fn set_tables(&mut self, n: usize) {
+        if n > self.num_tables {
+            self.num_tables = n;
+            self.held = None;
+        }
+    }
+
     /// Makes room for what a plan needs. Waits for the device if it has to grow; what was in the tables is
     /// gone then. Answers whether that is so.
     pub(super) fn reserve(&mut self, needed: &Capacity) -> Result<bool> {

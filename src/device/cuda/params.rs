@@ -197,7 +197,72 @@ pub struct NoteQueries {
 // SAFETY: the fields of KvmNoteQueries in kernels/note.cu.
 unsafe impl Params for NoteQueries {}
 
+/// `KvmQuestBounds`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/score.cu describes them")]
+pub struct QuestBounds {
+    pub k: u64,
+    pub bounds: u64,
+    pub cell: i64,
+    pub num_blocks: u32,
+    pub num_cells: u32,
+    pub block_size: u32,
+    pub dim: u32,
+    /// Page and slot.
+    pub blocks: [[u32; 2]; Self::BLOCKS],
+}
+
+impl QuestBounds {
+    /// The most blocks of a launch.
+    pub const BLOCKS: usize = 500;
+}
+
+// SAFETY: the fields of KvmQuestBounds in kernels/score.cu.
+unsafe impl Params for QuestBounds {}
+
+/// `KvmQuest`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/score.cu describes them")]
+pub struct Quest {
+    pub q: u64,
+    pub bounds: u64,
+    pub slots: u64,
+    pub scores: u64,
+    pub items: u64,
+    pub q_token: i64,
+    pub q_head: i64,
+    pub bounds_slot: i64,
+    pub bounds_head: i64,
+    pub num_items: u32,
+    pub group: u32,
+    pub dim: u32,
+}
+
+// SAFETY: the fields of KvmQuest in kernels/score.cu.
+unsafe impl Params for Quest {}
+
+/// `KvmTopk`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/score.cu describes them")]
+pub struct Topk {
+    pub scores: u64,
+    pub pages: u64,
+    pub blocks: u64,
+    pub list_pages: u64,
+    pub items: u64,
+    pub num_items: u32,
+}
+
+// SAFETY: the fields of KvmTopk in kernels/score.cu.
+unsafe impl Params for Topk {}
+
 // The compiler of the kernels pads structs to their alignment as repr(C) does.
+const _: () = assert!(size_of::<QuestBounds>() == 3 * 8 + 4 * 4 + 500 * 8);
+const _: () = assert!(size_of::<Quest>() == 9 * 8 + 3 * 4 + 4);
+const _: () = assert!(size_of::<Topk>() == 5 * 8 + 4 + 4);
 const _: () = assert!(size_of::<Decode>() == 22 * 8 + 6 * 4);
 const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<Seal>() == 4 * 8 + 2 * 4 + 500 * 8);
@@ -205,4 +270,4 @@ const _: () = assert!(size_of::<CopyBlocks>() == 2 * 8 + 4 + 4);
 const _: () = assert!(size_of::<MoveRows>() == 6 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<NoteQueries>() == 4 * 8 + 5 * 4 + 4);
 // What a kernel can take on any device.
-const _: () = assert!(size_of::<Seal>() <= 4096);
+const _: () = assert!(size_of::<Seal>() <= 4096 && size_of::<QuestBounds>() <= 4096);
