@@ -5,9 +5,9 @@
 /// Tokens of a block on a device.
 pub const TOKENS: usize = 64;
 
-/// A format of sealed blocks that kernels can read.
+/// Codes of a side that kernels can read, with what they are scaled by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sealed {
+pub enum Codes {
     /// `int8`.
     Int8,
     /// `fp8(e4m3)`.
@@ -20,12 +20,140 @@ pub enum Sealed {
     Kivi2,
 }
 
+/// A format of sealed blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sealed {
+    /// Of keys.
+    pub key: Codes,
+    /// Of values.
+    pub value: Codes,
+}
+
 impl Sealed {
-    /// All of them.
-    pub const ALL: [Self; 5] = [Self::Int8, Self::Fp8E4m3, Self::Int4, Self::Kivi4, Self::Kivi2];
+    /// All that kernels can read.
+    pub const ALL: [Self; 6] = [
+        Self::both(Codes::Int8),
+        Self::both(Codes::Fp8E4m3),
+        Self::both(Codes::Int4),
+        Self::both(Codes::Kivi4),
+        Self::both(Codes::Kivi2),
+        Self { key: Codes::Int8, value: Codes::Int4 },
+    ];
+
+    /// Keys and values have the same codes.
+    pub const fn both(codes: Codes) -> Self {
+        Self { key: codes, value: codes }
+    }
+
+    /// The codes of a side.
+    pub const fn codes(self, is_key: bool) -> Codes {
+        if is_key { self.key } else { self.value }
+    }
 
     /// What kernels are named after.
-    pub const fn name(self) -> &'static str {
+    pub fn name(self) -> String {
+        let [key, value] = [self.key.name(), self.value.name()];
+        if key == value { key.into() } else { format!("{key}_{value}") }
+    }
+
+    /// Tokens of a chunk of both sides, which is what a warp takes at a time.
+    pub const fn chunk(self) -> usize {
+        if self.key.bits() == 8 || self.value.bits() == 8 { 32 } else { 64 }
+    }
+
+    /// Bytes of a side of a cell of 64 tokens, here and there.
+    pub fn bytes(self, dim: usize, is_key: bool) -> usize {
+        let codes = self.codes(is_key);
+        TOKENS * dim * codes.bits() / 8 + codes.scale_bytes(dim, is_key)
+    }
+
+    /// A side of a cell as the device wants it, from the bytes that the quantizer of the host made.
+    pub fn to_device(self, dim: usize, is_key: bool, host: &[u8], out: &mut [u8]) {
+        let (codes, chunk) = (self.codes(is_key), self.chunk());
+        assert_eq!([host.len(), out.len()], [self.bytes(dim, is_key); 2], "{}", self.name());
+        let row = dim * codes.bits() / 8;
+        // Keys of KIVI have their scales in front; all others behind the codes of each token.
+        let (head, tail) = match codes.is_kivi() && is_key {
+            true => (4 * dim, 0),
+            false => (0, (host.len() - TOKENS * row) / TOKENS),
+        };
+        let token = |t: usize| &host[head + t * (row + tail)..][..row + tail];
+        let code = |t: usize, channel: usize| codes.code(token(t), channel);
+        let mut rest = out;
+        for first in (0..TOKENS).step_by(chunk) {
+            let (words, after) = rest.split_at_mut(chunk * row);
+            words.fill(0);
+            match is_key {
+                true => codes.put(words, chunk, dim, |r, c| code(first + r, c)),
+                false => codes.put(words, dim, chunk, |r, c| code(first + c, r)),
+            }
+            let scales = match head {
+                0 => chunk * tail,
+                head => head,
+            };
+            let (scales, after) = after.split_at_mut(scales);
+            if head > 0 {
+                scales.copy_from_slice(&host[..head]);
+            } else if codes.is_kivi() {
+                for (i, pair) in scales.chunks_exact_mut(tail).enumerate() {
+                    pair.copy_from_slice(&token(first + i)[row..]);
+                }
+            } else {
+                // All s, then all m.
+                for (part, list) in scales.chunks_exact_mut(4 * chunk).enumerate() {
+                    for (i, number) in list.chunks_exact_mut(4).enumerate() {
+                        number.copy_from_slice(&token(first + i)[row + 4 * part..][..4]);
+                    }
+                }
+            }
+            rest = after;
+        }
+    }
+
+    /// The bytes of the host's quantizer from a side of a cell of the device: undoes [`Self::to_device`].
+    pub fn to_host(self, dim: usize, is_key: bool, device: &[u8], out: &mut [u8]) {
+        let (codes, chunk) = (self.codes(is_key), self.chunk());
+        assert_eq!([device.len(), out.len()], [self.bytes(dim, is_key); 2], "{}", self.name());
+        let row = dim * codes.bits() / 8;
+        let (head, tail) = match codes.is_kivi() && is_key {
+            true => (4 * dim, 0),
+            false => (0, (out.len() - TOKENS * row) / TOKENS),
+        };
+        out.fill(0);
+        let start = |t: usize| head + t * (row + tail);
+        let mut rest = device;
+        for first in (0..TOKENS).step_by(chunk) {
+            let (words, after) = rest.split_at(chunk * row);
+            let mut add = |t: usize, channel: usize, code: u32| {
+                codes.add_code(&mut out[start(first + t)..][..row], channel, code);
+            };
+            match is_key {
+                true => codes.get(words, chunk, dim, &mut add),
+                false => codes.get(words, dim, chunk, &mut |r, c, code| add(c, r, code)),
+            }
+            let scales = if head > 0 { head } else { chunk * tail };
+            let (scales, after) = after.split_at(scales);
+            if head > 0 {
+                out[..head].copy_from_slice(scales);
+            } else if codes.is_kivi() {
+                for (i, pair) in scales.chunks_exact(tail).enumerate() {
+                    out[start(first + i) + row..][..tail].copy_from_slice(pair);
+                }
+            } else {
+                for (part, list) in scales.chunks_exact(4 * chunk).enumerate() {
+                    for (i, number) in list.chunks_exact(4).enumerate() {
+                        let at = start(first + i) + row + 4 * part;
+                        out[at..at + 4].copy_from_slice(number);
+                    }
+                }
+            }
+            rest = after;
+        }
+    }
+}
+
+impl Codes {
+    const fn name(self) -> &'static str {
         match self {
             Self::Int8 => "int8",
             Self::Fp8E4m3 => "fp8e4m3",
@@ -35,18 +163,12 @@ impl Sealed {
         }
     }
 
-    /// Bits of a code.
-    pub const fn bits(self) -> usize {
+    const fn bits(self) -> usize {
         match self {
             Self::Int8 | Self::Fp8E4m3 => 8,
             Self::Int4 | Self::Kivi4 => 4,
             Self::Kivi2 => 2,
         }
-    }
-
-    /// Tokens of a chunk, which is what a warp takes at a time.
-    pub const fn chunk(self) -> usize {
-        if self.bits() == 8 { 32 } else { 64 }
     }
 
     const fn is_kivi(self) -> bool {
@@ -60,94 +182,6 @@ impl Sealed {
             Self::Int4 => 8 * TOKENS,
             Self::Kivi4 | Self::Kivi2 if is_key => 4 * dim,
             Self::Kivi4 | Self::Kivi2 => 4 * TOKENS,
-        }
-    }
-
-    /// Bytes of a side of a cell of 64 tokens, here and there.
-    pub fn bytes(self, dim: usize, is_key: bool) -> usize {
-        TOKENS * dim * self.bits() / 8 + self.scale_bytes(dim, is_key)
-    }
-
-    /// A side of a cell as the device wants it, from the bytes that the quantizer of the host made.
-    pub fn to_device(self, dim: usize, is_key: bool, host: &[u8], out: &mut [u8]) {
-        assert_eq!([host.len(), out.len()], [self.bytes(dim, is_key); 2], "{}", self.name());
-        let row = dim * self.bits() / 8;
-        // Keys of KIVI have their scales in front; all others behind the codes of each token.
-        let (head, tail) = match self.is_kivi() && is_key {
-            true => (4 * dim, 0),
-            false => (0, (host.len() - TOKENS * row) / TOKENS),
-        };
-        let token = |t: usize| &host[head + t * (row + tail)..][..row + tail];
-        let code = |t: usize, channel: usize| self.code(token(t), channel);
-        let mut rest = out;
-        for first in (0..TOKENS).step_by(self.chunk()) {
-            let codes = self.chunk() * row;
-            let (words, after) = rest.split_at_mut(codes);
-            words.fill(0);
-            match is_key {
-                true => self.put(words, self.chunk(), dim, |r, c| code(first + r, c)),
-                false => self.put(words, dim, self.chunk(), |r, c| code(first + c, r)),
-            }
-            let scales = match head {
-                0 => self.chunk() * tail,
-                head => head,
-            };
-            let (scales, after) = after.split_at_mut(scales);
-            if head > 0 {
-                scales.copy_from_slice(&host[..head]);
-            } else if self.is_kivi() {
-                for (i, pair) in scales.chunks_exact_mut(tail).enumerate() {
-                    pair.copy_from_slice(&token(first + i)[row..]);
-                }
-            } else {
-                // All s, then all m.
-                for (part, list) in scales.chunks_exact_mut(4 * self.chunk()).enumerate() {
-                    for (i, number) in list.chunks_exact_mut(4).enumerate() {
-                        number.copy_from_slice(&token(first + i)[row + 4 * part..][..4]);
-                    }
-                }
-            }
-            rest = after;
-        }
-    }
-
-    /// The bytes of the host's quantizer from a side of a cell of the device: undoes [`Self::to_device`].
-    pub fn to_host(self, dim: usize, is_key: bool, device: &[u8], out: &mut [u8]) {
-        assert_eq!([device.len(), out.len()], [self.bytes(dim, is_key); 2], "{}", self.name());
-        let row = dim * self.bits() / 8;
-        let (head, tail) = match self.is_kivi() && is_key {
-            true => (4 * dim, 0),
-            false => (0, (out.len() - TOKENS * row) / TOKENS),
-        };
-        out.fill(0);
-        let start = |t: usize| head + t * (row + tail);
-        let mut rest = device;
-        for first in (0..TOKENS).step_by(self.chunk()) {
-            let (words, after) = rest.split_at(self.chunk() * row);
-            let mut add = |t: usize, channel: usize, code: u32| {
-                self.add_code(&mut out[start(first + t)..][..row], channel, code);
-            };
-            match is_key {
-                true => self.get(words, self.chunk(), dim, &mut add),
-                false => self.get(words, dim, self.chunk(), &mut |r, c, code| add(c, r, code)),
-            }
-            let scales = if head > 0 { head } else { self.chunk() * tail };
-            let (scales, after) = after.split_at(scales);
-            if head > 0 {
-                out[..head].copy_from_slice(scales);
-            } else if self.is_kivi() {
-                for (i, pair) in scales.chunks_exact(tail).enumerate() {
-                    out[start(first + i) + row..][..tail].copy_from_slice(pair);
-                }
-            } else {
-                for (part, list) in scales.chunks_exact(4 * self.chunk()).enumerate() {
-                    for (i, number) in list.chunks_exact(4).enumerate() {
-                        let at = start(first + i) + row + 4 * part;
-                        out[at..at + 4].copy_from_slice(number);
-                    }
-                }
-            }
-            rest = after;
         }
     }
 
