@@ -15,7 +15,7 @@ use std::ops::Range;
 use common::Random;
 use emulator::{Grid, Half, Kernels, address, address_mut};
 use kvmgr::device::cuda::params::{Decode, Item};
-use kvmgr::device::layout::{Codes, Sealed, TOKENS};
+use kvmgr::device::layout::{Codes, Sealed, SideLayout, TOKENS};
 use kvmgr::quantizer::{self, Cell, Side};
 use work::{GRID, Quad, deal};
 
@@ -97,7 +97,7 @@ fn head(case: Case, (i, len): (usize, usize), random: &mut Random) -> Head {
             quantizer.decode(&cell, &mut floats);
             rows.iter_mut().zip(&floats).for_each(|(x, y)| *x = f64::from(*y));
             let mut on_device = vec![0; bytes.len()];
-            case.format.to_device(dim, side == 0, &bytes, &mut on_device);
+            SideLayout::new(case.format, dim, side == 0).to_device(&bytes, &mut on_device);
             sealed.extend(on_device);
         }
     }

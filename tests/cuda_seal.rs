@@ -10,7 +10,7 @@ mod emulator;
 use common::Random;
 use emulator::{Grid, Half, Kernels, address_mut};
 use kvmgr::device::cuda::params::Seal;
-use kvmgr::device::layout::{Codes, Sealed, TOKENS};
+use kvmgr::device::layout::{Codes, Sealed, SideLayout, TOKENS};
 use kvmgr::quantizer::{self, Side};
 
 const SIDES: [Side; 2] = [Side::Key, Side::Value];
@@ -65,7 +65,7 @@ fn expected(format: Sealed, rotates: bool, side: Side, rows: &[f32], dim: usize)
     let mut host = vec![0; quantizer.bytes(TOKENS, dim)];
     quantizer.encode(rows, dim, &mut host);
     let mut bytes = vec![0; host.len()];
-    format.to_device(dim, side == Side::Key, &host, &mut bytes);
+    SideLayout::new(format, dim, side == Side::Key).to_device(&host, &mut bytes);
     bytes
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{BlockView, Cache, CacheConfig, Format};
 use crate::device::cuda::params::Seal;
 use crate::device::cuda::{DeviceMemory, Gpu, Kernel};
-use crate::device::layout::{self, Codes, Sealed};
+use crate::device::layout::{self, Codes, Sealed, SideLayout};
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
 use crate::quantizer::ROTATION;
@@ -62,6 +62,8 @@ pub(super) fn check(config: &CacheConfig) -> Result<()> {
 pub(super) struct Sealer {
     /// How kernels read sealed blocks.
     layout: Sealed,
+    /// The same of keys and of values, byte by byte.
+    sides: [SideLayout; 2],
     /// Bit 0: keys, bit 1: values are rotated before they are encoded.
     pub(super) rotates: u32,
     pub(super) kernel: Kernel,
@@ -82,7 +84,8 @@ impl Sealer {
         let _entered = device.gpu.enter()?;
         let kernel = device.gpu.kernel(&name, SEAL_THREADS, shared)?;
         let rotates = u32::from(rotated[0]) | u32::from(rotated[1]) << 1;
-        Ok(Some(Self { layout, rotates, kernel }))
+        let sides = [true, false].map(|is_key| SideLayout::new(layout, dim, is_key));
+        Ok(Some(Self { layout, sides, rotates, kernel }))
     }
 
     /// The most blocks of `cells` cells for a launch.
@@ -182,6 +185,11 @@ impl Cache {
     /// How kernels read the sealed blocks; `None` if these are raw or on the host.
     pub fn sealed_layout(&self) -> Option<Sealed> {
         self.sealer.as_ref().map(|sealer| sealer.layout)
+    }
+
+    /// Where everything of the keys and the values of a sealed cell is.
+    pub(super) fn sealed_sides(&self) -> Option<&[SideLayout; 2]> {
+        self.sealer.as_ref().map(|sealer| &sealer.sides)
     }
 
     /// Bit 0: keys, bit 1: values of sealed blocks on a device are rotated.

@@ -407,6 +407,55 @@ fn append_and_run_allocate_nothing() {
     });
 }
 
+/// What a cache has left in a store is found by one on the other side, in its own layout.
+#[test]
+fn a_store_serves_caches_on_both_sides() {
+    on_device("a_store_serves_caches_on_both_sides", || {
+        let _context = Context::new();
+        let specs = ["full", "quant(int8)", "quant(had+int4)", "quant(kivi(bits=2, group=128))"];
+        for (i, spec) in specs.into_iter().enumerate() {
+            let dim = [64, 128][i % 2];
+            let setup = Setup { spec, dim, block: 64, blocks: 16, ..PLAIN };
+            for leaves_on_device in [false, true] {
+                share_a_store(setup, leaves_on_device, i as u64);
+            }
+        }
+    });
+}
+
+fn share_a_store(setup: Setup, leaves_on_device: bool, seed: u64) {
+    let mut store = ptr::null_mut();
+    // SAFETY: a string and a place for a pointer.
+    ok(unsafe { kvmgr_store_create(c"host".as_ptr(), &raw mut store) });
+    let prompt: Vec<i32> = (0..130).map(|i| i % 5).collect();
+    let stores = [!leaves_on_device, leaves_on_device]
+        .map(|leaves| if leaves { store } else { ptr::null_mut() });
+    let mut first = Twin::with(
+        setup,
+        seed,
+        |config| config.store = stores[0],
+        |config| config.store = stores[1],
+    );
+    let (mut pair, _) = first.start(&prompt);
+    first.step(&mut [&mut pair], &[(prompt.clone(), prompt.len())]);
+    drop(pair);
+    // Somebody else wants all blocks.
+    let (pair, _) = first.start(&[]);
+    pair.both().into_iter().for_each(|other| ok(kvmgr_sequence_reserve(other, 16 * 64)));
+    drop(pair);
+    drop(first);
+    let mut second =
+        Twin::with(setup, seed, |config| config.store = store, |config| config.store = store);
+    let (mut pair, matched) = second.start(&prompt);
+    assert_eq!(matched, 128, "{} {leaves_on_device}", setup.spec);
+    let rest = prompt[matched..].to_vec();
+    let n = rest.len();
+    second.step(&mut [&mut pair], &[(rest, n)]);
+    assert_eq!(second.device.stats().store_failures, 0);
+    drop((pair, second));
+    kvmgr_store_release(store);
+}
+
 /// Blocks leave the device for a store and come back: those of a preempted sequence, and prefixes that
 /// were reclaimed.
 #[test]

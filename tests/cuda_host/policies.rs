@@ -115,6 +115,23 @@ fn policies_see_the_same_queries() {
     });
 }
 
+/// A sequence that is emptied reads another prompt, here token by token.
+#[test]
+fn a_prompt_of_single_tokens_is_seen_too() {
+    on_device("policies::a_prompt_of_single_tokens_is_seen_too", || {
+        let _context = Context::new();
+        let mut twin = Twin::new(setup_for("snapkv(w=4) | keep(0.5)", 0), 1, |_| {});
+        let (mut pair, _) = twin.start(&[]);
+        for _ in 0..2 {
+            (0..12).for_each(|_| twin.step(&mut [&mut pair], &[(vec![1], 1)]));
+            twin.end_prefill(&pair);
+            assert_eq!(twin.positions(&pair)[0].len(), 6);
+            twin.step(&mut [&mut pair], &[(vec![1], 1)]);
+            twin.truncate(&mut pair, 0);
+        }
+    });
+}
+
 /// Blocks in few bits: encoded after the policy has chosen, or before it where prefixes are shared.
 #[test]
 fn policies_keep_the_same_tokens_of_quantized_blocks() {
