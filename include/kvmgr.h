@@ -1320,7 +1320,8 @@ typedef struct {
    */
   uint64_t num_blocks;
   /**
-   * Bytes of what the spec's selector knows of the blocks; not part of `bytes`.
+   * Bytes of what the spec's selector knows of the blocks; not part of `bytes`. 0 on a CUDA device, where
+   * that lies beside the blocks and is everybody's.
    */
   uint64_t selector_bytes;
   /**
@@ -2980,7 +2981,8 @@ void kvmgr_attention_destroy(kvmgr_attention *attention);
  * tokens, reserved ones included; their rows follow each other in Q, K, V, O and LSE. If one of
  * the sequences changes afterwards, append and run answer KVMGR_INVALID_STATE. On failure the
  * previous plan is gone. This is the only call that allocates, but for a selector in the spec: the first
- * run after a block was sealed grows what it knows of the blocks.
+ * run after a block was sealed grows what it knows of the blocks. On a CUDA device `run` never allocates; with
+ * a selector plan waits for the stream if there are new blocks that came encoded from a store.
  *
  * @param sequences num_sequences different sequences of the handle's cache
  * @param num_queries num_sequences numbers, each at least 1
