@@ -63,7 +63,8 @@ impl Bounds {
 impl Cache {
     /// From now on blocks on a device have bounds. The first time it takes memory for those of all.
     pub fn keep_bounds(&self) -> Result<()> {
-        let Some(gpu) = self.gpu().filter(|_| self.bounds.get().is_none()) else { return Ok(()) };
+        let is_due = self.bounds.get().is_none() && !self.formats().is_empty();
+        let Some(gpu) = self.gpu().filter(|_| is_due) else { return Ok(()) };
         let _entered = gpu.enter()?;
         gpu.ensure_not_capturing("create a sequence that chooses blocks")?;
         // Who comes second drops what it has made.

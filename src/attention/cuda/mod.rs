@@ -40,7 +40,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, ensure};
 use crate::quantizer::Side;
 use crate::sequence::Sequence;
-use crate::shape::LaneWidth;
+use crate::shape::{LaneWidth, ModelShape};
 
 /// Threads of the kernel that appends.
 const APPEND_THREADS: usize = 256;
@@ -300,21 +300,7 @@ impl Cuda {
         options: &DeviceOptions,
     ) -> Result<()> {
         let shape = &cache.config().shape;
-        let expected = [self.num_tokens, shape.num_q_heads, shape.head_dim];
-        for (name, tensor) in [("query", query), ("output", output)] {
-            check_shape(name, tensor.shape, expected)?;
-            tensor.check(name, self.dtype, 16)?;
-        }
-        if let Some(lse) = lse {
-            check_shape("lse", lse.shape, [self.num_tokens, shape.num_q_heads, 1])?;
-            lse.check("lse", DType::F32, 4)?;
-            ensure!(
-                lse.strides[1] == 1 || shape.num_q_heads == 1,
-                Unsupported,
-                "lse.strides[1] is {}, must be 1 on a CUDA device",
-                lse.strides[1]
-            );
-        }
+        self.check_tensors(shape, query, output, lse)?;
         let blocks = self.blocks(cache, layer);
         let window = options.common.sliding_window;
         self.windows[layer].fetch_max(window, Ordering::Relaxed);
@@ -361,21 +347,53 @@ impl Cuda {
             rotates: cache.rotates(),
         };
         let _entered = self.gpu.enter()?;
-        let notes = workspace.address(0, workspace.layout.notes);
-        self.notes.launch(&self.gpu, layer, query, notes, params.scale)?;
-        let [has_steps, has_prompts] = table.has;
-        let mut decode = *self.decode.kernel(self.variant);
         if let Some(choice) = choice {
             self.quest.launch(cache, layer, choice, query)?;
-            // It reads its list before it waits.
-            decode = decode.after_previous();
         }
+        let notes = workspace.address(0, workspace.layout.notes);
+        self.notes.launch(&self.gpu, layer, query, notes, params.scale)?;
+        self.launch(&table, choice.is_some(), &params)
+    }
+
+    /// Queues the kernels of both kinds of queries. The context is current.
+    fn launch(&self, table: &Reading, is_chosen: bool, params: &Decode) -> Result<()> {
+        let [has_steps, has_prompts] = table.has;
         if has_steps {
-            self.gpu.launch(&decode, self.grid_of(self.variant), &params)?;
+            let mut kernel = *self.decode.kernel(self.variant);
+            if is_chosen {
+                // It reads its list before it waits.
+                kernel = kernel.after_previous();
+            }
+            self.gpu.launch(&kernel, self.grid_of(self.variant), params)?;
         }
         if has_prompts {
-            let params = Decode { items: table.prompts, ..params };
+            let params = Decode { items: table.prompts, ..*params };
             self.gpu.launch(&self.prefill, self.prefill_grid(), &params)?;
+        }
+        Ok(())
+    }
+
+    fn check_tensors(
+        &self,
+        shape: &ModelShape,
+        query: &DeviceTensor,
+        output: &DeviceTensor,
+        lse: Option<&DeviceTensor>,
+    ) -> Result<()> {
+        let expected = [self.num_tokens, shape.num_q_heads, shape.head_dim];
+        for (name, tensor) in [("query", query), ("output", output)] {
+            check_shape(name, tensor.shape, expected)?;
+            tensor.check(name, self.dtype, 16)?;
+        }
+        if let Some(lse) = lse {
+            check_shape("lse", lse.shape, [self.num_tokens, shape.num_q_heads, 1])?;
+            lse.check("lse", DType::F32, 4)?;
+            ensure!(
+                lse.strides[1] == 1 || shape.num_q_heads == 1,
+                Unsupported,
+                "lse.strides[1] is {}, must be 1 on a CUDA device",
+                lse.strides[1]
+            );
         }
         Ok(())
     }
