@@ -152,6 +152,10 @@ pub unsafe extern "C" fn kvmgr_attention_plan(
 /// choose. On failure the layer is back to all blocks.
 /// Wants the handle alone; allocates only while its buffers still grow.
 ///
+/// On a CUDA device it queues one copy, and not while the stream is being captured; graphs serve later lists
+/// of the same layers (kvmgr_attention_graph_key). A sliding window then must not reach over blocks that
+/// are not selected: run answers KVMGR_UNSUPPORTED.
+///
 /// @param layer below num_layers
 /// @param starts num_sequences * num_kv_heads + 1 ascending numbers, the first 0 and the last
 ///        num_blocks

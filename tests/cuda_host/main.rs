@@ -17,6 +17,7 @@ mod policies;
 mod recurrent;
 mod refused;
 mod sealing;
+mod selected;
 mod twin;
 
 use std::ptr;

@@ -100,16 +100,6 @@ fn what_a_device_cannot_do_is_said() {
             assert_eq!(run(&options), KVMGR_UNSUPPORTED, "{}", message());
             let status = kvmgr_sequence_append(pair.device, 1, &raw const good, &raw const good);
             assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
-            let starts = [0u32; 3];
-            let status = kvmgr_attention_select(
-                twin.device.attention,
-                0,
-                starts.as_ptr(),
-                3,
-                ptr::null(),
-                0,
-            );
-            assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
             assert_eq!(kvmgr_cache_set_stream(twin.host.cache, ptr::null_mut()), KVMGR_UNSUPPORTED);
             let mut key = 0;
             let status = kvmgr_attention_graph_key(twin.host.attention, &raw mut key);

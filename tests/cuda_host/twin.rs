@@ -367,7 +367,7 @@ impl Twin {
     }
 
     /// Appends to and runs a layer in both and notes the difference.
-    fn layer(&mut self, layer: usize, total: usize) {
+    pub fn layer(&mut self, layer: usize, total: usize) {
         let setup = self.setup;
         let heads = setup.kv_heads * setup.group;
         let rows =
