@@ -15,7 +15,7 @@ use std::ops::Range;
 use common::Random;
 use emulator::{Grid, Half, Kernels, address, address_mut};
 use kvmgr::device::cuda::params::{Decode, Item};
-use kvmgr::device::layout::{Sealed, SideLayout, TOKENS};
+use kvmgr::device::layout::{Codes, Sealed, SideLayout, TOKENS};
 use kvmgr::quantizer::{self, Cell, Side};
 use work::{GRID, Quad, deal};
 
@@ -38,7 +38,7 @@ struct Case {
 }
 
 const PLAIN: Case = Case {
-    format: Sealed::Int4,
+    format: Sealed::both(Codes::Int4),
     rotates: 0,
     dtype: Half::F16,
     dim: 128,
@@ -50,12 +50,12 @@ const PLAIN: Case = Case {
 };
 
 fn spec_of(case: Case, side: usize) -> String {
-    let inner = match case.format {
-        Sealed::Int8 => "int8",
-        Sealed::Fp8E4m3 => "fp8(e4m3)",
-        Sealed::Int4 => "int4",
-        Sealed::Kivi4 => "kivi(bits=4, group=128)",
-        Sealed::Kivi2 => "kivi(bits=2, group=128)",
+    let inner = match case.format.codes(side == 0) {
+        Codes::Int8 => "int8",
+        Codes::Fp8E4m3 => "fp8(e4m3)",
+        Codes::Int4 => "int4",
+        Codes::Kivi4 => "kivi(bits=4, group=128)",
+        Codes::Kivi2 => "kivi(bits=2, group=128)",
     };
     let rotation = if case.rotates >> side & 1 == 1 { "had+" } else { "" };
     format!("{rotation}{inner}")
@@ -282,9 +282,9 @@ fn missing_waits_and_barriers_are_noticed() {
         ("        kvm_sync(); // nobody reads tiles", "        // nobody reads tiles"),
     ];
     for (from, to) in mutations {
-        let only = ("KVM_DECODE_QUANTS(", "int8, KvmInt8, 64");
+        let only = ("KVM_DECODE_QUANTS(", "int8, KvmInt8, KvmInt8, 64");
         let Some(kernels) = Kernels::build_mutated(SOURCE, (from, to), only) else { return };
-        let case = Case { format: Sealed::Int8, dim: 64, ..PLAIN };
+        let case = Case { format: Sealed::both(Codes::Int8), dim: 64, ..PLAIN };
         let is_seen = (1..=6).any(|seed| {
             let (error, lse) = error_of(kernels, case, seed);
             error > 1e-3 || lse > 1e-3

@@ -5,9 +5,9 @@
 /// Tokens of a block on a device.
 pub const TOKENS: usize = 64;
 
-/// A format of sealed blocks that kernels can read.
+/// Codes of a side that kernels can read, with what they are scaled by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sealed {
+pub enum Codes {
     /// `int8`.
     Int8,
     /// `fp8(e4m3)`.
@@ -20,12 +20,56 @@ pub enum Sealed {
     Kivi2,
 }
 
+/// A format of sealed blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sealed {
+    /// Of keys.
+    pub key: Codes,
+    /// Of values.
+    pub value: Codes,
+}
+
 impl Sealed {
-    /// All of them.
-    pub const ALL: [Self; 5] = [Self::Int8, Self::Fp8E4m3, Self::Int4, Self::Kivi4, Self::Kivi2];
+    /// All that kernels can read.
+    pub const ALL: [Self; 6] = [
+        Self::both(Codes::Int8),
+        Self::both(Codes::Fp8E4m3),
+        Self::both(Codes::Int4),
+        Self::both(Codes::Kivi4),
+        Self::both(Codes::Kivi2),
+        Self { key: Codes::Int8, value: Codes::Int4 },
+    ];
+
+    /// Keys and values have the same codes.
+    pub const fn both(codes: Codes) -> Self {
+        Self { key: codes, value: codes }
+    }
+
+    /// The codes of a side.
+    pub const fn codes(self, is_key: bool) -> Codes {
+        if is_key { self.key } else { self.value }
+    }
 
     /// What kernels are named after.
-    pub const fn name(self) -> &'static str {
+    pub fn name(self) -> String {
+        let [key, value] = [self.key.name(), self.value.name()];
+        if key == value { key.into() } else { format!("{key}_{value}") }
+    }
+
+    /// Tokens of a chunk of both sides, which is what a warp takes at a time.
+    pub const fn chunk(self) -> usize {
+        if self.key.bits() == 8 || self.value.bits() == 8 { 32 } else { 64 }
+    }
+
+    /// Bytes of a side of a cell of 64 tokens, here and there.
+    pub fn bytes(self, dim: usize, is_key: bool) -> usize {
+        let codes = self.codes(is_key);
+        TOKENS * dim * codes.bits() / 8 + codes.scale_bytes(dim, is_key)
+    }
+}
+
+impl Codes {
+    const fn name(self) -> &'static str {
         match self {
             Self::Int8 => "int8",
             Self::Fp8E4m3 => "fp8e4m3",
@@ -35,18 +79,12 @@ impl Sealed {
         }
     }
 
-    /// Bits of a code.
-    pub const fn bits(self) -> usize {
+    const fn bits(self) -> usize {
         match self {
             Self::Int8 | Self::Fp8E4m3 => 8,
             Self::Int4 | Self::Kivi4 => 4,
             Self::Kivi2 => 2,
         }
-    }
-
-    /// Tokens of a chunk, which is what a warp takes at a time.
-    pub const fn chunk(self) -> usize {
-        if self.bits() == 8 { 32 } else { 64 }
     }
 
     const fn is_kivi(self) -> bool {
@@ -61,11 +99,6 @@ impl Sealed {
             Self::Kivi4 | Self::Kivi2 if is_key => 4 * dim,
             Self::Kivi4 | Self::Kivi2 => 4 * TOKENS,
         }
-    }
-
-    /// Bytes of a side of a cell of 64 tokens, here and there.
-    pub fn bytes(self, dim: usize, is_key: bool) -> usize {
-        TOKENS * dim * self.bits() / 8 + self.scale_bytes(dim, is_key)
     }
 
     /// The bit of a word at which its first code starts; the last may go on at the word's lowest bits.
@@ -122,7 +155,7 @@ impl Sealed {
 /// Where everything of a side of a cell is on the device and on the host.
 #[derive(Debug, Clone)]
 pub struct SideLayout {
-    format: Sealed,
+    format: Codes,
     bytes: usize,
     /// First bytes of the words of codes on the device.
     words: Vec<u32>,
@@ -134,8 +167,9 @@ pub struct SideLayout {
 
 impl SideLayout {
     /// The layout of keys or values of `dim` elements.
-    pub fn new(format: Sealed, dim: usize, is_key: bool) -> Self {
-        let (bytes, row) = (format.bytes(dim, is_key), dim * format.bits() / 8);
+    pub fn new(sealed: Sealed, dim: usize, is_key: bool) -> Self {
+        let (format, chunk) = (sealed.codes(is_key), sealed.chunk());
+        let (bytes, row) = (sealed.bytes(dim, is_key), dim * format.bits() / 8);
         // Keys of KIVI have their scales in front; all others behind the codes of each token.
         let (head, tail) = match format.is_kivi() && is_key {
             true => (4 * dim, 0),
@@ -151,8 +185,8 @@ impl SideLayout {
         };
         let per_word = 32 / format.bits();
         let mut at = 0;
-        for first in (0..TOKENS).step_by(format.chunk()) {
-            let words = format.chunk() * row / 4;
+        for first in (0..TOKENS).step_by(chunk) {
+            let words = chunk * row / 4;
             let before = new.words.len();
             new.words.extend((0..words).map(|word| (at + 4 * word) as u32));
             let mut place = |t: usize, channel: usize, byte: usize, bit: usize| {
@@ -161,10 +195,8 @@ impl SideLayout {
                 new.codes[(before + byte / 4) * per_word + code] = host as u32;
             };
             match is_key {
-                true => format.fragments(format.chunk(), dim, &mut place),
-                false => {
-                    format.fragments(dim, format.chunk(), |r, c, at, bit| place(c, r, at, bit))
-                }
+                true => format.fragments(chunk, dim, &mut place),
+                false => format.fragments(dim, chunk, |r, c, at, bit| place(c, r, at, bit)),
             }
             at += 4 * words;
             let mut scale = |host: usize| {
@@ -175,8 +207,7 @@ impl SideLayout {
                 0 => {
                     // All s, then all m.
                     for part in 0..tail / 4 {
-                        (first..first + format.chunk())
-                            .for_each(|t| scale(token(t) + row + 4 * part));
+                        (first..first + chunk).for_each(|t| scale(token(t) + row + 4 * part));
                     }
                 }
                 head => (0..head).step_by(4).for_each(&mut scale),

@@ -135,6 +135,8 @@ fn quantized_sequences_live_alike() {
             "quant(k=had+int4, v=int4)",
             "quant(had+int8)",
             "quant(had+kivi(bits=4, group=128))",
+            "quant(k=int8, v=int4)",
+            "quant(k=had+int8, v=int4)",
         ];
         for (i, spec) in specs.into_iter().enumerate() {
             let setup = Setup {
@@ -160,7 +162,7 @@ fn sequences_with_exact_rows_live_alike() {
         let specs = [
             "quant(int4, residual=70)",
             "quant(kivi(bits=2, group=128), first=1)",
-            "quant(int8, skip_layers=1)",
+            "quant(k=int8, v=int4, skip_layers=1)",
             "quant(had+int4, first=65, residual=1)",
             "quant(fp8(e4m3), skip_layers=1, residual=100)",
             "quant(kivi(bits=4, group=128), skip_layers=1, first=4, residual=64)",
@@ -177,10 +179,7 @@ fn sequences_with_exact_rows_live_alike() {
                 window: 70,
                 ..PLAIN
             };
-            // Prefixes and blocks that wait for each other in more ways than sequences of one format have.
-            for seed in 0..if driver::is_mock() { 2 } else { 20 } {
-                live(setup, seed, if driver::is_mock() { 12 } else { 60 });
-            }
+            live(setup, i as u64 + 1, if driver::is_mock() { 14 } else { 200 });
         }
     });
 }

@@ -172,7 +172,7 @@ fn policies_keep_the_same_tokens_of_quantized_blocks() {
             ("keydiff | keep(0.6) | quant(kivi(bits=2, group=128))", true),
             ("every(2) | random(seed=4) | keep_tokens(140) | quant(had+int8)", true),
             ("every(1) | stream(sink=4, recent=130) | quant(fp8(e4m3))", false),
-            ("knorm | keep(0.7) | quant(int4, first=4, residual=70)", true),
+            ("knorm | keep(0.7) | quant(k=int8, v=int4, first=4, residual=70)", true),
             ("every(2) | random(seed=5) | keep_tokens(150) | quant(int8, residual=40)", true),
         ];
         for (i, (spec, has_prefix)) in specs.into_iter().enumerate() {

@@ -60,12 +60,13 @@ fn any_lists(twin: &Twin, layer: usize, num_heads: usize, random: &mut Random) -
 }
 
 fn select(twin: &Twin, layer: usize, lists: &[Vec<u32>]) {
-    [&twin.host, &twin.device].map(|engine| ok(try_select(engine, layer, lists)));
+    [&twin.host, &twin.device].iter().for_each(|engine| ok(try_select(engine, layer, lists)));
 }
 
 fn plan(twin: &Twin, pairs: &[Pair], counts: &[u32]) {
     for (pair, n) in pairs.iter().zip(counts) {
-        pair.both().map(|sequence| ok(kvmgr_sequence_reserve(sequence, *n as usize)));
+        let reserve = |sequence| ok(kvmgr_sequence_reserve(sequence, *n as usize));
+        pair.both().into_iter().for_each(reserve);
     }
     twin.host.plan(&pairs.iter().map(|pair| pair.host).collect::<Vec<_>>(), counts);
     twin.device.plan(&pairs.iter().map(|pair| pair.device).collect::<Vec<_>>(), counts);
@@ -167,7 +168,7 @@ fn a_new_plan_or_a_bad_list_brings_all_blocks_back() {
         });
         assert_eq!(lists[0], lists[1], "there is no such layer");
         for pair in &pairs {
-            pair.both().map(|sequence| ok(kvmgr_sequence_truncate(sequence, 18)));
+            pair.both().into_iter().for_each(|sequence| ok(kvmgr_sequence_truncate(sequence, 18)));
         }
         let stale = [&twin.host, &twin.device].map(|engine| try_select(engine, 0, &short));
         assert_eq!(stale, [KVMGR_INVALID_STATE; 2], "{}", message());
