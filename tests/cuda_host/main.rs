@@ -416,7 +416,13 @@ fn append_and_run_allocate_nothing() {
 fn a_store_serves_caches_on_both_sides() {
     on_device("a_store_serves_caches_on_both_sides", || {
         let _context = Context::new();
-        let specs = ["full", "quant(int8)", "quant(had+int4)", "quant(kivi(bits=2, group=128))"];
+        let specs = [
+            "full",
+            "quant(int8)",
+            "quant(had+int4)",
+            "quant(kivi(bits=2, group=128))",
+            "quant(k=int8, v=int4, first=4)",
+        ];
         for (i, spec) in specs.into_iter().enumerate() {
             let dim = [64, 128][i % 2];
             let setup = Setup { spec, dim, block: 64, blocks: 16, ..PLAIN };
