@@ -3061,8 +3061,10 @@ kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
  *
  * On a CUDA device Q and O are of the cache's dtype with rows aligned to 16 bytes, LSE is f32 with
  * neighbouring heads; worker 0 launches one kernel on the cache's stream, or two if the plan has decode
- * steps and prompts, as kvmgr_attention_append does. A sliding_window in which a policy has evicted tokens is
- * KVMGR_UNSUPPORTED there.
+ * steps and prompts, as kvmgr_attention_append does, and one more for each of these that a policy asks for: the
+ * last queries, what rows receive, a list of blocks. A sliding_window in which a policy has evicted tokens is
+ * KVMGR_UNSUPPORTED there. What rows receive there (h2o) is from all planned queries, also those of drafts
+ * that are not committed later.
  *
  * @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
  *        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.

@@ -219,9 +219,12 @@ fn a_graph_serves_later_plans() {
     on_device("a_graph_serves_later_plans", || {
         let _context = Context::new();
         let stream = Stream::new();
-        for spec in
-            ["full", "stream(sink=2, recent=30)", "every(2) | snapkv(w=4) | keep_tokens(30)"]
-        {
+        for spec in [
+            "full",
+            "stream(sink=2, recent=30)",
+            "every(2) | snapkv(w=4) | keep_tokens(30)",
+            "every(2) | h2o(recent=4) | keep_tokens(30)",
+        ] {
             serve_with_a_graph(&stream, spec);
         }
     });
