@@ -160,10 +160,10 @@ impl Observation {
         })
     }
 
-    /// Where a device notes the queries of the next `n` tokens, and how many of the last; `None` if it need
-    /// not. The first time it takes memory.
-    pub fn ring_for(&self, n: usize) -> Result<Option<(Arc<QueryRing>, usize)>> {
-        self.noted.as_ref().map_or(Ok(None), |noted| noted.ring_for(n))
+    /// Where a device notes the queries of the `n` tokens before position `end`, and how many of the last;
+    /// `None` if it need not. The first time it takes memory.
+    pub fn ring_for(&self, n: usize, end: usize) -> Result<Option<(Arc<QueryRing>, usize)>> {
+        self.noted.as_ref().map_or(Ok(None), |noted| noted.ring_for(n, end))
     }
 
     /// Brings the queries of a layer from the device, which waits for all queued work.
