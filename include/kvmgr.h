@@ -2664,7 +2664,8 @@ void kvmgr_sequence_destroy(kvmgr_sequence *sequence);
 /**
  * Makes a second sequence with the same tokens. It shares every block; the block that still fills
  * is copied by whoever writes first. States of recurrent layers are copied at once, for which one must be
- * free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved.
+ * free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved, and while a graph is captured if
+ * something has to be copied at once on a CUDA device.
  *
  * @param out_child receives an exclusive handle; NULL on failure
  */
@@ -2690,11 +2691,14 @@ kvmgr_status kvmgr_sequence_match_prefix(kvmgr_sequence *sequence,
 
 /**
  * Makes room for the next num_tokens tokens in every layer, or answers KVMGR_OUT_OF_BLOCKS and
- * changes nothing. May be called again before a commit.
+ * changes nothing. May be called again before a commit. On a CUDA device a shared block that has to be copied
+ * first is KVMGR_INVALID_STATE while a graph is captured.
  *
  * @param num_tokens at least 1
  */
-KVMGR_NODISCARD kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence, size_t num_tokens);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence,
+                                    size_t num_tokens);
 
 /**
  * Writes the keys and values of the next reserved tokens of one layer; several calls continue one
@@ -3058,7 +3062,7 @@ kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
  *
  * On a CUDA device Q and O are of the cache's dtype with rows aligned to 16 bytes, LSE is f32 with
  * neighbouring heads; worker 0 launches one kernel on the cache's stream, or two if the plan has decode
- * steps and prompts, as kvmgr_attention_append does. A sliding_window in which a policy has evicted tokens is
+ * steps and prompts, and one more if a policy wants the last queries, as kvmgr_attention_append does. A sliding_window in which a policy has evicted tokens is
  * KVMGR_UNSUPPORTED there.
  *
  * @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
@@ -3083,8 +3087,10 @@ kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
 
 /**
  * Takes the device memory that plans need, so that no later plan within these limits takes more:
- * kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan.
- * The current plan is gone. CUDA only.
+ * kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan, and
+ * with it where policies have left sequences in more pieces than they have blocks. Not counted is what
+ * sequences take when they are planned whose policy wants the last queries (KVMGR_NEEDS_QUERY_WINDOW), which no
+ * key depends on. The current plan is gone. CUDA only.
  *
  * @param max_sequences most sequences of a plan
  * @param max_queries most tokens of a plan, over all sequences
@@ -3100,8 +3106,8 @@ kvmgr_status kvmgr_attention_reserve(kvmgr_attention *attention,
  * A number that says what a CUDA graph is good for. Capture kvmgr_attention_append and
  * kvmgr_attention_run of all layers under one plan; after another kvmgr_attention_plan with the same
  * number, launching that graph does the work of that plan: what changes from plan to plan is read
- * from device memory. The number depends on how many tokens are planned, not on how long sequences
- * are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
+ * from device memory. The number depends on how many tokens are planned and on whether a policy wants
+ * queries of them, not on how long sequences are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
  * Plan outside of the capture. CUDA only.
  *
  * @param out_key receives the number
