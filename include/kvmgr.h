@@ -1085,7 +1085,7 @@ typedef struct {
    * spec "full" or quant of int8, int4, fp8(e4m3) or kivi with group at least 64 and head_dim, for
    * keys and values alike, or int8 for keys and int4 for values, with block_size 64 and head_dim 64 or
    * 128, and skip_layers, first and residual.
-   * Raw blocks are the same bytes on both, so one store may serve caches on either.
+   * A store has the bytes of the host, so one may serve caches on either.
    */
   kvmgr_device_type device_type;
   /**

@@ -12,7 +12,8 @@ use std::ptr;
 use std::sync::OnceLock;
 
 use common::Random;
-use emulator::{Grid, Half, Kernels};
+use emulator::{Grid, Half, Kernels, address, address_mut};
+use kvmgr::device::cuda::params::{Seen, SeenItem};
 
 const NAN: u16 = 0x7fff;
 
@@ -257,26 +258,6 @@ fn lists_are_those_of_a_sort() {
     assert!(blocks == before);
 }
 
-/// `KvmSeen` of the kernels; an item is token, queries, head, first page, len, begin, end, sum, and
-/// from one query head to the next.
-#[repr(C)]
-struct Seen {
-    q: *const u16,
-    lse: *const f32,
-    pages: *const u32,
-    k: *const u16,
-    sums: *mut f32,
-    items: *const [u32; 9],
-    /// Token, head of Q; token of LSE; block, head, row of K.
-    strides: [i64; 6],
-    scale: f32,
-    softcap: f32,
-    window: u32,
-    num_items: u32,
-    group: u32,
-    block_size: u32,
-}
-
 /// Queries of some heads over paged keys of ragged lengths.
 struct World {
     half: Half,
@@ -332,7 +313,7 @@ impl World {
             strides: strides.map(|x| x as i64),
         };
         for head in world.heads.clone() {
-            for t in 0..head[4] {
+            for t in Self::first(head)..head[4] {
                 let at = world.key_at(head, t);
                 world.keys[at..at + dim].fill_with(|| half.bits(random.normal()));
             }
@@ -343,6 +324,11 @@ impl World {
             }
         }
         world
+    }
+
+    /// Rows of a head that are evicted from its first block.
+    fn first(head: [usize; 5]) -> usize {
+        if head[4] > 100 { 5 } else { 0 }
     }
 
     fn key_at(&self, head: [usize; 5], t: usize) -> usize {
@@ -358,7 +344,7 @@ impl World {
         let end = (head[4] + query + 1).saturating_sub(head[1]);
         let begin = if self.window > 0 { end.saturating_sub(self.window) } else { 0 };
         let logit = |t: usize| {
-            if t < begin || t >= end {
+            if t < begin.max(Self::first(head)) || t >= end {
                 return f64::NEG_INFINITY;
             }
             let key = &self.keys[self.key_at(head, t)..][..self.dim];
@@ -387,26 +373,45 @@ impl World {
         let mut items = Vec::new();
         for (i, [token, queries, head, first_page, len]) in self.heads.iter().copied().enumerate() {
             let cut = len / 2 / 16 * 16;
-            let sum = i * self.group * sum_head;
-            for (begin, end) in [(0, cut), (cut, len)].into_iter().filter(|(a, b)| a < b) {
-                let item = [token, queries, head, first_page, len, begin, end, sum, sum_head];
-                items.push(item.map(|x| x as u32));
+            let [token, queries, head, first_page] =
+                [token, queries, head, first_page].map(|x| x as u32);
+            for (begin, end) in [(0, cut), (cut, len), (cut, cut)] {
+                items.push(SeenItem {
+                    // Of layer 0; the launch is that of layer 2.
+                    sums: address_mut(&mut sums[i * self.group * sum_head..]).wrapping_sub(4 * 14),
+                    token,
+                    num_queries: queries,
+                    kv_head: head,
+                    first_page,
+                    len: len as u32,
+                    begin: begin as u32,
+                    end: end as u32,
+                    first: Self::first([0, 0, 0, 0, len]) as u32,
+                    sum_head: sum_head as u32,
+                    sum_layer: 7,
+                });
             }
         }
+        let [q_token, q_head, lse_token, kv_block, kv_head, kv_token] = self.strides;
         let params = Seen {
-            q: self.q.as_ptr(),
-            lse: self.lse.as_ptr(),
-            pages: self.pages.as_ptr(),
-            k: self.keys.as_ptr(),
-            sums: sums.as_mut_ptr(),
-            items: items.as_ptr(),
-            strides: self.strides,
+            q: address(&self.q),
+            lse: address(&self.lse),
+            pages: address(&self.pages),
+            k: address(&self.keys),
+            items: address(&items),
+            q_token,
+            q_head,
+            lse_token,
+            kv_block,
+            kv_head,
+            kv_token,
             scale: 1.0 / (self.dim as f32).sqrt(),
             softcap: self.softcap as f32,
             window: self.window as u32,
             num_items: items.len() as u32,
             group: self.group as u32,
             block_size: self.block as u32,
+            layer: 2,
         };
         let name = format!("kvm_{name}_{}_d{}", self.half.name(), self.dim);
         let smem = if self.dim == 256 { 384 } else { 512 } * self.dim + 1536;
@@ -433,8 +438,11 @@ fn what_rows_receive_is_exp_of_logit_less_lse() {
             let mut total = vec![0.0; head[4]];
             for g in 0..world.group {
                 let expected = world.received(*head, g);
-                for (t, expected) in expected.iter().enumerate() {
-                    let found = f64::from(window[first + g * sum_head + t]);
+                let evicted = World::first(*head);
+                let sums = &window[first + g * sum_head..];
+                assert!(sums[..evicted].iter().all(|x| x.is_nan()), "{case}: evicted rows");
+                for (t, expected) in expected.iter().enumerate().skip(evicted) {
+                    let found = f64::from(sums[t]);
                     let error = (found - expected).abs();
                     assert!(
                         error < 1e-4 * expected.max(1e-3),

@@ -105,7 +105,7 @@ pub struct kvmgr_cache_config {
     /// spec "full" or quant of int8, int4, fp8(e4m3) or kivi with group at least 64 and head_dim, for
     /// keys and values alike, or int8 for keys and int4 for values, with block_size 64 and head_dim 64 or
     /// 128, and skip_layers, first and residual.
-    /// Raw blocks are the same bytes on both, so one store may serve caches on either.
+    /// A store has the bytes of the host, so one may serve caches on either.
     pub device_type: kvmgr_device_type,
     /// Which CUDA device. The cache works in the calling thread's current context if that is one of
     /// this device, else in the device's primary context; either must outlive the cache. No call

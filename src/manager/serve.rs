@@ -15,11 +15,15 @@ pub(super) fn offered(cache: &Cache) -> Needs {
 }
 
 /// What a cache on a device serves.
-const ON_DEVICE: Needs = Needs::KEYS
-    .union(Needs::VALUES)
-    .union(Needs::ROPE)
-    .union(Needs::OUTPUT_PROJECTION)
-    .union(Needs::QUERY_WINDOW);
+fn served_on_device(cache: &Cache) -> Needs {
+    let served = Needs::KEYS.union(Needs::VALUES).union(Needs::ROPE);
+    let served = served.union(Needs::OUTPUT_PROJECTION).union(Needs::QUERY_WINDOW);
+    // The kernel that adds up what rows receive reads open blocks.
+    match cache.sealed_layout() {
+        None => served.union(Needs::COLUMN_SUM),
+        Some(_) => served,
+    }
+}
 
 /// Refuses a policy that a cache on a device cannot serve, naming the stage.
 fn check_on_device(cache: &Cache, policy: &Pipeline) -> Result<()> {
@@ -27,14 +31,15 @@ fn check_on_device(cache: &Cache, policy: &Pipeline) -> Result<()> {
         return Ok(());
     }
     let needs = policy.needs();
-    let missing = needs.without(ON_DEVICE);
+    let served = served_on_device(cache);
+    let missing = needs.without(served);
     let needing = policy.needed_by(missing).filter(|_| missing != Needs::NONE);
     let does = |stage: &str, what: &str| (stage.to_string(), what.to_string());
     let is_relative = policy.position_mode() == PositionMode::CacheRelative;
     let (stage, what) = match (policy.selector_name(), needing) {
         (Some(stage), _) => does(stage, "selects blocks"),
         (_, Some(stage)) => {
-            does(stage, &format!("needs {}", needs.missing_from(ON_DEVICE).join(", ")))
+            does(stage, &format!("needs {}", needs.missing_from(served).join(", ")))
         }
         _ if is_relative => does("pos", "moves tokens"),
         _ => match (policy.changing_stage(), policy.demoted().next()) {

@@ -13,6 +13,7 @@
 #include "decode_f16.cu"
 #include "decode_q.cu"
 #include "note.cu"
+#include "obs.cu"
 #include "prefill.cu"
 #include "seal.cu"
 

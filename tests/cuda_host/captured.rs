@@ -43,6 +43,32 @@ fn memory_of_queries_goes_in_a_capture() {
     });
 }
 
+/// So does the memory of what rows receive.
+#[test]
+fn memory_of_sums_goes_in_a_capture() {
+    on_device("captured::memory_of_sums_goes_in_a_capture", || {
+        let _context = Context::new();
+        let stream = Stream::new();
+        let setup = Setup { spec: "h2o(recent=8) | keep(0.5)", ..SNAPKV };
+        let mut twin = Twin::new(setup, 3, |_| {});
+        ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
+        let (mut pair, _) = twin.start(&[]);
+        let (mut other, _) = twin.start(&[]);
+        twin.step(&mut [&mut pair, &mut other], &[(vec![1; 40], 40), (vec![2; 30], 30)]);
+        twin.step(&mut [&mut pair], &[(vec![1; 5], 5)]);
+        let before = num_failures();
+        _ = stream.capture(|| drop(other));
+        assert_eq!(num_failures(), before);
+        let (mut next, _) = twin.start(&[]);
+        twin.step(&mut [&mut next, &mut pair], &[(vec![3; 30], 30), (vec![1; 2], 2)]);
+        for pair in [&next, &pair] {
+            twin.end_prefill(pair);
+            twin.positions(pair);
+        }
+        ok(kvmgr_cache_set_stream(twin.device.cache, ptr::null_mut()));
+    });
+}
+
 /// Copies would be those of the graph.
 #[test]
 fn nothing_is_copied_in_a_capture() {

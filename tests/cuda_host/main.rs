@@ -219,9 +219,12 @@ fn a_graph_serves_later_plans() {
     on_device("a_graph_serves_later_plans", || {
         let _context = Context::new();
         let stream = Stream::new();
-        for spec in
-            ["full", "stream(sink=2, recent=30)", "every(2) | snapkv(w=4) | keep_tokens(30)"]
-        {
+        for spec in [
+            "full",
+            "stream(sink=2, recent=30)",
+            "every(2) | snapkv(w=4) | keep_tokens(30)",
+            "every(2) | h2o(recent=4) | keep_tokens(30)",
+        ] {
             serve_with_a_graph(&stream, spec);
         }
     });
@@ -414,7 +417,13 @@ fn append_and_run_allocate_nothing() {
 fn a_store_serves_caches_on_both_sides() {
     on_device("a_store_serves_caches_on_both_sides", || {
         let _context = Context::new();
-        let specs = ["full", "quant(int8)", "quant(had+int4)", "quant(kivi(bits=2, group=128))"];
+        let specs = [
+            "full",
+            "quant(int8)",
+            "quant(had+int4)",
+            "quant(kivi(bits=2, group=128))",
+            "quant(k=int8, v=int4, first=4)",
+        ];
         for (i, spec) in specs.into_iter().enumerate() {
             let dim = [64, 128][i % 2];
             let setup = Setup { spec, dim, block: 64, blocks: 16, ..PLAIN };

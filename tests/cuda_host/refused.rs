@@ -138,7 +138,7 @@ fn refuse_configurations() {
         (Box::new(|config| config.dtype = KVMGR_DTYPE_F32), "dtype is f32"),
         (Box::new(|config| config.device_id = 7777), "device_id is 7777"),
         (Box::new(|config| config.device_id = -1), "device_id is -1"),
-        (spec(c"h2o | keep(0.5)", 64, 16), "column 1: h2o needs COLUMN_SUM"),
+        (spec(c"h2o | keep(0.5) | quant(int8)", 64, 64), "column 1: h2o needs COLUMN_SUM"),
         (spec(c"expected | keep(0.5)", 64, 16), "column 1: expected needs"),
         (spec(c"quest(8)", 64, 16), "column 1: quest selects blocks"),
         (spec(c"stream(sink=4, recent=20) | pos(cache_relative)", 64, 16), "pos needs ROPE"),

@@ -18,6 +18,7 @@ mod kernels;
 mod notes;
 mod schedule;
 mod selected;
+mod sums;
 mod table;
 mod workspace;
 
@@ -28,6 +29,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use self::kernels::{Decoders, Variant, is_prompt, load_prefill, prefill_rows, tile_of};
 use self::notes::Notes;
 use self::selected::Selected;
+use self::sums::Sums;
 use self::table::{Builder, Table, lanes_of_table};
 use self::workspace::{Capacity, NOTE_WORDS, Workspace};
 use super::{DeviceOptions, check_shape};
@@ -54,6 +56,7 @@ pub(super) struct Cuda {
     prefill: Kernel,
     workspace: Workspace,
     notes: Notes,
+    sums: Sums,
     builder: Builder,
     /// One for all layers, or one for each.
     tables: Vec<Table>,
@@ -96,6 +99,7 @@ impl Cuda {
             prefill: load_prefill(gpu, dtype, dim)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
             notes: Notes::default(),
+            sums: Sums::default(),
             builder: Builder::default(),
             tables: (0..num_tables).map(|_| Table::default()).collect(),
             selected: (0..config.shape.num_layers).map(|_| Selected::new(gpu)).collect(),
@@ -168,7 +172,8 @@ impl Cuda {
             needed = needed.max(&table.lists.capacity()).max(&self.builder.partials()).max(&places);
         }
         self.workspace.reserve(&needed)?;
-        self.send_tables()
+        self.send_tables()?;
+        self.sums.plan(&self.gpu, cache, batch, &self.tables)
     }
 
     /// Queues the copy of the tables.
@@ -200,6 +205,11 @@ impl Cuda {
         if lists.0.is_empty() {
             return Ok(()); // There is no plan, or one of nothing.
         }
+        ensure!(
+            !self.sums.has_any(),
+            Unsupported,
+            "policies ask for what queries give each row; on a CUDA device no blocks can be selected then"
+        );
         let table = &self.tables[self.table_of(layer)];
         let heads = cache.config().shape.num_kv_heads;
         self.selected[layer].fill(table, heads, num_queries, lists, &mut self.builder)?;
@@ -220,6 +230,7 @@ impl Cuda {
     pub(super) fn clear(&mut self) {
         (self.has, self.num_tokens) = ([false; 2], 0);
         self.selected.iter_mut().for_each(Selected::clear);
+        self.sums.clear();
     }
 
     fn table_of(&self, layer: usize) -> usize {
@@ -349,6 +360,12 @@ impl Cuda {
             rotates: cache.rotates(),
         };
         let _entered = self.gpu.enter()?;
+        let params = match lse {
+            None if self.sums.has_any() => {
+                Decode { lse: self.sums.lse(), lse_token: shape.num_q_heads as i64, ..params }
+            }
+            _ => params,
+        };
         let notes = workspace.address(0, workspace.layout.notes);
         self.notes.launch(&self.gpu, layer, query, notes, params.scale)?;
         let [has_steps, has_prompts] = table.has;
@@ -360,7 +377,7 @@ impl Cuda {
             let params = Decode { items: table.prompts, ..params };
             self.gpu.launch(&self.prefill, self.prefill_grid(), &params)?;
         }
-        Ok(())
+        self.sums.launch(&self.gpu, layer, self.table_of(layer), &params)
     }
 
     /// The table that a layer goes by, and what may be missing there.
@@ -387,7 +404,8 @@ impl Cuda {
         let Variant { has_16_columns, is_wide } = self.variant;
         let mut hasher = DefaultHasher::new();
         let (generation, notes) = (self.workspace.generation, self.notes.has_any());
-        (has_16_columns, is_wide, self.num_tokens, generation, notes).hash(&mut hasher);
+        let sums = self.sums.has_any().then_some(self.sums.generation);
+        (has_16_columns, is_wide, self.num_tokens, generation, notes, sums).hash(&mut hasher);
         // A run in a window that tokens are missing in is refused, which a graph could not be.
         for (layer, window) in self.windows.iter().enumerate() {
             let Reading { items, prompts, pages, has, widest } = self.reading(layer).0;
