@@ -256,8 +256,10 @@ pub unsafe extern "C" fn kvmgr_attention_append(
 ///
 /// On a CUDA device Q and O are of the cache's dtype with rows aligned to 16 bytes, LSE is f32 with
 /// neighbouring heads; worker 0 launches one kernel on the cache's stream, or two if the plan has decode
-/// steps and prompts, and one more if a policy wants the last queries, as kvmgr_attention_append does. A sliding_window in which a policy has evicted tokens is
-/// KVMGR_UNSUPPORTED there.
+/// steps and prompts, as kvmgr_attention_append does, and one more for each of these that a policy asks for: the
+/// last queries, what rows receive, a list of blocks. A sliding_window in which a policy has evicted tokens is
+/// KVMGR_UNSUPPORTED there. What rows receive there (h2o) is from all planned queries, also those of drafts
+/// that are not committed later.
 ///
 /// @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
 ///        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.
@@ -315,9 +317,9 @@ pub unsafe extern "C" fn kvmgr_attention_run(
 
 /// Takes the device memory that plans need, so that no later plan within these limits takes more:
 /// kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan, and
-/// with it where policies have left sequences in more pieces than they have blocks. Not counted is what
-/// sequences take when they are planned whose policy wants the last queries (KVMGR_NEEDS_QUERY_WINDOW), which no
-/// key depends on. The current plan is gone. CUDA only.
+/// with it where policies have left sequences in more pieces than they have blocks, or want to know what rows
+/// receive. Not counted is memory of single sequences, which no key depends on: plans take it for policies that
+/// want the last queries or what rows receive. The current plan is gone. CUDA only.
 ///
 /// @param max_sequences most sequences of a plan
 /// @param max_queries most tokens of a plan, over all sequences
@@ -345,8 +347,8 @@ pub extern "C" fn kvmgr_attention_reserve(
 /// A number that says what a CUDA graph is good for. Capture kvmgr_attention_append and
 /// kvmgr_attention_run of all layers under one plan; after another kvmgr_attention_plan with the same
 /// number, launching that graph does the work of that plan: what changes from plan to plan is read
-/// from device memory. The number depends on how many tokens are planned and on whether a policy wants
-/// queries of them, not on how long sequences are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
+/// from device memory. The number depends on how many tokens are planned and on what policies want to know of
+/// them, not on how long sequences are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
 /// Plan outside of the capture. CUDA only.
 ///
 /// @param out_key receives the number
