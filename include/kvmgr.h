@@ -2666,7 +2666,8 @@ void kvmgr_sequence_destroy(kvmgr_sequence *sequence);
 /**
  * Makes a second sequence with the same tokens. It shares every block; the block that still fills
  * is copied by whoever writes first. States of recurrent layers are copied at once, for which one must be
- * free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved.
+ * free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved, and while a graph is captured if
+ * something has to be copied at once on a CUDA device.
  *
  * @param out_child receives an exclusive handle; NULL on failure
  */
@@ -2692,11 +2693,14 @@ kvmgr_status kvmgr_sequence_match_prefix(kvmgr_sequence *sequence,
 
 /**
  * Makes room for the next num_tokens tokens in every layer, or answers KVMGR_OUT_OF_BLOCKS and
- * changes nothing. May be called again before a commit.
+ * changes nothing. May be called again before a commit. On a CUDA device a shared block that has to be copied
+ * first is KVMGR_INVALID_STATE while a graph is captured.
  *
  * @param num_tokens at least 1
  */
-KVMGR_NODISCARD kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence, size_t num_tokens);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence,
+                                    size_t num_tokens);
 
 /**
  * Writes the keys and values of the next reserved tokens of one layer; several calls continue one
@@ -3088,8 +3092,10 @@ kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
 
 /**
  * Takes the device memory that plans need, so that no later plan within these limits takes more:
- * kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan.
- * The current plan is gone. CUDA only.
+ * kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan, and
+ * with it where policies have left sequences in more pieces than they have blocks, or want to know what rows
+ * receive. Not counted is memory of single sequences, which no key depends on: plans take it for policies that
+ * want the last queries or what rows receive. The current plan is gone. CUDA only.
  *
  * @param max_sequences most sequences of a plan
  * @param max_queries most tokens of a plan, over all sequences
@@ -3105,8 +3111,8 @@ kvmgr_status kvmgr_attention_reserve(kvmgr_attention *attention,
  * A number that says what a CUDA graph is good for. Capture kvmgr_attention_append and
  * kvmgr_attention_run of all layers under one plan; after another kvmgr_attention_plan with the same
  * number, launching that graph does the work of that plan: what changes from plan to plan is read
- * from device memory. The number depends on how many tokens are planned, not on how long sequences
- * are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
+ * from device memory. The number depends on how many tokens are planned and on what policies want to know of
+ * them, not on how long sequences are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
  * Plan outside of the capture. CUDA only.
  *
  * @param out_key receives the number

@@ -368,7 +368,8 @@ impl Cache {
             if let Some(head) = blocks.first() {
                 self.drop_kept(*head, &digest);
             }
-            if let Some(offload) = self.offload.lock().clone() {
+            let offload = self.offload.lock().clone();
+            if let Some(offload) = offload {
                 // What cannot be fetched from a device is lost, as it would be without a store.
                 let bytes: Result<Vec<_>> =
                     views.iter().map(|view| self.stored_bytes(view)).collect();

@@ -317,8 +317,10 @@ pub unsafe extern "C" fn kvmgr_attention_run(
 }
 
 /// Takes the device memory that plans need, so that no later plan within these limits takes more:
-/// kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan.
-/// The current plan is gone. CUDA only.
+/// kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan, and
+/// with it where policies have left sequences in more pieces than they have blocks, or want to know what rows
+/// receive. Not counted is memory of single sequences, which no key depends on: plans take it for policies that
+/// want the last queries or what rows receive. The current plan is gone. CUDA only.
 ///
 /// @param max_sequences most sequences of a plan
 /// @param max_queries most tokens of a plan, over all sequences
@@ -346,8 +348,8 @@ pub extern "C" fn kvmgr_attention_reserve(
 /// A number that says what a CUDA graph is good for. Capture kvmgr_attention_append and
 /// kvmgr_attention_run of all layers under one plan; after another kvmgr_attention_plan with the same
 /// number, launching that graph does the work of that plan: what changes from plan to plan is read
-/// from device memory. The number depends on how many tokens are planned, not on how long sequences
-/// are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
+/// from device memory. The number depends on how many tokens are planned and on what policies want to know of
+/// them, not on how long sequences are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
 /// Plan outside of the capture. CUDA only.
 ///
 /// @param out_key receives the number

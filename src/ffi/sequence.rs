@@ -78,7 +78,8 @@ pub extern "C" fn kvmgr_sequence_destroy(sequence: *mut kvmgr_sequence) {
 
 /// Makes a second sequence with the same tokens. It shares every block; the block that still fills
 /// is copied by whoever writes first. States of recurrent layers are copied at once, for which one must be
-/// free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved.
+/// free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved, and while a graph is captured if
+/// something has to be copied at once on a CUDA device.
 ///
 /// @param out_child receives an exclusive handle; NULL on failure
 #[must_use]
@@ -125,7 +126,8 @@ pub unsafe extern "C" fn kvmgr_sequence_match_prefix(
 }
 
 /// Makes room for the next num_tokens tokens in every layer, or answers KVMGR_OUT_OF_BLOCKS and
-/// changes nothing. May be called again before a commit.
+/// changes nothing. May be called again before a commit. On a CUDA device a shared block that has to be copied
+/// first is KVMGR_INVALID_STATE while a graph is captured.
 ///
 /// @param num_tokens at least 1
 #[must_use]

@@ -167,10 +167,10 @@ impl Observation {
         })
     }
 
-    /// Where a device notes the queries of the next `n` tokens, and how many of the last; `None` if it need
-    /// not. The first time it takes memory.
-    pub fn ring_for(&self, n: usize) -> Result<Option<(Arc<QueryRing>, usize)>> {
-        self.noted.as_ref().map_or(Ok(None), |noted| noted.ring_for(n))
+    /// Where a device notes the queries of the `n` tokens before position `end`, and how many of the last;
+    /// `None` if it need not. The first time it takes memory.
+    pub fn ring_for(&self, n: usize, end: usize) -> Result<Option<(Arc<QueryRing>, usize)>> {
+        self.noted.as_ref().map_or(Ok(None), |noted| noted.ring_for(n, end))
     }
 
     /// Where a device adds up what rows receive, when heads have these numbers of rows, `[layer, kv_head]`;

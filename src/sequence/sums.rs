@@ -86,7 +86,7 @@ impl NotedSums {
             None => {
                 let rows = most.max(64).next_power_of_two();
                 let bytes = lens.len() * rows * 4;
-                let memory = DeviceMemory::allocate(&self.gpu, bytes)?;
+                let memory = DeviceMemory::reuse(&self.gpu, bytes)?;
                 memory.clear(0, bytes)?;
                 state.heads.fill(HeadSums::default());
                 Arc::new(RowSums { memory, rows })

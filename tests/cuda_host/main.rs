@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "calls the C ABI and the driver as C does")]
 #![expect(unreachable_pub, reason = "modules of a test")]
 
+mod captured;
 #[path = "../common/mod.rs"]
 mod common;
 #[path = "../common/counting.rs"]

@@ -138,6 +138,25 @@ fn a_prompt_of_single_tokens_is_seen_too() {
     });
 }
 
+/// Of a long piece the last queries are noted alone: before them the ring has those of an earlier text, or none.
+#[test]
+fn queries_of_another_text_are_not_taken() {
+    on_device("policies::queries_of_another_text_are_not_taken", || {
+        let _context = Context::new();
+        let mut twin = Twin::new(setup_for("snapkv(w=16) | keep(0.5)", 0), 5, |_| {});
+        let (mut pair, _) = twin.start(&[]);
+        twin.step(&mut [&mut pair], &[(vec![1; 150], 150)]);
+        twin.truncate(&mut pair, 100);
+        twin.step(&mut [&mut pair], &[(vec![2; 100], 100)]);
+        twin.truncate(&mut pair, 150);
+        twin.step(&mut [&mut pair], &[(vec![3; 5], 5)]);
+        // What is taken back has noted nothing that counts.
+        twin.step(&mut [&mut pair], &[(vec![3; 100], 0)]);
+        twin.end_prefill(&pair);
+        assert!(twin.positions(&pair)[0].len() < 155);
+    });
+}
+
 /// Policies that ask for what queries give each row, which a kernel adds up. On a device those of a rejected
 /// draft count, so here all are real.
 #[test]
