@@ -277,3 +277,24 @@ fn a_graph_serves_later_lists() {
         }
     });
 }
+
+/// What rows receive is not known where blocks are left out: on a device the lists are refused, and the layer
+/// reads everything, as is compared.
+#[test]
+fn lists_and_sums_of_rows_exclude_each_other() {
+    on_device("selected::lists_and_sums_of_rows_exclude_each_other", || {
+        let _context = Context::new();
+        let setup = Setup { spec: "h2o(recent=8) | keep(0.5)", lanes: KVMGR_LANE_HEAD, ..PLAIN };
+        let mut twin = Twin::new(setup, 4, |_| {});
+        let (mut pair, _) = twin.start(&[]);
+        twin.step(&mut [&mut pair], &[(vec![1; 50], 50)]);
+        plan(&twin, std::slice::from_ref(&pair), &[1]);
+        let lists = vec![vec![0]; setup.kv_heads];
+        assert_eq!(try_select(&twin.device, 0, &lists), KVMGR_UNSUPPORTED);
+        assert!(message().contains("what queries give each row"), "{}", message());
+        (0..setup.layers).for_each(|layer| twin.layer(layer, 1));
+        twin.commit(&mut pair, &[1]);
+        twin.end_prefill(&pair);
+        assert!(twin.positions(&pair)[0].len() < 51);
+    });
+}
