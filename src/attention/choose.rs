@@ -57,25 +57,26 @@ impl Reach {
         let Self { tokens, sink, recent, .. } = *self;
         len.min(tokens.saturating_add(sink).saturating_add(recent))
     }
-}
 
-/// The blocks of a lane of `len` rows that a step of one query chooses among; `starts` are the rows before each.
-pub(super) fn candidates(
-    reach: &Reach,
-    spans: &[Span],
-    starts: &[usize],
-    len: usize,
-) -> Range<usize> {
-    let tail = spans.len() - 1;
-    let first = starts[..tail].partition_point(|start| *start < reach.sink);
-    let recent = (len - 1).saturating_sub(reach.recent);
-    let end = starts.partition_point(|start| *start <= recent) - 1;
-    first..end.min(num_sealed(spans)).max(first)
+    /// The blocks that are chosen, of so many tokens each.
+    pub(super) fn budget(&self, block_size: usize) -> usize {
+        (self.tokens / block_size).max(1)
+    }
+
+    /// The blocks of a lane of `len` rows that a step of one query chooses among, where the first `sealed` can
+    /// be; `starts` are the rows before each block.
+    pub(super) fn candidates(&self, starts: &[usize], sealed: usize, len: usize) -> Range<usize> {
+        let tail = starts.len() - 1;
+        let first = starts[..tail].partition_point(|start| *start < self.sink);
+        let recent = (len - 1).saturating_sub(self.recent);
+        let end = starts.partition_point(|start| *start <= recent) - 1;
+        first..end.min(sealed).max(first)
+    }
 }
 
 /// Leading blocks that can be chosen: those that are not sealed may still change, and the last holds the step
 /// itself.
-fn num_sealed(spans: &[Span]) -> usize {
+pub(super) fn num_sealed(spans: &[Span]) -> usize {
     spans[..spans.len() - 1].iter().take_while(|span| span.sealed).count()
 }
 
@@ -129,9 +130,9 @@ impl Call<'_> {
             return false;
         }
         let reach = selector.reach();
-        let candidates = candidates(&reach, walk.spans, walk.starts, lane.len);
         let sealed = num_sealed(walk.spans);
-        let budget = (reach.tokens / self.cache.config().block_size).max(1);
+        let candidates = reach.candidates(walk.starts, sealed, lane.len);
+        let budget = reach.budget(self.cache.config().block_size);
         if candidates.len() <= budget {
             return false;
         }

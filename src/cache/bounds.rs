@@ -18,6 +18,7 @@ use crate::device::cuda::params::QuestBounds;
 use crate::device::cuda::{DeviceMemory, Gpu, Kernel};
 use crate::error::Result;
 use crate::quantizer::Side;
+use crate::selector::extremes;
 use crate::simd;
 
 /// Threads of the kernel, whose warps do a cell each.
@@ -147,7 +148,7 @@ impl Cache {
                 for (bytes, side) in bytes.iter_mut().zip(of_block) {
                     let all = 0..self.config().block_size;
                     self.decode_side(format, Side::Key, side, all, &mut rows);
-                    extremes(&rows, dim, &mut highs_lows);
+                    extremes(&rows, &mut highs_lows);
                     let range = cell * 4 * dim..(cell + 1) * 4 * dim;
                     simd::active().encode_f16(&highs_lows, &mut bytes[range]);
                 }
@@ -170,15 +171,4 @@ impl Cache {
 
 fn is_alike(a: &Block, b: &Block) -> bool {
     a.view.format() == b.view.format()
-}
-
-/// The most and the least of each channel, `[high, low][dim]`, passing over NaN.
-fn extremes(rows: &[f32], dim: usize, out: &mut [f32]) {
-    let (high, low) = out.split_at_mut(dim);
-    high.fill(f32::NEG_INFINITY);
-    low.fill(f32::INFINITY);
-    for row in rows.chunks_exact(dim) {
-        high.iter_mut().zip(row).for_each(|(high, x)| *high = high.max(*x));
-        low.iter_mut().zip(row).for_each(|(low, x)| *low = low.min(*x));
-    }
 }

@@ -102,7 +102,7 @@ pub(super) struct NotedQueries {
     /// Whether the query of a single token is of no use to anybody: it would be forgotten with its commit.
     skips_steps: AtomicBool,
     /// Whether the memory is given back once all queries are forgotten.
-    is_spare: AtomicBool,
+    gives_back: AtomicBool,
 }
 
 impl NotedQueries {
@@ -117,7 +117,7 @@ impl NotedQueries {
             end: AtomicI32::new(0),
             gap: Mutex::default(),
             skips_steps: AtomicBool::new(false),
-            is_spare: AtomicBool::new(false),
+            gives_back: AtomicBool::new(false),
         }
     }
 
@@ -131,7 +131,7 @@ impl NotedQueries {
             begin: AtomicI32::new(self.begin.load(Ordering::Relaxed)),
             end: AtomicI32::new(self.end.load(Ordering::Relaxed)),
             skips_steps: AtomicBool::new(self.skips_steps.load(Ordering::Relaxed)),
-            is_spare: AtomicBool::new(self.is_spare.load(Ordering::Relaxed)),
+            gives_back: AtomicBool::new(self.gives_back.load(Ordering::Relaxed)),
             ..Self::new(&self.gpu, &self.shape, self.dtype, self.window)
         })
     }
@@ -192,7 +192,7 @@ impl NotedQueries {
     pub(super) fn forget(&self, keep: usize) {
         let end = self.end.load(Ordering::Relaxed);
         self.begin.fetch_max(end.saturating_sub(keep as i32), Ordering::Relaxed);
-        if keep == 0 && self.is_spare.swap(false, Ordering::Relaxed) {
+        if keep == 0 && self.gives_back.swap(false, Ordering::Relaxed) {
             *self.ring.lock() = None;
         }
     }
@@ -200,6 +200,6 @@ impl NotedQueries {
     /// The prompt has ended; steps use the last `window` queries.
     pub(super) fn end_prompt(&self, window: usize) {
         self.skips_steps.store(window == 0, Ordering::Relaxed);
-        self.is_spare.store(window == 0, Ordering::Relaxed);
+        self.gives_back.store(window == 0, Ordering::Relaxed);
     }
 }

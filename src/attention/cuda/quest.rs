@@ -22,7 +22,7 @@ use super::schedule::Segment;
 use super::selected::chosen;
 use super::table::{Builder, Lists, Table, TableLane, lanes_of_table};
 use super::workspace::{Capacity, Workspace};
-use crate::attention::choose::candidates;
+use crate::attention::choose::num_sealed;
 use crate::cache::Cache;
 use crate::device::cuda::params::{Quest as Score, Topk};
 use crate::device::cuda::{DeviceTensor, Gpu, Kernel};
@@ -123,7 +123,7 @@ impl Quest {
             let lanes = index * num_lanes..(index + 1) * num_lanes;
             let chooses = |(sequence, n): &(&Sequence, usize)| {
                 let Some(reach) = reach(sequence, *n) else { return false };
-                let budget = budget(reach, config.block_size);
+                let budget = reach.budget(config.block_size);
                 let is_long = |lane: &Lane| lane.spans.len() > budget;
                 layer >= reach.dense && sequence.lanes()[lanes.clone()].iter().any(is_long)
             };
@@ -348,11 +348,6 @@ fn reach(sequence: &Sequence, n: usize) -> Option<Reach> {
     Some(selector.reach())
 }
 
-/// The blocks that are chosen.
-fn budget(reach: Reach, block_size: usize) -> usize {
-    (reach.tokens / block_size).max(1)
-}
-
 /// What there is to choose in a lane: the most candidates in a row that are full and in one format.
 fn choose(
     lane: &Lane,
@@ -366,7 +361,7 @@ fn choose(
         starts.push(len);
         len += span.count as usize;
     }
-    let all = candidates(&reach, &lane.spans, starts, len);
+    let all = reach.candidates(starts, num_sealed(&lane.spans), len);
     let mut best = all.start..all.start;
     let spans = &lane.spans[all.clone()];
     let mut start = all.start;
@@ -383,7 +378,7 @@ fn choose(
             best = start..i + 1;
         }
     }
-    let budget = budget(reach, block_size);
+    let budget = reach.budget(block_size);
     (best.len() > budget).then_some(Candidates { blocks: best, budget })
 }
 
