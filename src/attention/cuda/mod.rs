@@ -103,7 +103,7 @@ impl Cuda {
             prefill: load_prefill(gpu, dtype, dim)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
             notes: Notes::default(),
-            sums: Sums::default(),
+            sums: Sums::new(gpu, num_tables),
             builder: Builder::default(),
             tables: (0..num_tables).map(|_| Table::default()).collect(),
             selected: (0..config.shape.num_layers).map(|_| Selected::new(gpu)).collect(),
@@ -443,7 +443,7 @@ impl Cuda {
         let Variant { has_16_columns, is_wide } = self.variant;
         let mut hasher = DefaultHasher::new();
         let (generation, notes) = (self.workspace.generation, self.notes.has_any());
-        let sums = self.sums.has_any().then_some(self.sums.generation);
+        let sums = self.sums.has_any().then(|| self.sums.generation());
         (has_16_columns, is_wide, self.num_tokens, generation, notes, sums).hash(&mut hasher);
         // A run in a window that tokens are missing in is refused, which a graph could not be.
         for (layer, window) in self.windows.iter().enumerate() {

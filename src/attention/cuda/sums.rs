@@ -4,9 +4,10 @@
 use std::sync::Arc;
 
 use super::table::{Table, lanes_of_table};
+use super::workspace::{Capacity, Workspace};
 use crate::cache::Cache;
 use crate::device::cuda::params::{Decode, Seen, SeenItem};
-use crate::device::cuda::{DeviceMemory, Gpu, Kernel, Staging};
+use crate::device::cuda::{Gpu, Kernel};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::sequence::{RowSums, Sequence};
@@ -18,11 +19,7 @@ const THREADS: u32 = 128;
 const ROWS: u32 = 1024;
 
 /// What a plan adds up. Buffers are reused.
-///
-/// ```text
-/// memory = items of table 0 .. of the last | LSE of queries whose engine does not ask for it
-/// ```
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Sums {
     /// Loaded when a plan needs it.
     kernel: Option<Kernel>,
@@ -30,14 +27,16 @@ pub(super) struct Sums {
     items: Vec<Vec<u32>>,
     /// They stay as long as the plan does.
     sums: Vec<Arc<RowSums>>,
-    held: Option<(DeviceMemory, Staging)>,
-    /// Items of a table, and numbers of the LSE, that there is room for.
-    capacity: [usize; 2],
-    /// Changes when addresses do.
-    pub(super) generation: u32,
+    /// Places of a table are its items; partial results are the LSE of queries whose engine does not ask for it.
+    workspace: Workspace,
 }
 
 impl Sums {
+    pub(super) fn new(gpu: &Arc<Gpu>, num_tables: usize) -> Self {
+        let workspace = Workspace::new(gpu, num_tables, size_of::<f32>());
+        Self { kernel: None, items: Vec::new(), sums: Vec::new(), workspace }
+    }
+
     /// Lists the rows that sequences want to know of, and queues the copy of the lists. The tables are made.
     pub(super) fn plan(
         &mut self,
@@ -72,8 +71,9 @@ impl Sums {
         if self.kernel.is_none() {
             self.kernel = Some(load(gpu, cache)?);
         }
-        let most = self.items.iter().map(Vec::len).max().unwrap_or(0) / SeenItem::WORDS;
-        self.reserve(gpu, [most, token * shape.num_q_heads])?;
+        let words = self.items.iter().map(Vec::len).max().unwrap_or(0);
+        let (places, slots) = (words.div_ceil(2), token * shape.num_q_heads);
+        self.workspace.reserve(&Capacity { places, slots, ..Capacity::default() })?;
         self.send()
     }
 
@@ -88,40 +88,27 @@ impl Sums {
         !self.items.is_empty()
     }
 
-    fn reserve(&mut self, gpu: &Arc<Gpu>, needed: [usize; 2]) -> Result<()> {
-        let fits = needed.iter().zip(self.capacity).all(|(needed, room)| *needed <= room);
-        if self.held.is_some() && fits {
-            return Ok(());
-        }
-        let grown = |i: usize| needed[i].max(self.capacity[i]).max(64).next_power_of_two();
-        let capacity = [grown(0), grown(1)];
-        self.held = None;
-        self.capacity = [0; 2];
-        let list_bytes = self.items.len() * capacity[0] * SeenItem::WORDS * 4;
-        let memory = DeviceMemory::allocate(gpu, list_bytes + capacity[1] * 4)?;
-        self.held = Some((memory, Staging::new(gpu, list_bytes)?));
-        self.capacity = capacity;
-        self.generation += 1;
-        Ok(())
+    /// Changes when addresses do.
+    pub(super) fn generation(&self) -> u32 {
+        self.workspace.generation
     }
 
     fn send(&mut self) -> Result<()> {
-        let Some((memory, staging)) = &mut self.held else { return Ok(()) };
-        let words = self.capacity[0] * SeenItem::WORDS;
-        let all = staging.begin()?;
-        // Items that are not there have no rows.
-        all.fill(0);
-        for (out, items) in all.chunks_exact_mut(words).zip(&self.items) {
-            out[..items.len()].copy_from_slice(items);
-        }
-        let len = words * self.items.len();
-        staging.send(memory, &[(0, len, 0)])
+        let (layout, items) = (self.workspace.layout, &self.items);
+        self.workspace.write(|words| {
+            for (words, items) in words.chunks_exact_mut(layout.words).zip(items) {
+                let places = &mut words[layout.places..layout.notes];
+                // Items that are not there have no rows.
+                places.fill(0);
+                places[..items.len()].copy_from_slice(items);
+            }
+            0
+        })
     }
 
     /// Where queries leave their LSE if the engine does not ask for it.
     pub(super) fn lse(&self) -> u64 {
-        let lists = self.items.len() * self.capacity[0] * SeenItem::WORDS * 4;
-        self.held.as_ref().map_or(0, |(memory, _)| memory.address() + lists as u64)
+        self.workspace.partials()
     }
 
     /// Queues the sums of a layer, whose attention `params` has queued. The context is current.
@@ -132,19 +119,14 @@ impl Sums {
         table: usize,
         params: &Decode,
     ) -> Result<()> {
-        let (Some(kernel), Some((memory, _))) = (self.kernel.as_ref(), self.held.as_ref()) else {
-            return Ok(());
-        };
-        if !self.has_any() {
-            return Ok(());
-        }
-        let list = table * self.capacity[0] * SeenItem::WORDS * 4;
+        let Some(kernel) = self.kernel.as_ref().filter(|_| self.has_any()) else { return Ok(()) };
+        let layout = &self.workspace.layout;
         let params = Seen {
             q: params.q,
             lse: params.lse,
             pages: params.pages,
             k: params.k,
-            items: memory.address() + list as u64,
+            items: self.workspace.address(table, layout.places),
             q_token: params.q_token,
             q_head: params.q_head,
             lse_token: params.lse_token,
@@ -154,7 +136,7 @@ impl Sums {
             scale: params.scale,
             softcap: params.softcap,
             window: params.window,
-            num_items: self.capacity[0] as u32,
+            num_items: ((layout.notes - layout.places) / SeenItem::WORDS) as u32,
             group: params.group,
             block_size: params.block_size,
             layer: layer as u32,
