@@ -12,9 +12,10 @@ use kvmgr::ffi::types::*;
 
 use crate::common::Random;
 use crate::counting::allocations;
-use crate::driver::{Buffer, Context, Stream, is_mock, num_launches, on_device};
+use crate::driver::{Context, Stream, is_mock, num_launches, on_device};
 use crate::selected::{plan, try_select};
-use crate::twin::{PLAIN, Pair, Setup, Twin, ok, run};
+use crate::step::{Step, graph_key};
+use crate::twin::{PLAIN, Pair, Setup, Twin, ok};
 
 /// Choices so far; none on a device, which does not count.
 fn choices() -> Option<u32> {
@@ -329,31 +330,18 @@ fn a_graph_serves_later_choices() {
             twin.feed(&mut pair, &vec![1; n]);
             pairs.push(pair);
         }
-        let heads = setup.kv_heads * setup.group;
-        let buffers = [setup.kv_heads, setup.kv_heads, heads, heads]
-            .map(|heads| Buffer::new(3 * heads * setup.dim * 2));
-        let lse = Buffer::new(3 * heads * 4);
-        let [key, value] =
-            [0, 1].map(|i| setup.tensor(buffers[i].pointer(), 3, setup.kv_heads, true));
-        let [query, output] = [2, 3].map(|i| setup.tensor(buffers[i].pointer(), 3, heads, true));
-        let lse_tensor = setup.lse(lse.pointer(), 3, true);
-        let options = twin.options(0, ptr::null_mut());
-        let tensors = [&key, &value, &query, &output, &lse_tensor];
+        let step = Step::new(setup);
         let (mut graph, mut key_of_graph) = (None, 0);
         for _ in 0..if is_mock() { 3 } else { 60 } {
             plan(&twin, &pairs, &[1; 3]);
-            let mut graph_key = 0;
-            // SAFETY: a live handle and a place for a number.
-            ok(unsafe { kvmgr_attention_graph_key(twin.device.attention, &raw mut graph_key) });
-            let mut data = [setup.kv_heads, setup.kv_heads, heads]
-                .map(|heads| setup.random(&mut twin.random, 3 * heads * setup.dim));
-            buffers.iter().zip(&data).for_each(|(buffer, data)| buffer.write(data));
+            let graph_key = graph_key(&twin);
+            let mut data = step.fill(&mut twin);
             if graph.is_none() {
-                run(&twin.device, 0, tensors, &options);
+                step.run(&twin);
                 let before = allocations();
-                run(&twin.device, 0, tensors, &options);
+                step.run(&twin);
                 assert_eq!(allocations(), before);
-                graph = Some(stream.capture(|| run(&twin.device, 0, tensors, &options)));
+                graph = Some(stream.capture(|| step.run(&twin)));
                 key_of_graph = graph_key;
             } else {
                 ok(kvmgr_attention_graph_launched(twin.device.attention));
@@ -363,10 +351,7 @@ fn a_graph_serves_later_choices() {
                 stream.launch(graph);
             }
             stream.wait();
-            let host = twin.run_host(&mut data, 3);
-            let found: Vec<f32> =
-                buffers[3].read::<u16>().into_iter().map(|x| setup.value(x)).collect();
-            twin.compare(&found, &host.0, &lse.read::<f32>(), &host.1);
+            step.compare(&mut twin, &mut data);
             pairs.iter_mut().for_each(|pair| twin.commit(pair, &[1]));
         }
     });

@@ -9,7 +9,8 @@ use kvmgr::ffi::types::*;
 
 use crate::common::Random;
 use crate::driver::{Buffer, Context, Stream, is_mock, on_device};
-use crate::twin::{Engine, PLAIN, Pair, Setup, Twin, message, ok, run};
+use crate::step::{Step, graph_key};
+use crate::twin::{Engine, PLAIN, Pair, Setup, Twin, message, ok};
 
 /// Lists for each sequence and KV head.
 type Lists = Vec<Vec<u32>>;
@@ -225,37 +226,20 @@ fn a_graph_serves_later_lists() {
         ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
         ok(kvmgr_attention_reserve(twin.device.attention, 3, 3, 40));
         let mut pairs = start(&mut twin, &[90, 150]);
-        let heads = setup.kv_heads * setup.group;
-        let buffers = [setup.kv_heads, setup.kv_heads, heads, heads]
-            .map(|heads| Buffer::new(3 * heads * setup.dim * 2));
-        let lse = Buffer::new(3 * heads * 4);
-        let [key, value] =
-            [0, 1].map(|i| setup.tensor(buffers[i].pointer(), 3, setup.kv_heads, true));
-        let [query, output] = [2, 3].map(|i| setup.tensor(buffers[i].pointer(), 3, heads, true));
-        let lse_tensor = setup.lse(lse.pointer(), 3, true);
-        let options = twin.options(0, ptr::null_mut());
-        let key_now = |twin: &Twin| {
-            let mut key = 0;
-            // SAFETY: a live handle and a place for a number.
-            ok(unsafe { kvmgr_attention_graph_key(twin.device.attention, &raw mut key) });
-            key
-        };
+        let step = Step::new(setup);
         let (mut graph, mut key_of_graph) = (None, 0);
         let mut random = Random(3);
         for _ in 0..if is_mock() { 3 } else { 60 } {
             plan(&twin, &pairs, &[1; 3]);
-            let key_of_all = key_now(&twin);
+            let key_of_all = graph_key(&twin);
             let lists = any_lists(&twin, 0, 3 * setup.kv_heads, &mut random);
             select(&twin, 0, &lists);
-            assert_ne!(key_now(&twin), key_of_all);
-            let mut data = [setup.kv_heads, setup.kv_heads, heads]
-                .map(|heads| setup.random(&mut twin.random, 3 * heads * setup.dim));
-            buffers.iter().zip(&data).for_each(|(buffer, data)| buffer.write(data));
+            assert_ne!(graph_key(&twin), key_of_all);
+            let mut data = step.fill(&mut twin);
             if graph.is_none() {
-                key_of_graph = key_now(&twin);
+                key_of_graph = graph_key(&twin);
                 graph = Some(stream.capture(|| {
-                    let tensors = [&key, &value, &query, &output, &lse_tensor];
-                    run(&twin.device, 0, tensors, &options);
+                    step.run(&twin);
                     assert_eq!(try_select(&twin.device, 0, &lists), KVMGR_INVALID_STATE);
                     assert!(message().contains("select before or after that"), "{}", message());
                 }));
@@ -264,15 +248,12 @@ fn a_graph_serves_later_lists() {
             } else {
                 ok(kvmgr_attention_graph_launched(twin.device.attention));
             }
-            assert_eq!(key_now(&twin), key_of_graph);
+            assert_eq!(graph_key(&twin), key_of_graph);
             if let Some(graph) = &graph {
                 stream.launch(graph);
             }
             stream.wait();
-            let host = twin.run_host(&mut data, 3);
-            let found: Vec<f32> =
-                buffers[3].read::<u16>().into_iter().map(|x| setup.value(x)).collect();
-            twin.compare(&found, &host.0, &lse.read::<f32>(), &host.1);
+            step.compare(&mut twin, &mut data);
             pairs.iter_mut().for_each(|pair| twin.commit(pair, &[1]));
         }
     });
