@@ -3093,9 +3093,11 @@ kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
 /**
  * Takes the device memory that plans need, so that no later plan within these limits takes more:
  * kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan, and
- * with it where policies have left sequences in more pieces than they have blocks, or want to know what rows
- * receive. Not counted is memory of single sequences, which no key depends on: plans take it for policies that
- * want the last queries or what rows receive. The current plan is gone. CUDA only.
+ * with it where policies have left sequences in more pieces than they have blocks. What selectors, selected
+ * blocks and policies that want to know what rows receive need beside it is taken by the first plan or
+ * selection of that kind, at once for these limits. Not counted is memory of single sequences, which no key
+ * depends on: plans take it for policies that want the last queries or what rows receive. The current plan is
+ * gone. CUDA only.
  *
  * @param max_sequences most sequences of a plan
  * @param max_queries most tokens of a plan, over all sequences

@@ -240,10 +240,9 @@ fn serve_with_a_graph(stream: &Stream, spec: &'static str) {
         twin.end_prefill(&pair);
         pairs.push(pair);
     }
-    let steps = if driver::is_mock() { 3 } else { 100 };
     let step = Step::new(setup);
     let (mut graph, mut key_of_graph) = (None, 0);
-    for _ in 0..steps {
+    for i in 0..100 {
         for pair in &pairs {
             ok(kvmgr_sequence_reserve(pair.host, 1));
             ok(kvmgr_sequence_reserve(pair.device, 1));
@@ -266,7 +265,7 @@ fn serve_with_a_graph(stream: &Stream, spec: &'static str) {
                 twin.device.plan(&list, &[1; 3]);
             }
             Some(_) => {
-                assert_eq!(graph_key, key_of_graph);
+                assert_eq!(graph_key, key_of_graph, "{spec}, step {i}");
                 ok(kvmgr_attention_graph_launched(twin.device.attention));
             }
         }
