@@ -20,8 +20,8 @@ fn spec_of(format: Sealed) -> &'static str {
         Sealed::Int8 => "int8",
         Sealed::Fp8E4m3 => "fp8(e4m3)",
         Sealed::Int4 => "int4",
-        Sealed::Kivi4 => "kivi(bits=4, group=128)",
-        Sealed::Kivi2 => "kivi(bits=2, group=128)",
+        Sealed::Kivi4 => "kivi(bits=4, group=256)",
+        Sealed::Kivi2 => "kivi(bits=2, group=256)",
     }
 }
 
@@ -123,7 +123,7 @@ fn seal(kernels: &Kernels, case: u32, (format, dim, half): (Sealed, usize, Half)
     };
     let name = format!("kvm_seal_{}_{}_d{dim}", format.name(), half.name());
     let ctas = 2 * cells * kinds.len();
-    let grid = Grid { ctas, threads: 128, smem: 64 * 5 * dim + 1024, seed: case };
+    let grid = Grid { ctas, threads: 128, smem: (64 * 5 + 8) * dim, seed: case };
     kernels.launch(&name, &params, grid).unwrap();
     let sides = (0..kinds.len() * cells).flat_map(|cell| SIDES.map(|side| (cell, side)));
     for ((cell, side), values) in sides.zip(values.chunks_exact(TOKENS * dim)) {
@@ -143,8 +143,8 @@ fn seal(kernels: &Kernels, case: u32, (format, dim, half): (Sealed, usize, Half)
 #[test]
 fn sealed_blocks_are_those_of_the_cpu() {
     let Some(kernels) = Kernels::build("seal.cu") else { return };
-    for (case, kind) in (0..9).cycle().take(180).enumerate() {
-        let (dim, half) = ([64, 128][case / 5 % 2], [Half::F16, Half::Bf16][case / 10 % 2]);
+    for (case, kind) in (0..9).cycle().take(270).enumerate() {
+        let (dim, half) = ([64, 128, 256][case / 5 % 3], [Half::F16, Half::Bf16][case / 15 % 2]);
         let kinds = [kind, (kind + 4) % 9];
         let kinds = &kinds[..1 + case % 2];
         seal(&kernels, case as u32, (Sealed::ALL[case % 5], dim, half), kinds);

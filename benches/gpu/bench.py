@@ -138,8 +138,8 @@ class Quantized(Launched):
     def __init__(self, driver, module, point, name):
         group, heads = point.q_heads // point.kv_heads, point.kv_heads
         columns = 16 if group > 8 else 8
-        self.driver, self.smem = driver, layout.smem_of(name, D)
-        self.function = driver.function(module, f"kvm_decode_{name}_bf16_d{D}_g{columns}", self.smem)
+        self.driver, self.smem = driver, layout.smem_of(name, D, columns, 4)
+        self.function = driver.function(module, f"kvm_decode_{name}_d{D}_g{columns}", self.smem)
         self.grid = driver.num_sms() * driver.occupancy(self.function, 128, self.smem)
         unit = 4 * layout.FORMATS[name][1]
         items, slots = plan([point.length] * point.batch, heads, group, self.grid, 64, unit, 64)
@@ -166,7 +166,8 @@ class Quantized(Launched):
                 tickets=self.tickets.data_ptr(), sealed_k=self.pool.data_ptr(),
                 sealed_v=self.pool.data_ptr() + k_bytes, q_token=point.q_heads * D, q_head=D,
                 o_token=point.q_heads * D, o_head=D, sealed_block=some.shape[1],
-                sealed_head=k_bytes + v_bytes, scale=1 / math.sqrt(D), group=group, block_size=64))
+                sealed_head=k_bytes + v_bytes, scale=1 / math.sqrt(D), group=group, block_size=64,
+                is_bf16=1))
 
 
 def sdpa(point, backend):

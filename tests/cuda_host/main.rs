@@ -135,11 +135,12 @@ fn quantized_sequences_live_alike() {
             "quant(had+int8)",
             "quant(had+kivi(bits=4, group=128))",
         ];
-        for (i, spec) in specs.into_iter().enumerate() {
+        let wide = ["quant(int8)", "quant(had+kivi(bits=2, group=256))"];
+        for (i, spec) in specs.into_iter().chain(wide).enumerate() {
             let setup = Setup {
                 spec,
                 block: 64,
-                dim: [64, 128][i % 2],
+                dim: if i < specs.len() { [64, 128][i % 2] } else { 256 },
                 group: [4, 9, 1][i % 3],
                 lanes: [KVMGR_LANE_SEQUENCE, KVMGR_LANE_LAYER, KVMGR_LANE_HEAD][i % 3],
                 dtype: [KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16][i % 2],

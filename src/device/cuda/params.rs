@@ -91,6 +91,7 @@ pub struct Decode {
     pub group: u32,
     pub block_size: u32,
     pub rotates: u32,
+    pub is_bf16: u32,
 }
 
 // SAFETY: the fields of KvmDecode in kernels/kvm_attn.cuh.
@@ -198,7 +199,7 @@ pub struct NoteQueries {
 unsafe impl Params for NoteQueries {}
 
 // The compiler of the kernels pads structs to their alignment as repr(C) does.
-const _: () = assert!(size_of::<Decode>() == 22 * 8 + 6 * 4);
+const _: () = assert!(size_of::<Decode>() == 22 * 8 + 7 * 4 + 4);
 const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<Seal>() == 4 * 8 + 2 * 4 + 500 * 8);
 const _: () = assert!(size_of::<CopyBlocks>() == 2 * 8 + 4 + 4);
