@@ -1083,7 +1083,8 @@ typedef struct {
    * Where the blocks are; 0 means KVMGR_DEVICE_CPU. On KVMGR_DEVICE_CUDA: head_dim 64, 128 or
    * 256, block_size 16, 32 or 64, up to 16 query heads for each KV head, dtype f16 or bf16, the
    * spec "full" or quant of int8, int4, fp8(e4m3) or kivi with group at least 64 and head_dim, for
-   * keys and values alike, with block_size 64, and skip_layers, first and residual.
+   * keys and values alike, or int8 for keys and int4 for values, with block_size 64, and skip_layers,
+   * first and residual.
    * Raw blocks are the same bytes on both, so one store may serve caches on either.
    */
   kvmgr_device_type device_type;
@@ -2762,8 +2763,8 @@ kvmgr_status kvmgr_sequence_replay(kvmgr_sequence *sequence,
  * kvmgr_sequence_end_prefill this is a decode step and runs the decode phase of the policy; if
  * that runs out of blocks the tokens are committed all the same and the next step tries again.
  * If reserved tokens are dropped and there is a snapshot after the committed ones, the states of recurrent
- * layers are set back to it; without one they stay as the engine has written them, unless there are snapshots
- * after some of the reserved tokens: then the answer is KVMGR_INVALID_STATE.
+ * layers are set back to it, or as kvmgr_sequence_truncate does it; else they stay as the engine has written
+ * them, unless there are snapshots after some of the reserved tokens: then the answer is KVMGR_INVALID_STATE.
  * On a CUDA device the encoding of full blocks is queued on the stream; while a graph is captured they stay
  * open and are encoded by a later commit. A policy that acts waits for the stream; while a graph is captured
  * a commit that may run one answers KVMGR_INVALID_STATE and changes nothing.
@@ -2919,7 +2920,8 @@ kvmgr_status kvmgr_sequence_recurrent_state(const kvmgr_sequence *sequence,
  * Keeps a copy of the states of all recurrent layers as those after num_tokens tokens, until the
  * sequence gets shorter than that, is preempted or ends. It takes the place of one of the same length;
  * else, if there are recurrent_snapshots of them already, that of the one taken first. KVMGR_OUT_OF_BLOCKS,
- * and no change, if num_states is reached. Costs one copy of the states, no allocation.
+ * and no change, if num_states is reached. Costs one copy of the states, and no allocation but where the
+ * prefix keeps it.
  *
  * A snapshot at the end of a block whose tokens are shared by prefix is kept with the prefix: another
  * sequence starts from there. The last such length of a prompt of n tokens that a prompt like it can
@@ -3014,8 +3016,9 @@ kvmgr_status kvmgr_attention_select(kvmgr_attention *attention,
                                     size_t num_blocks);
 
 /**
- * What the current plan shares between sequences: zeros on a CUDA device, and for sequences that are
- * cache relative, have a selector or a replay, or whose policy wants to know what rows receive.
+ * What the current plan shares between sequences. Fewer than 128 rows are not shared, nor is anything on a
+ * CUDA device, or by sequences that have more than 8 planned tokens, are cache relative, have a selector or
+ * a replay, or whose policy wants to know what rows receive.
  *
  * @param out_stats its struct_size must be set; receives the numbers
  */

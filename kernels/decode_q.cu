@@ -4,19 +4,19 @@
 // it fills ahead; kvm_sealed.cuh has what it does with a chunk.
 #include "kvm_sealed.cuh"
 
-/// Chunks of the sealed rows of a part.
-template <class F, int D, int WARPS> struct KvmSealedRing {
-    using Chunk = KvmChunk<F, D>;
-    static constexpr u32 STEP = WARPS * F::TOKENS;
+/// Chunks of the sealed rows of a part, keys in format K and values in format V.
+template <class K, class V, int D, int WARPS> struct KvmSealedRing {
+    static constexpr int K_BYTES = KvmChunk<K, D>::K, V_BYTES = KvmChunk<V, D>::V;
+    static constexpr u32 STEP = WARPS * K::TOKENS;
     /// Places are filled 512 bytes at a time; what is more than a chunk is not copied.
-    static constexpr int V_PLACE = (Chunk::K + 511) / 512 * 512;
-    static constexpr int BYTES = V_PLACE + (Chunk::V + 511) / 512 * 512;
+    static constexpr int V_PLACE = (K_BYTES + 511) / 512 * 512;
+    static constexpr int BYTES = V_PLACE + (V_BYTES + 511) / 512 * 512;
     unsigned char* places;
 
     KVM_DEVICE KvmSealedRing(unsigned char* smem) : places(smem + kvm_tid() / 32 * 2 * BYTES) {}
 
     KVM_DEVICE static u32 first(const KvmDecode& p, const KvmItem& it) {
-        return kvm_first_row(p, it, F::TOKENS) + kvm_tid() / 32 * F::TOKENS;
+        return kvm_first_row(p, it, K::TOKENS) + kvm_tid() / 32 * K::TOKENS;
     }
     KVM_DEVICE static u32 end(const KvmItem& it) {
         return it.end < it.sealed_end ? it.end : it.sealed_end;
@@ -31,10 +31,10 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
     KVM_DEVICE void load(const KvmDecode& p, const KvmItem& it, u32 row, u32 page, int place) const {
         if (row >= end(it)) return;
         i64 at = page * p.sealed_block + it.kv_head * p.sealed_head + kvm_tid() % 32 * 16;
-        u32 chunk = row % 64 / F::TOKENS;
+        u32 chunk = row % 64 / K::TOKENS;
         unsigned char* to = places + place * BYTES + kvm_tid() % 32 * 16;
-        copy<Chunk::K>(to, p.sealed_k + at + chunk * Chunk::K);
-        copy<Chunk::V>(to + V_PLACE, p.sealed_v + at + chunk * Chunk::V);
+        copy<K_BYTES>(to, p.sealed_k + at + chunk * K_BYTES);
+        copy<V_BYTES>(to + V_PLACE, p.sealed_v + at + chunk * V_BYTES);
     }
 
     /// 512 bytes at a time, 16 of each lane. Without the hint that memory is read once: with it ptxas
@@ -55,26 +55,26 @@ template <class F, int D, int WARPS> struct KvmSealedRing {
 struct KvmFirstPages {
     u32 first, second;
 };
-template <class F, int D, int WARPS>
+template <class K, class V, int D, int WARPS>
 KVM_DEVICE KvmFirstPages kvm_first_pages(const KvmDecode& p, const KvmItem& it) {
-    using Ring = KvmSealedRing<F, D, WARPS>;
+    using Ring = KvmSealedRing<K, V, D, WARPS>;
     u32 row = Ring::first(p, it);
     return {Ring::page(p, it, row), Ring::page(p, it, row + Ring::STEP)};
 }
 
 /// Attends to the sealed rows of a part.
-template <class F, int D, int NT, int WARPS>
+template <class K, class V, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstPages pages,
                                 const KvmSight<NT>& sight, unsigned char* smem, u32* shared_q,
                                 KvmState<D, NT>& st) {
-    using Ring = KvmSealedRing<F, D, WARPS>;
+    using Ring = KvmSealedRing<K, V, D, WARPS>;
     Ring ring(smem);
     KvmQueries<D, NT> q;
     u32 row = Ring::first(p, it);
     ring.load(p, it, row, pages.first, 0);
     u32 next_page = pages.second;
     kvm_cp_commit();
-    kvm_prepare_q<F, D, NT, WARPS>(p, it, shared_q, q);
+    kvm_prepare_q<K, D, NT, WARPS>(p, it, shared_q, q);
     KvmSealedState<NT> sealed = {0, {}, {}};
     // The rows that all queries see, those of the first and of the last query.
     u32 seen_end = it.len + 1 > it.num_queries ? it.len + 1 - it.num_queries : 0;
@@ -86,10 +86,10 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
         next_page = Ring::page(p, it, row + 2 * Ring::STEP);
         kvm_cp_wait<1>();
         kvm_syncwarp(); // the copies of all lanes have landed
-        bool is_partial = p.softcap > 0 || row < seen_begin || row + F::TOKENS > seen_end ||
-                          row + F::TOKENS > it.end;
+        bool is_partial = p.softcap > 0 || row < seen_begin || row + K::TOKENS > seen_end ||
+                          row + K::TOKENS > it.end;
         const unsigned char* chunk = ring.places + place * Ring::BYTES;
-        kvm_chunk<F>(p, sight, row, is_partial, q, chunk, chunk + Ring::V_PLACE, st, sealed);
+        kvm_chunk<K, V>(p, sight, row, is_partial, q, chunk, chunk + Ring::V_PLACE, st, sealed);
         kvm_syncwarp(); // all lanes have left the place that is filled next
     }
     kvm_cp_wait<0>();
@@ -99,7 +99,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             // Each lane has the middles of its tokens only.
-            float middle = F::FLOATS == 2 ? kvm_sum_rows(sealed.middle[n][c]) : 0;
+            float middle = V::FLOATS == 2 ? kvm_sum_rows(sealed.middle[n][c]) : 0;
 #pragma unroll
             for (int d = 0; d < D / 16; d++) {
                 for (int r = c; r < 4; r += 2)
@@ -111,8 +111,8 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
 
 /// Bytes of shared memory: the places for sealed chunks, for open tiles and where warps meet are the
 /// same, one after the other, so that three CTAs fit.
-template <class F, int D, int WARPS> KVM_DEVICE constexpr int kvm_quant_bytes() {
-    constexpr int SEALED = WARPS * 2 * KvmSealedRing<F, D, WARPS>::BYTES;
+template <class K, class V, int D, int WARPS> KVM_DEVICE constexpr int kvm_quant_bytes() {
+    constexpr int SEALED = WARPS * 2 * KvmSealedRing<K, V, D, WARPS>::BYTES;
     constexpr int OPEN = kvm_ring_bytes(D, 2, WARPS);
     static_assert(OPEN >= kvm_meet_bytes(2, WARPS));
     return SEALED > OPEN ? SEALED : OPEN;
@@ -136,14 +136,14 @@ KVM_DEVICE void kvm_open_rows(const KvmDecode& p, const KvmItem& it, const KvmSi
     else ring.template attend<false, NT>(p, it, sight, q.b, st);
 }
 
-template <class F, int D, int NT, int WARPS>
+template <class K, class V, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
     kvm_let_next_start();
     KvmItem it = p.items[kvm_bid()];
-    auto pages = kvm_first_pages<F, D, WARPS>(p, it); // lists of blocks are older than the kernel before
+    auto pages = kvm_first_pages<K, V, D, WARPS>(p, it); // lists of blocks are older than the kernel before
     kvm_wait_for_previous();
     if (it.num_queries == 0) return;
-    u32* shared_q = (u32*)(smem + kvm_quant_bytes<F, D, WARPS>());
+    u32* shared_q = (u32*)(smem + kvm_quant_bytes<K, V, D, WARPS>());
     u32* at = shared_q + kvm_q_bytes(D, NT) / 4 + NT * 32; // which item, where registers are too few for it
     if (KVM_SHARES_Q<D, NT> && kvm_tid() == 0) *at = kvm_bid();
     for (;;) {
@@ -151,7 +151,7 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
         kvm_clear(st);
         KvmSight<NT> sight = kvm_sight<NT>(p, it);
         if (it.begin < it.sealed_end)
-            kvm_sealed_rows<F, D, NT, WARPS>(p, it, pages, sight, smem, shared_q, st);
+            kvm_sealed_rows<K, V, D, NT, WARPS>(p, it, pages, sight, smem, shared_q, st);
         if (it.end > it.sealed_end) kvm_open_rows<D, NT, WARPS>(p, it, sight, smem, shared_q, st);
         kvm_sync(); // nobody reads tiles or chunks any more
         if constexpr (KVM_SHARES_Q<D, NT>) it = p.items[*at];
@@ -159,34 +159,37 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
         if (!it.next) return;
         if (KVM_SHARES_Q<D, NT> && kvm_tid() == 0) *at = it.next;
         it = p.items[it.next];
-        pages = kvm_first_pages<F, D, WARPS>(p, it);
+        pages = kvm_first_pages<K, V, D, WARPS>(p, it);
         kvm_sync(); // all know whether theirs was the last part
     }
 }
 
 /// Launched with kvm_warps(D) * 32 threads and kvm_quant_bytes of shared memory; where Q is there too, with
 /// kvm_q_bytes(D, NT) + NT * 128 + 16 bytes more.
-#define KVM_DECODE_QUANT(name, F, D, NT, CTAS)                                                    \
+#define KVM_DECODE_QUANT(name, K, V, D, NT, CTAS)                                                    \
     KVM_KERNEL(kvm_warps(D) * 32, CTAS, name, KvmDecode) {                                        \
         KVM_DYN_SMEM(smem);                                                                       \
-        kvm_decode_quant<F, D, NT, kvm_warps(D)>(p, smem);                                        \
+        kvm_decode_quant<K, V, D, NT, kvm_warps(D)>(p, smem);                                        \
     }
-#define KVM_DECODE_QUANTS(format, F, D)                                                           \
-    KVM_DECODE_QUANT(kvm_decode_##format##_d##D##_g8, F, D, 1, 3)                                 \
-    KVM_DECODE_QUANT(kvm_decode_##format##_d##D##_g16, F, D, 2, 2)
+#define KVM_DECODE_QUANTS(format, K, V, D)                                                           \
+    KVM_DECODE_QUANT(kvm_decode_##format##_d##D##_g8, K, V, D, 1, 3)                                 \
+    KVM_DECODE_QUANT(kvm_decode_##format##_d##D##_g16, K, V, D, 2, 2)
 
-KVM_DECODE_QUANTS(int8, KvmInt8, 64)
-KVM_DECODE_QUANTS(int8, KvmInt8, 128)
-KVM_DECODE_QUANTS(int8, KvmInt8, 256)
-KVM_DECODE_QUANTS(fp8e4m3, KvmE4m3, 64)
-KVM_DECODE_QUANTS(fp8e4m3, KvmE4m3, 128)
-KVM_DECODE_QUANTS(fp8e4m3, KvmE4m3, 256)
-KVM_DECODE_QUANTS(int4, KvmInt4, 64)
-KVM_DECODE_QUANTS(int4, KvmInt4, 128)
-KVM_DECODE_QUANTS(int4, KvmInt4, 256)
-KVM_DECODE_QUANTS(kivi4, KvmKivi4, 64)
-KVM_DECODE_QUANTS(kivi4, KvmKivi4, 128)
-KVM_DECODE_QUANTS(kivi4, KvmKivi4, 256)
-KVM_DECODE_QUANTS(kivi2, KvmKivi2, 64)
-KVM_DECODE_QUANTS(kivi2, KvmKivi2, 128)
-KVM_DECODE_QUANTS(kivi2, KvmKivi2, 256)
+KVM_DECODE_QUANTS(int8, KvmInt8, KvmInt8, 64)
+KVM_DECODE_QUANTS(int8, KvmInt8, KvmInt8, 128)
+KVM_DECODE_QUANTS(int8, KvmInt8, KvmInt8, 256)
+KVM_DECODE_QUANTS(fp8e4m3, KvmE4m3, KvmE4m3, 64)
+KVM_DECODE_QUANTS(fp8e4m3, KvmE4m3, KvmE4m3, 128)
+KVM_DECODE_QUANTS(fp8e4m3, KvmE4m3, KvmE4m3, 256)
+KVM_DECODE_QUANTS(int4, KvmInt4, KvmInt4, 64)
+KVM_DECODE_QUANTS(int4, KvmInt4, KvmInt4, 128)
+KVM_DECODE_QUANTS(int4, KvmInt4, KvmInt4, 256)
+KVM_DECODE_QUANTS(kivi4, KvmKivi4, KvmKivi4, 64)
+KVM_DECODE_QUANTS(kivi4, KvmKivi4, KvmKivi4, 128)
+KVM_DECODE_QUANTS(kivi4, KvmKivi4, KvmKivi4, 256)
+KVM_DECODE_QUANTS(kivi2, KvmKivi2, KvmKivi2, 64)
+KVM_DECODE_QUANTS(kivi2, KvmKivi2, KvmKivi2, 128)
+KVM_DECODE_QUANTS(kivi2, KvmKivi2, KvmKivi2, 256)
+KVM_DECODE_QUANTS(int8_int4, KvmInt8, KvmShortInt4, 64)
+KVM_DECODE_QUANTS(int8_int4, KvmInt8, KvmShortInt4, 128)
+KVM_DECODE_QUANTS(int8_int4, KvmInt8, KvmShortInt4, 256)

@@ -46,6 +46,11 @@ struct KvmInt4 {
     KVM_DEVICE static constexpr u32 middle(int, int r) { return r % 2 ? 0x4de04de0 : 0x5c1e5c1e; }
 };
 
+/// The same beside keys of 8 bits, in chunks as short as theirs.
+struct KvmShortInt4 : KvmInt4 {
+    static constexpr int TOKENS = 32;
+};
+
 /// 8 bits, s for each token (the quantizer `int8`). Codes are stored with 128 added.
 struct KvmInt8 {
     static constexpr int BITS = 8, TOKENS = 32, FLOATS = 1;
@@ -101,7 +106,7 @@ struct KvmKivi2 {
     KVM_DEVICE static constexpr u32 middle(int, int r) { return r % 2 ? 0x45804580 : 0x4c604c60; }
 };
 
-/// Sizes of a chunk.
+/// Sizes of a chunk, of which keys and values may have formats of their own.
 template <class F, int D> struct KvmChunk {
     static constexpr int CODES = F::TOKENS * D * F::BITS / 8;
     static constexpr int K = CODES + (F::IS_PER_CHANNEL ? 4 * D : 4 * F::FLOATS * F::TOKENS);

@@ -304,27 +304,29 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, const float (&s)[F::TOK
     }
 }
 
-/// Attends to a chunk; all its rows are seen and there is no soft cap, unless `is_partial`.
-template <class F, int D, int NT>
+/// Attends to a chunk of keys of format K and values of format V; all its rows are seen and there is no soft
+/// cap, unless `is_partial`.
+template <class K, class V, int D, int NT>
 KVM_DEVICE void kvm_chunk(const KvmDecode& p, const KvmSight<NT>& sight, u32 row, bool is_partial,
                           const KvmQueries<D, NT>& q, const unsigned char* k, const unsigned char* v,
                           KvmState<D, NT>& st, KvmSealedState<NT>& sealed) {
-    float x[F::TOKENS / 16][NT][4], s[F::TOKENS / 8], m[F::TOKENS / 8], top = 0;
-    kvm_chunk_logits<F>(q, k, x);
-    if (is_partial) kvm_hide<F>(p, sight, row, x);
+    static_assert(K::TOKENS == V::TOKENS);
+    float x[K::TOKENS / 16][NT][4], s[V::TOKENS / 8], m[V::TOKENS / 8], top = 0;
+    kvm_chunk_logits<K>(q, k, x);
+    if (is_partial) kvm_hide<K>(p, sight, row, x);
 #pragma unroll
-    for (int i = 0; i < F::TOKENS / 8; i++) {
-        kvm_value_scale<F>(v + KvmChunk<F, D>::CODES, kvm_tid() % 32 / 4 + i * 8, s[i], m[i]);
+    for (int i = 0; i < V::TOKENS / 8; i++) {
+        kvm_value_scale<V>(v + KvmChunk<V, D>::CODES, kvm_tid() % 32 / 4 + i * 8, s[i], m[i]);
         top = kvm_max(top, s[i]);
     }
-    kvm_chunk_softmax<F>(x, top, st, sealed);
+    kvm_chunk_softmax<V>(x, top, st, sealed);
     if constexpr (KVM_SHARES_Q<D, NT>) {
         kvm_syncwarp(); // read once more rather than kept
 #pragma unroll
-        for (int i = 0; i < F::TOKENS / 8; i++)
-            kvm_value_scale<F>(v + KvmChunk<F, D>::CODES, kvm_tid() % 32 / 4 + i * 8, s[i], m[i]);
+        for (int i = 0; i < V::TOKENS / 8; i++)
+            kvm_value_scale<V>(v + KvmChunk<V, D>::CODES, kvm_tid() % 32 / 4 + i * 8, s[i], m[i]);
     }
-    kvm_chunk_values<F>(v, s, m, x, st, sealed);
+    kvm_chunk_values<V>(v, s, m, x, st, sealed);
 }
 
 /// Takes the rotation of values back.

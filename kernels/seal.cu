@@ -22,6 +22,13 @@ struct KvmSeal {
     } pages[KVM_SEAL_BLOCKS]; // where blocks start; the grid says how many there are
 };
 
+template <class A, class B> struct KvmIsSame {
+    static constexpr bool VALUE = false;
+};
+template <class A> struct KvmIsSame<A, A> {
+    static constexpr bool VALUE = true;
+};
+
 /// What a CTA keeps in shared memory: rows as floats, codes, and for each token or channel s and m.
 template <int D> struct KvmSealed {
     float rows[64][D];
@@ -208,32 +215,46 @@ KVM_DEVICE void kvm_write_side(const KvmSealed<D>& shared, bool is_key, unsigned
     }
 }
 
-template <class F, u32 TYPE, int D> KVM_DEVICE void kvm_seal(const KvmSeal& p, unsigned char* smem) {
+/// What a CTA does with its side.
+template <class F, u32 TYPE, int D>
+KVM_DEVICE void kvm_seal_side(const u16* rows, bool is_key, bool is_rotated, KvmSealed<D>& shared,
+                              unsigned char* out) {
+    kvm_encode_side<F, TYPE, D>(rows, is_key, is_rotated, shared);
+    kvm_write_side<F, D>(shared, is_key, out);
+}
+
+template <class K, class V, u32 TYPE, int D>
+KVM_DEVICE void kvm_seal(const KvmSeal& p, unsigned char* smem) {
     KvmSealed<D>& shared = *(KvmSealed<D>*)smem;
     u32 side = kvm_bid() % 2, block = kvm_bid() / 2 / p.num_cells;
     i64 cell = kvm_bid() / 2 % p.num_cells;
     const unsigned char* open = p.memory + (u64)p.pages[block].open * 256 + cell * p.open_cell;
     unsigned char* sealed = p.memory + (u64)p.pages[block].sealed * 256 + cell * p.sealed_cell;
-    kvm_encode_side<F, TYPE, D>((const u16*)open + side * 64 * D, side == 0, p.rotates >> side & 1, shared);
-    kvm_write_side<F, D>(shared, side == 0, sealed + side * p.sealed_v);
+    const u16* rows = (const u16*)open + side * 64 * D;
+    bool is_rotated = p.rotates >> side & 1;
+    // Sides of one format share what is done with them.
+    if (!KvmIsSame<K, V>::VALUE && side == 0)
+        return kvm_seal_side<K, TYPE, D>(rows, true, is_rotated, shared, sealed);
+    kvm_seal_side<V, TYPE, D>(rows, side == 0, is_rotated, shared, sealed + side * p.sealed_v);
 }
 
 /// Two CTAs of 128 threads for each cell of each block, with (64 * 5 + 8) * D bytes of shared memory.
-#define KVM_SEAL(name, F, TYPE, D)                                                                \
+#define KVM_SEAL(name, K, V, TYPE, D)                                                             \
     KVM_KERNEL(128, 2, name, KvmSeal) {                                                           \
         KVM_DYN_SMEM(smem);                                                                       \
-        kvm_seal<F, TYPE, D>(p, smem);                                                            \
+        kvm_seal<K, V, TYPE, D>(p, smem);                                                         \
     }
-#define KVM_SEALS(format, F)                                                                      \
-    KVM_SEAL(kvm_seal_##format##_f16_d64, F, KVM_F16, 64)                                         \
-    KVM_SEAL(kvm_seal_##format##_f16_d128, F, KVM_F16, 128)                                       \
-    KVM_SEAL(kvm_seal_##format##_f16_d256, F, KVM_F16, 256)                                       \
-    KVM_SEAL(kvm_seal_##format##_bf16_d64, F, KVM_BF16, 64)                                       \
-    KVM_SEAL(kvm_seal_##format##_bf16_d128, F, KVM_BF16, 128)                                     \
-    KVM_SEAL(kvm_seal_##format##_bf16_d256, F, KVM_BF16, 256)
+#define KVM_SEALS(format, K, V)                                                                   \
+    KVM_SEAL(kvm_seal_##format##_f16_d64, K, V, KVM_F16, 64)                                      \
+    KVM_SEAL(kvm_seal_##format##_f16_d128, K, V, KVM_F16, 128)                                    \
+    KVM_SEAL(kvm_seal_##format##_f16_d256, K, V, KVM_F16, 256)                                    \
+    KVM_SEAL(kvm_seal_##format##_bf16_d64, K, V, KVM_BF16, 64)                                    \
+    KVM_SEAL(kvm_seal_##format##_bf16_d128, K, V, KVM_BF16, 128)                                  \
+    KVM_SEAL(kvm_seal_##format##_bf16_d256, K, V, KVM_BF16, 256)
 
-KVM_SEALS(int8, KvmInt8)
-KVM_SEALS(fp8e4m3, KvmE4m3)
-KVM_SEALS(int4, KvmInt4)
-KVM_SEALS(kivi4, KvmKivi4)
-KVM_SEALS(kivi2, KvmKivi2)
+KVM_SEALS(int8, KvmInt8, KvmInt8)
+KVM_SEALS(fp8e4m3, KvmE4m3, KvmE4m3)
+KVM_SEALS(int4, KvmInt4, KvmInt4)
+KVM_SEALS(kivi4, KvmKivi4, KvmKivi4)
+KVM_SEALS(kivi2, KvmKivi2, KvmKivi2)
+KVM_SEALS(int8_int4, KvmInt8, KvmShortInt4)

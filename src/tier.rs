@@ -6,6 +6,9 @@
 //! magic 8 | digest 32 | payload bytes u64 | crc64 of the payload u64 | payload
 //! ```
 //!
+//! Blocks of a cache on a device are stored as those of one on the host, so that either finds what the other
+//! has left.
+//!
 //! The state of recurrent layers after an entry is an object of its own, named by the complement of the
 //! entry's digest: few entries have one, and it may go and come without them.
 //!
@@ -138,10 +141,7 @@ impl Tier {
         let mut rest = verify(&object, digest)?;
         for block in blocks {
             let (bytes, tail) = rest.split_at(block.view.len());
-            cache.fill_block(&block.view, &mut |target| {
-                target.copy_from_slice(bytes);
-                Ok(())
-            })?;
+            cache.fill_stored(&block.view, bytes)?;
             rest = tail;
         }
         Ok(true)

@@ -117,11 +117,27 @@ fn a_new_plan_or_a_bad_list_brings_all_blocks_back() {
     engine.attention.select(0, &[0, 1], &[2]).unwrap();
     let few = engine.run(0, one[0].query.clone(), &Options::default());
     assert_ne!(few.output, one[0].output);
-    assert!(engine.attention.select(0, &[0, 1], &[9]).is_err());
-    let again = engine.run(0, one[0].query.clone(), &Options::default());
-    assert_eq!(again.output, one[0].output);
-    engine.attention.select(0, &[0, 1], &[2]).unwrap();
+    let bad: [(&[u32], &[u32]); 4] =
+        [(&[0], &[]), (&[1, 1], &[2]), (&[0, 2], &[2]), (&[0, 1], &[9])];
+    for (starts, blocks) in bad {
+        assert!(engine.attention.select(0, starts, blocks).is_err());
+        let again = engine.run(0, one[0].query.clone(), &Options::default());
+        assert_eq!(again.output, one[0].output, "{starts:?} {blocks:?}");
+        engine.attention.select(0, &[0, 1], &[2]).unwrap();
+    }
     engine.attention.plan(&[(session.sequence(), 1)]).unwrap();
     let again = engine.run(0, one[0].query.clone(), &Options::default());
     assert_eq!(again.output, one[0].output);
+}
+
+#[test]
+fn without_a_plan_there_is_nothing_to_choose_from() {
+    let shape = ModelShape::new(2, 4, 2, 32);
+    let mut engine = Engine::new(config(shape, "full"), 1);
+    for _ in 0..2 {
+        assert!(engine.attention.select(1, &[0, 0], &[]).is_err());
+        engine.attention.select(1, &[0], &[]).unwrap();
+        assert!(engine.run(1, Vec::new(), &Options::default()).output.is_empty());
+        engine.attention.plan(&[]).unwrap();
+    }
 }

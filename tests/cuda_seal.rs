@@ -10,18 +10,18 @@ mod emulator;
 use common::Random;
 use emulator::{Grid, Half, Kernels, address_mut};
 use kvmgr::device::cuda::params::Seal;
-use kvmgr::device::layout::{Sealed, TOKENS};
+use kvmgr::device::layout::{Codes, Sealed, SideLayout, TOKENS};
 use kvmgr::quantizer::{self, Side};
 
 const SIDES: [Side; 2] = [Side::Key, Side::Value];
 
-fn spec_of(format: Sealed) -> &'static str {
-    match format {
-        Sealed::Int8 => "int8",
-        Sealed::Fp8E4m3 => "fp8(e4m3)",
-        Sealed::Int4 => "int4",
-        Sealed::Kivi4 => "kivi(bits=4, group=256)",
-        Sealed::Kivi2 => "kivi(bits=2, group=256)",
+fn spec_of(codes: Codes) -> &'static str {
+    match codes {
+        Codes::Int8 => "int8",
+        Codes::Fp8E4m3 => "fp8(e4m3)",
+        Codes::Int4 => "int4",
+        Codes::Kivi4 => "kivi(bits=4, group=256)",
+        Codes::Kivi2 => "kivi(bits=2, group=256)",
     }
 }
 
@@ -59,11 +59,13 @@ fn rows(random: &mut Random, kind: usize, dim: usize, huge: f32) -> Vec<f32> {
 /// A side of a cell as the device has it, from rows of the 16-bit type.
 fn expected(format: Sealed, rotates: bool, side: Side, rows: &[f32], dim: usize) -> Vec<u8> {
     let rotation = if rotates { "had+" } else { "" };
-    let quantizer = quantizer::create(&format!("{rotation}{}", spec_of(format)), side).unwrap();
+    let quantizer =
+        quantizer::create(&format!("{rotation}{}", spec_of(format.codes(side == Side::Key))), side)
+            .unwrap();
     let mut host = vec![0; quantizer.bytes(TOKENS, dim)];
     quantizer.encode(rows, dim, &mut host);
     let mut bytes = vec![0; host.len()];
-    format.to_device(dim, side == Side::Key, &host, &mut bytes);
+    SideLayout::new(format, dim, side == Side::Key).to_device(&host, &mut bytes);
     bytes
 }
 
@@ -143,11 +145,11 @@ fn seal(kernels: &Kernels, case: u32, (format, dim, half): (Sealed, usize, Half)
 #[test]
 fn sealed_blocks_are_those_of_the_cpu() {
     let Some(kernels) = Kernels::build("seal.cu") else { return };
-    for (case, kind) in (0..9).cycle().take(270).enumerate() {
-        let (dim, half) = ([64, 128, 256][case / 5 % 3], [Half::F16, Half::Bf16][case / 15 % 2]);
-        let kinds = [kind, (kind + 4) % 9];
-        let kinds = &kinds[..1 + case % 2];
-        seal(&kernels, case as u32, (Sealed::ALL[case % 5], dim, half), kinds);
+    for case in 0..324 {
+        let (format, rest) = (Sealed::ALL[case % 6], case / 6);
+        let (dim, half) = ([64, 128, 256][rest % 3], [Half::F16, Half::Bf16][rest / 3 % 2]);
+        let kinds = [rest % 9, (rest + 4) % 9];
+        seal(&kernels, case as u32, (format, dim, half), &kinds[..1 + rest / 6 % 2]);
     }
 }
 
@@ -155,5 +157,5 @@ fn sealed_blocks_are_those_of_the_cpu() {
 fn a_launch_seals_as_many_blocks_as_its_parameters_hold() {
     let Some(kernels) = Kernels::build("seal.cu") else { return };
     let kinds: Vec<usize> = (0..Seal::BLOCKS).map(|block| block % 9).collect();
-    seal(&kernels, 7, (Sealed::Int4, 64, Half::F16), &kinds);
+    seal(&kernels, 7, (Sealed::both(Codes::Int4), 64, Half::F16), &kinds);
 }

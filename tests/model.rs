@@ -378,6 +378,13 @@ fn bad_configurations_are_refused_by_name() {
         (c.rope_style, c.rope_dims, c.rope_first) = (KVMGR_ROPE_HALF, c.head_dim, 2);
     };
     refuse(&rotated, KVMGR_INVALID_ARGUMENT, "rope_first is 2, must be at most 0");
+    for first in [1, 64, 1 << 31] {
+        let behind = |c: &mut kvmgr_cache_config| {
+            (c.rope_style, c.rope_first) = (KVMGR_ROPE_HALF, first);
+        };
+        let text = format!("rope_first is {first}, must leave");
+        refuse(&behind, KVMGR_INVALID_ARGUMENT, &text);
+    }
     refuse(&|c| c.evictor = c"mru".as_ptr(), KVMGR_INVALID_ARGUMENT, "mru");
     refuse(&|c| c.spec = c"snapkv | snap".as_ptr(), KVMGR_INVALID_ARGUMENT, "column 10");
     refuse(&|c| c.store = ptr::without_provenance_mut(64), KVMGR_INVALID_HANDLE, "kvmgr_store");

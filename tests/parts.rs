@@ -146,6 +146,9 @@ fn a_policy_takes_statistics_of_queries_and_the_rotation() {
             assert_eq!(status, KVMGR_INVALID_ARGUMENT);
             assert!(message().contains(text), "{}", message());
         };
+        input.num_tokens = 1 << 31;
+        refused(select(&input), "num_tokens is 2147483648, must be in 1..=2147483647");
+        input.num_tokens = 12;
         refused(select(&input), "query_mean is NULL");
         input.query_mean = statistics.as_ptr();
         refused(select(&input), "query_covariance is NULL");

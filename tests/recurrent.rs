@@ -419,10 +419,12 @@ fn states_of_prefixes_give_way_and_go_with_their_entries() {
         prompts.iter().map(|prompt| engine.session().match_prefix(prompt).unwrap()).collect();
     assert_eq!(matched, [48, 0, 0]);
     // Blocks are needed: entries go, and the state with its own.
+    engine.manager.cache().reset_peak();
     let mut large = engine.session();
     let _ = engine.step(&mut [&mut large], &[12 * BLOCK]);
     let stats = states(&engine);
     assert_eq!((stats.idle_states, stats.used_states, stats.bytes_idle), (0, 1, 0));
+    assert_eq!(stats.bytes_peak, stats.bytes_used, "what goes with its entry is not used again");
     assert_eq!(engine.manager.cache().stats().prefix_entries, 0);
 }
 

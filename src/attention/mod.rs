@@ -123,6 +123,12 @@ impl Attention {
     pub fn select(&mut self, layer: usize, starts: &[u32], blocks: &[u32]) -> Result<()> {
         self.check(layer, 0, 1)?;
         ensure!(self.cuda.is_none(), Unsupported, "a CUDA cache attends to all blocks");
+        let result = self.check_lists(starts, blocks);
+        self.plan.select(&self.cache, layer, result.map(|()| (&starts[1..], blocks)))
+    }
+
+    /// Refuses lists that are not one for each head of the plan.
+    fn check_lists(&self, starts: &[u32], blocks: &[u32]) -> Result<()> {
         let heads = self.plan.sequences.len() * self.cache.config().shape.num_kv_heads;
         ensure!(
             starts.len() == heads + 1,
@@ -142,7 +148,7 @@ impl Attention {
             let (this, next) = (starts[i], starts[i + 1]);
             bail!(InvalidArgument, "starts[{}] is {next}, below starts[{i}], {this}", i + 1);
         }
-        self.plan.select(&self.cache, layer, &starts[1..], blocks)
+        Ok(())
     }
 
     /// What the current plan shares between sequences; zeros on a device, which shares nothing.

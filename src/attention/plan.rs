@@ -269,26 +269,30 @@ impl Plan {
         self.selections[layer].head(0).is_some()
     }
 
-    /// See [`super::Attention::select`].
+    /// See [`super::Attention::select`]: where the list of each head ends, and all of them, if they are fit
+    /// to be used.
     pub(super) fn select(
         &mut self,
         cache: &Cache,
         layer: usize,
-        ends: &[u32],
-        blocks: &[u32],
+        lists: Result<(&[u32], &[u32])>,
     ) -> Result<()> {
-        let heads = cache.config().shape.num_kv_heads;
+        let ModelShape { num_layers, num_kv_heads: heads, .. } = cache.config().shape;
+        // There are none before the first plan.
+        self.selections.resize_with(num_layers, Selection::default);
         let mut selection = std::mem::take(&mut self.selections[layer]);
         selection.clear();
         let mut start = 0;
-        let result = ends.iter().enumerate().try_for_each(|(i, end)| {
-            let (sequence, head) = (i / heads, i % heads);
-            let (_, mut lane) = self.walk(cache, layer, sequence, head);
-            lane.chosen = None;
-            let list = &blocks[start..*end as usize];
-            start = *end as usize;
-            let pushed = selection.push(lane, self.sequences[sequence].num_queries, list);
-            pushed.map_err(|error| error.within(format!("sequence {sequence}, KV head {head}")))
+        let result = lists.and_then(|(ends, blocks)| {
+            ends.iter().enumerate().try_for_each(|(i, end)| {
+                let (sequence, head) = (i / heads, i % heads);
+                let (_, mut lane) = self.walk(cache, layer, sequence, head);
+                lane.chosen = None;
+                let list = &blocks[start..*end as usize];
+                start = *end as usize;
+                let pushed = selection.push(lane, self.sequences[sequence].num_queries, list);
+                pushed.map_err(|error| error.within(format!("sequence {sequence}, KV head {head}")))
+            })
         });
         match result {
             Ok(()) => selection.apply(),

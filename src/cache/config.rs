@@ -257,9 +257,6 @@ impl CacheConfig {
         if let Some(RecurrentConfig { num_layers, bytes, .. }) = self.recurrent {
             scope += &format!(" recurrent {num_layers} {bytes}");
         }
-        if self.device.is_some() && formats.len() > 1 {
-            scope += " fragments"; // Quantized blocks have another layout on a device.
-        }
         scope
     }
 }

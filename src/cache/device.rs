@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{BlockView, Cache, CacheConfig, Format};
 use crate::device::cuda::params::Seal;
 use crate::device::cuda::{DeviceMemory, Gpu, Kernel};
-use crate::device::layout::{self, Sealed};
+use crate::device::layout::{self, Codes, Sealed, SideLayout};
 use crate::dtype::DType;
 use crate::error::{Result, bail, ensure};
 use crate::quantizer::ROTATION;
@@ -62,6 +62,8 @@ pub(super) fn check(config: &CacheConfig) -> Result<()> {
 pub(super) struct Sealer {
     /// How kernels read sealed blocks.
     layout: Sealed,
+    /// The same of keys and of values, byte by byte.
+    sides: [SideLayout; 2],
     /// Bit 0: keys, bit 1: values are rotated before they are encoded.
     pub(super) rotates: u32,
     pub(super) kernel: Kernel,
@@ -82,7 +84,8 @@ impl Sealer {
         let _entered = device.gpu.enter()?;
         let kernel = device.gpu.kernel(&name, SEAL_THREADS, shared)?;
         let rotates = u32::from(rotated[0]) | u32::from(rotated[1]) << 1;
-        Ok(Some(Self { layout, rotates, kernel }))
+        let sides = [true, false].map(|is_key| SideLayout::new(layout, dim, is_key));
+        Ok(Some(Self { layout, sides, rotates, kernel }))
     }
 
     /// The most blocks of `cells` cells for a launch.
@@ -104,7 +107,7 @@ fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<(Sea
     let dim = config.shape.head_dim;
     let sides = [format.key.spec(), format.value.spec()];
     let plain = sides.each_ref().map(|spec| spec.strip_prefix(ROTATION));
-    let of = |i: usize| layout_of(plain[i].unwrap_or(&sides[i]), dim);
+    let of = |i: usize| codes_of(plain[i].unwrap_or(&sides[i]), dim);
     let (Some(key), Some(value)) = (of(0), of(1)) else {
         bail!(
             Unsupported,
@@ -115,10 +118,11 @@ fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<(Sea
             sides[1]
         );
     };
+    let layout = Sealed { key, value };
     ensure!(
-        key == value,
+        Sealed::ALL.contains(&layout),
         Unsupported,
-        "keys are kept as {} and values as {}, on a CUDA device both must be the same",
+        "keys are kept as {} and values as {}, on a CUDA device both must be the same, or int8 and int4",
         sides[0],
         sides[1]
     );
@@ -129,22 +133,22 @@ fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<(Sea
         config.block_size,
         layout::TOKENS
     );
-    Ok(Some((key, plain.map(|rest| rest.is_some()))))
+    Ok(Some((layout, plain.map(|rest| rest.is_some()))))
 }
 
-fn layout_of(spec: &str, dim: usize) -> Option<Sealed> {
+fn codes_of(spec: &str, dim: usize) -> Option<Codes> {
     Some(match spec {
-        "int8" => Sealed::Int8,
-        "int4" => Sealed::Int4,
-        "fp8(e4m3)" => Sealed::Fp8E4m3,
+        "int8" => Codes::Int8,
+        "int4" => Codes::Int4,
+        "fp8(e4m3)" => Codes::Fp8E4m3,
         _ => {
             let rest = spec.strip_prefix("kivi(bits=")?;
             let (bits, group) = rest.strip_suffix(')')?.split_once(", group=")?;
             let group: usize = group.parse().ok()?;
             match bits {
                 _ if group < dim.max(layout::TOKENS) => return None,
-                "4" => Sealed::Kivi4,
-                _ => Sealed::Kivi2,
+                "4" => Codes::Kivi4,
+                _ => Codes::Kivi2,
             }
         }
     })
@@ -180,6 +184,11 @@ impl Cache {
     /// How kernels read the sealed blocks; `None` if these are raw or on the host.
     pub fn sealed_layout(&self) -> Option<Sealed> {
         self.sealer.as_ref().map(|sealer| sealer.layout)
+    }
+
+    /// Where everything of the keys and the values of a sealed cell is.
+    pub(super) fn sealed_sides(&self) -> Option<&[SideLayout; 2]> {
+        self.sealer.as_ref().map(|sealer| &sealer.sides)
     }
 
     /// Bit 0: keys, bit 1: values of sealed blocks on a device are rotated.

@@ -365,7 +365,7 @@ impl Cache {
             if let Some(offload) = self.offload.lock().clone() {
                 // What cannot be fetched from a device is lost, as it would be without a store.
                 let bytes: Result<Vec<_>> =
-                    views.iter().map(|view| self.block_bytes(view)).collect();
+                    views.iter().map(|view| self.stored_bytes(view)).collect();
                 if let Ok(bytes) = bytes {
                     offload
                         .offload(&digest, &bytes.iter().map(|bytes| &**bytes).collect::<Vec<_>>());

@@ -236,6 +236,7 @@ impl States {
         let id = *self.idle.first_key_value()?.1;
         let kept = self.records[id as usize].entry?;
         self.detach(kept.head);
+        self.note_peak();
         Some((id, kept.digest))
     }
 
@@ -252,13 +253,13 @@ impl States {
         let record = &self.records[id as usize];
         if record.refs == 1 && record.entry.is_some() {
             self.idle.remove(&record.idle_since);
-            self.note_peak();
         }
     }
 
     fn retain(&mut self, id: u32) {
         self.leave_idle(id);
         self.records[id as usize].refs += 1;
+        self.note_peak();
     }
 
     fn release(&mut self, id: u32) {

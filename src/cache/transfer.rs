@@ -1,6 +1,7 @@
 //! What policies do with blocks on a device: the host reads rows of heads, and survivors move to other
 //! blocks. Every call waits for what is queued.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -9,7 +10,7 @@ use super::{BlockView, Cache, OPEN, PAGE_BYTES};
 use crate::device::cuda::params::{CopyBlocks, MoveRows};
 use crate::device::cuda::{DeviceMemory, Gpu, Kernel};
 use crate::device::host::Arena;
-use crate::device::layout::Sealed;
+use crate::device::layout::SideLayout;
 use crate::error::Result;
 use crate::quantizer::{Cell, Side};
 
@@ -119,11 +120,11 @@ impl Cache {
                 let at = |view: &BlockView| address(view) + start as u64;
                 let addresses: Vec<u64> = views.iter().map(at).collect();
                 transfers.collect(&addresses, end - start, sides)?;
-                if let Some(layout) = self.layout_of(views[0].format()) {
-                    let (dim, is_key) = (self.config().shape.head_dim, side == Side::Key);
+                if let Some(layouts) = self.layouts_of(views[0].format()) {
+                    let layout = &layouts[usize::from(side == Side::Value)];
                     for host in sides.chunks_exact_mut(end - start) {
                         let device = host.to_vec();
-                        layout.to_host(dim, is_key, &device, host);
+                        layout.to_host(&device, host);
                     }
                 }
                 rest = after;
@@ -158,27 +159,36 @@ impl Cache {
     /// A copy of a block on a device.
     pub fn fetch_block(&self, view: &BlockView) -> Result<HostBlock> {
         let block = self.host_block(view.format())?;
-        let bytes = self.block_bytes(view)?;
-        let target = block.view.write(0..view.len());
-        target.copy_from_slice(&bytes);
-        if let Some(layout) = self.layout_of(view.format()) {
-            let dim = self.config().shape.head_dim;
-            self.for_sides(view.format(), |range, is_key| {
-                layout.to_host(dim, is_key, &bytes[range.clone()], &mut target[range]);
-            });
-        }
+        block.view.write(0..view.len()).copy_from_slice(&self.stored_bytes(view)?);
         Ok(block)
     }
 
     /// Copies a block of the host to one on a device that nobody else sees yet.
     pub fn store_block(&self, block: &HostBlock, view: &BlockView) -> Result<()> {
-        let bytes = block.view.bytes();
+        self.fill_stored(view, block.view.bytes())
+    }
+
+    /// The bytes of a block as a store has them, wherever the block is: in the layout of the host. From a device
+    /// they are fetched, which waits for all queued work.
+    pub fn stored_bytes<'a>(&self, view: &'a BlockView) -> Result<Cow<'a, [u8]>> {
+        let mut bytes = self.block_bytes(view)?;
+        if let Some(layouts) = self.layouts_of(view.format()) {
+            let device = bytes.clone();
+            let host = bytes.to_mut();
+            self.for_sides(view.format(), |range, side| {
+                layouts[side].to_host(&device[range.clone()], &mut host[range]);
+            });
+        }
+        Ok(bytes)
+    }
+
+    /// Writes such bytes into a block that nobody else sees yet.
+    pub fn fill_stored(&self, view: &BlockView, bytes: &[u8]) -> Result<()> {
         self.fill_block(view, &mut |target| {
             target.copy_from_slice(bytes);
-            if let Some(layout) = self.layout_of(view.format()) {
-                let dim = self.config().shape.head_dim;
-                self.for_sides(view.format(), |range, is_key| {
-                    layout.to_device(dim, is_key, &bytes[range.clone()], &mut target[range]);
+            if let Some(layouts) = self.layouts_of(view.format()) {
+                self.for_sides(view.format(), |range, side| {
+                    layouts[side].to_device(&bytes[range.clone()], &mut target[range]);
                 });
             }
             Ok(())
@@ -217,17 +227,17 @@ impl Cache {
         })
     }
 
-    /// How blocks of `format` are laid out on the device, if not as on the host.
-    fn layout_of(&self, format: usize) -> Option<Sealed> {
-        self.sealed_layout().filter(|_| format != OPEN)
+    /// How keys and values of blocks of `format` are laid out on the device, if not as on the host.
+    fn layouts_of(&self, format: usize) -> Option<&[SideLayout; 2]> {
+        self.sealed_sides().filter(|_| format != OPEN)
     }
 
-    /// The bytes of each side of each cell of a block, and whether they are keys.
-    fn for_sides(&self, format: usize, mut visit: impl FnMut(Range<usize>, bool)) {
+    /// The bytes of each side of each cell of a block, and whether they are keys, 0, or values, 1.
+    fn for_sides(&self, format: usize, mut visit: impl FnMut(Range<usize>, usize)) {
         let format = &self.formats()[format];
         for cell in 0..self.config().lane_width.cells(&self.config().shape) {
-            visit(format.range(cell, Side::Key), true);
-            visit(format.range(cell, Side::Value), false);
+            visit(format.range(cell, Side::Key), 0);
+            visit(format.range(cell, Side::Value), 1);
         }
     }
 }

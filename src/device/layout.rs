@@ -5,9 +5,9 @@
 /// Tokens of a block on a device.
 pub const TOKENS: usize = 64;
 
-/// A format of sealed blocks that kernels can read.
+/// Codes of a side that kernels can read, with what they are scaled by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sealed {
+pub enum Codes {
     /// `int8`.
     Int8,
     /// `fp8(e4m3)`.
@@ -20,12 +20,56 @@ pub enum Sealed {
     Kivi2,
 }
 
+/// A format of sealed blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sealed {
+    /// Of keys.
+    pub key: Codes,
+    /// Of values.
+    pub value: Codes,
+}
+
 impl Sealed {
-    /// All of them.
-    pub const ALL: [Self; 5] = [Self::Int8, Self::Fp8E4m3, Self::Int4, Self::Kivi4, Self::Kivi2];
+    /// All that kernels can read.
+    pub const ALL: [Self; 6] = [
+        Self::both(Codes::Int8),
+        Self::both(Codes::Fp8E4m3),
+        Self::both(Codes::Int4),
+        Self::both(Codes::Kivi4),
+        Self::both(Codes::Kivi2),
+        Self { key: Codes::Int8, value: Codes::Int4 },
+    ];
+
+    /// Keys and values have the same codes.
+    pub const fn both(codes: Codes) -> Self {
+        Self { key: codes, value: codes }
+    }
+
+    /// The codes of a side.
+    pub const fn codes(self, is_key: bool) -> Codes {
+        if is_key { self.key } else { self.value }
+    }
 
     /// What kernels are named after.
-    pub const fn name(self) -> &'static str {
+    pub fn name(self) -> String {
+        let [key, value] = [self.key.name(), self.value.name()];
+        if key == value { key.into() } else { format!("{key}_{value}") }
+    }
+
+    /// Tokens of a chunk of both sides, which is what a warp takes at a time.
+    pub const fn chunk(self) -> usize {
+        if self.key.bits() == 8 || self.value.bits() == 8 { 32 } else { 64 }
+    }
+
+    /// Bytes of a side of a cell of 64 tokens, here and there.
+    pub fn bytes(self, dim: usize, is_key: bool) -> usize {
+        let codes = self.codes(is_key);
+        TOKENS * dim * codes.bits() / 8 + codes.scale_bytes(dim, is_key)
+    }
+}
+
+impl Codes {
+    const fn name(self) -> &'static str {
         match self {
             Self::Int8 => "int8",
             Self::Fp8E4m3 => "fp8e4m3",
@@ -35,18 +79,12 @@ impl Sealed {
         }
     }
 
-    /// Bits of a code.
-    pub const fn bits(self) -> usize {
+    const fn bits(self) -> usize {
         match self {
             Self::Int8 | Self::Fp8E4m3 => 8,
             Self::Int4 | Self::Kivi4 => 4,
             Self::Kivi2 => 2,
         }
-    }
-
-    /// Tokens of a chunk, which is what a warp takes at a time.
-    pub const fn chunk(self) -> usize {
-        if self.bits() == 8 { 32 } else { 64 }
     }
 
     const fn is_kivi(self) -> bool {
@@ -63,147 +101,33 @@ impl Sealed {
         }
     }
 
-    /// Bytes of a side of a cell of 64 tokens, here and there.
-    pub fn bytes(self, dim: usize, is_key: bool) -> usize {
-        TOKENS * dim * self.bits() / 8 + self.scale_bytes(dim, is_key)
+    /// The bit of a word at which its first code starts; the last may go on at the word's lowest bits.
+    const fn rotation(self) -> usize {
+        if self.bits() == 8 { 0 } else { 2 }
     }
 
-    /// A side of a cell as the device wants it, from the bytes that the quantizer of the host made.
-    pub fn to_device(self, dim: usize, is_key: bool, host: &[u8], out: &mut [u8]) {
-        assert_eq!([host.len(), out.len()], [self.bytes(dim, is_key); 2], "{}", self.name());
-        let row = dim * self.bits() / 8;
-        // Keys of KIVI have their scales in front; all others behind the codes of each token.
-        let (head, tail) = match self.is_kivi() && is_key {
-            true => (4 * dim, 0),
-            false => (0, (host.len() - TOKENS * row) / TOKENS),
-        };
-        let token = |t: usize| &host[head + t * (row + tail)..][..row + tail];
-        let code = |t: usize, channel: usize| self.code(token(t), channel);
-        let mut rest = out;
-        for first in (0..TOKENS).step_by(self.chunk()) {
-            let codes = self.chunk() * row;
-            let (words, after) = rest.split_at_mut(codes);
-            words.fill(0);
-            match is_key {
-                true => self.put(words, self.chunk(), dim, |r, c| code(first + r, c)),
-                false => self.put(words, dim, self.chunk(), |r, c| code(first + c, r)),
-            }
-            let scales = match head {
-                0 => self.chunk() * tail,
-                head => head,
-            };
-            let (scales, after) = after.split_at_mut(scales);
-            if head > 0 {
-                scales.copy_from_slice(&host[..head]);
-            } else if self.is_kivi() {
-                for (i, pair) in scales.chunks_exact_mut(tail).enumerate() {
-                    pair.copy_from_slice(&token(first + i)[row..]);
-                }
-            } else {
-                // All s, then all m.
-                for (part, list) in scales.chunks_exact_mut(4 * self.chunk()).enumerate() {
-                    for (i, number) in list.chunks_exact_mut(4).enumerate() {
-                        number.copy_from_slice(&token(first + i)[row + 4 * part..][..4]);
-                    }
-                }
-            }
-            rest = after;
-        }
+    /// The bits of a word that the device has the other way round: it counts from -128.
+    const fn flip(self) -> u32 {
+        if matches!(self, Self::Int8) { 0x8080_8080 } else { 0 }
     }
 
-    /// The bytes of the host's quantizer from a side of a cell of the device: undoes [`Self::to_device`].
-    pub fn to_host(self, dim: usize, is_key: bool, device: &[u8], out: &mut [u8]) {
-        assert_eq!([device.len(), out.len()], [self.bytes(dim, is_key); 2], "{}", self.name());
-        let row = dim * self.bits() / 8;
-        let (head, tail) = match self.is_kivi() && is_key {
-            true => (4 * dim, 0),
-            false => (0, (out.len() - TOKENS * row) / TOKENS),
-        };
-        out.fill(0);
-        let start = |t: usize| head + t * (row + tail);
-        let mut rest = device;
-        for first in (0..TOKENS).step_by(self.chunk()) {
-            let (words, after) = rest.split_at(self.chunk() * row);
-            let mut add = |t: usize, channel: usize, code: u32| {
-                self.add_code(&mut out[start(first + t)..][..row], channel, code);
-            };
-            match is_key {
-                true => self.get(words, self.chunk(), dim, &mut add),
-                false => self.get(words, dim, self.chunk(), &mut |r, c, code| add(c, r, code)),
-            }
-            let scales = if head > 0 { head } else { self.chunk() * tail };
-            let (scales, after) = after.split_at(scales);
-            if head > 0 {
-                out[..head].copy_from_slice(scales);
-            } else if self.is_kivi() {
-                for (i, pair) in scales.chunks_exact(tail).enumerate() {
-                    out[start(first + i) + row..][..tail].copy_from_slice(pair);
-                }
-            } else {
-                for (part, list) in scales.chunks_exact(4 * self.chunk()).enumerate() {
-                    for (i, number) in list.chunks_exact(4).enumerate() {
-                        let at = start(first + i) + row + 4 * part;
-                        out[at..at + 4].copy_from_slice(number);
-                    }
-                }
-            }
-            rest = after;
-        }
-    }
-
-    /// The code of a channel in a row of the host: blocks of 32 channels.
-    fn code(self, row: &[u8], channel: usize) -> u32 {
+    /// The bit of a code in a row of the host: blocks of 32 channels.
+    fn bit_of(self, channel: usize) -> usize {
         let (block, j) = (channel / 32, channel % 32);
-        u32::from(match self {
-            Self::Int8 => row[channel].wrapping_add(128),
-            Self::Fp8E4m3 => row[channel],
-            Self::Int4 | Self::Kivi4 => row[block * 16 + j % 16] >> (j / 16 * 4) & 15,
-            Self::Kivi2 => row[block * 8 + j % 8] >> (j / 8 * 2) & 3,
-        })
-    }
-
-    /// Sets the code of a channel in a row of the host, which is 0.
-    fn add_code(self, row: &mut [u8], channel: usize, code: u32) {
-        let (block, j, code) = (channel / 32, channel % 32, code as u8);
-        match self {
-            Self::Int8 => row[channel] = code.wrapping_sub(128),
-            Self::Fp8E4m3 => row[channel] = code,
-            Self::Int4 | Self::Kivi4 => row[block * 16 + j % 16] |= code << (j / 16 * 4),
-            Self::Kivi2 => row[block * 8 + j % 8] |= code << (j / 8 * 2),
+        match self.bits() {
+            8 => 8 * channel,
+            4 => 8 * (block * 16 + j % 16) + j / 16 * 4,
+            _ => 8 * (block * 8 + j % 8) + j / 8 * 2,
         }
     }
 
-    /// Writes a matrix of codes as fragments of a left operand.
-    fn put(self, out: &mut [u8], rows: usize, columns: usize, code: impl Fn(usize, usize) -> u32) {
-        self.fragments(rows, columns, |row, column, at, bit| {
-            let placed = code(row, column).rotate_left(bit).to_le_bytes();
-            for (byte, more) in out[at..at + 4].iter_mut().zip(placed) {
-                *byte |= more;
-            }
-        });
-    }
-
-    /// Reads what [`Self::put`] wrote: row, column and code of each element.
-    fn get(
-        self,
-        words: &[u8],
-        rows: usize,
-        columns: usize,
-        out: &mut dyn FnMut(usize, usize, u32),
-    ) {
-        self.fragments(rows, columns, |row, column, at, bit| {
-            let word = u32::from_le_bytes([0, 1, 2, 3].map(|i| words[at + i]));
-            out(row, column, word.rotate_right(bit) & ((1 << self.bits()) - 1));
-        });
-    }
-
-    /// Visits the elements of a matrix: row, column, the first byte of the word that holds the code, and
-    /// the bit at which it starts there.
+    /// Visits the elements of a matrix of codes that are laid out as fragments of a left operand: row, column,
+    /// the first byte of the word that holds the code, and the bit at which it starts there.
     fn fragments(
         self,
         rows: usize,
         columns: usize,
-        mut visit: impl FnMut(usize, usize, usize, u32),
+        mut visit: impl FnMut(usize, usize, usize, usize),
     ) {
         let words = columns * self.bits() / 64; // of a lane, for a tile of 16 rows
         let width = words.min(4);
@@ -222,8 +146,111 @@ impl Sealed {
                 };
                 let piece = tile * (words / width) + word / width;
                 let at = ((piece * 32 + lane) * width + word % width) * 4;
-                visit(row, column, at, bit as u32);
+                visit(row, column, at, bit);
             }
+        }
+    }
+}
+
+/// Where everything of a side of a cell is on the device and on the host.
+#[derive(Debug, Clone)]
+pub struct SideLayout {
+    format: Codes,
+    bytes: usize,
+    /// First bytes of the words of codes on the device.
+    words: Vec<u32>,
+    /// For each code of each word, from its lowest bit on, the bit at which it starts on the host.
+    codes: Vec<u32>,
+    /// First bytes of the numbers that codes are scaled by, four bytes each: on the device, on the host.
+    scales: Vec<[u32; 2]>,
+}
+
+impl SideLayout {
+    /// The layout of keys or values of `dim` elements.
+    pub fn new(sealed: Sealed, dim: usize, is_key: bool) -> Self {
+        let (format, chunk) = (sealed.codes(is_key), sealed.chunk());
+        let (bytes, row) = (sealed.bytes(dim, is_key), dim * format.bits() / 8);
+        // Keys of KIVI have their scales in front; all others behind the codes of each token.
+        let (head, tail) = match format.is_kivi() && is_key {
+            true => (4 * dim, 0),
+            false => (0, (bytes - TOKENS * row) / TOKENS),
+        };
+        let token = |t: usize| head + t * (row + tail);
+        let mut new = Self {
+            format,
+            bytes,
+            words: Vec::new(),
+            codes: vec![0; TOKENS * dim],
+            scales: Vec::new(),
+        };
+        let per_word = 32 / format.bits();
+        let mut at = 0;
+        for first in (0..TOKENS).step_by(chunk) {
+            let words = chunk * row / 4;
+            let before = new.words.len();
+            new.words.extend((0..words).map(|word| (at + 4 * word) as u32));
+            let mut place = |t: usize, channel: usize, byte: usize, bit: usize| {
+                let code = (bit + 32 - format.rotation()) % 32 / format.bits();
+                let host = 8 * token(first + t) + format.bit_of(channel);
+                new.codes[(before + byte / 4) * per_word + code] = host as u32;
+            };
+            match is_key {
+                true => format.fragments(chunk, dim, &mut place),
+                false => format.fragments(dim, chunk, |r, c, at, bit| place(c, r, at, bit)),
+            }
+            at += 4 * words;
+            let mut scale = |host: usize| {
+                new.scales.push([at as u32, host as u32]);
+                at += 4;
+            };
+            match head {
+                0 => {
+                    // All s, then all m.
+                    for part in 0..tail / 4 {
+                        (first..first + chunk).for_each(|t| scale(token(t) + row + 4 * part));
+                    }
+                }
+                head => (0..head).step_by(4).for_each(&mut scale),
+            }
+        }
+        new
+    }
+
+    /// The bytes for the device of what the quantizer of the host made.
+    pub fn to_device(&self, host: &[u8], out: &mut [u8]) {
+        assert_eq!([host.len(), out.len()], [self.bytes; 2], "{}", self.format.name());
+        let (bits, flip) = (self.format.bits(), self.format.flip());
+        let mask = (1 << bits) - 1;
+        for (at, codes) in self.words.iter().zip(self.codes.chunks_exact(32 / bits)) {
+            let mut word = 0u32;
+            for (i, bit) in codes.iter().enumerate() {
+                let code = host[*bit as usize / 8] >> (bit % 8);
+                word |= (u32::from(code) & mask) << (i * bits);
+            }
+            let word = (word ^ flip).rotate_left(self.format.rotation() as u32);
+            out[*at as usize..][..4].copy_from_slice(&word.to_le_bytes());
+        }
+        for [at, from] in &self.scales {
+            out[*at as usize..][..4].copy_from_slice(&host[*from as usize..][..4]);
+        }
+    }
+
+    /// The bytes of the host's quantizer: undoes [`Self::to_device`].
+    pub fn to_host(&self, device: &[u8], out: &mut [u8]) {
+        assert_eq!([device.len(), out.len()], [self.bytes; 2], "{}", self.format.name());
+        let (bits, flip) = (self.format.bits(), self.format.flip());
+        let mask = (1 << bits) - 1;
+        out.fill(0);
+        for (at, codes) in self.words.iter().zip(self.codes.chunks_exact(32 / bits)) {
+            let word = [0, 1, 2, 3].map(|i| device[*at as usize + i]);
+            let word = u32::from_le_bytes(word).rotate_right(self.format.rotation() as u32) ^ flip;
+            for (i, bit) in codes.iter().enumerate() {
+                let code = (word >> (i * bits) & mask) as u8;
+                out[*bit as usize / 8] |= code << (bit % 8);
+            }
+        }
+        for [at, to] in &self.scales {
+            out[*to as usize..][..4].copy_from_slice(&device[*at as usize..][..4]);
         }
     }
 }
@@ -243,17 +270,18 @@ mod tests {
             for (dim, is_key) in
                 [64, 128, 256].into_iter().flat_map(|dim| [(dim, true), (dim, false)])
             {
-                let bytes = format.bytes(dim, is_key);
+                let (bytes, layout) =
+                    (format.bytes(dim, is_key), SideLayout::new(format, dim, is_key));
                 let bits = |list: &[u8]| list.iter().map(|byte| byte.count_ones()).sum::<u32>();
                 let convert = |host: &[u8]| {
                     let mut out = vec![0xAA; bytes];
-                    format.to_device(dim, is_key, host, &mut out);
+                    layout.to_device(host, &mut out);
                     out
                 };
                 let base = convert(&vec![0; bytes]);
                 let host: Vec<u8> = (0..bytes).map(|i| (i * 151 % 253) as u8).collect();
                 let mut back = vec![0x55; bytes];
-                format.to_host(dim, is_key, &convert(&host), &mut back);
+                layout.to_host(&convert(&host), &mut back);
                 assert!(back == host, "{format:?} {dim} {is_key}: there and back again");
                 for bit in (0..bytes * 8).step_by(37) {
                     let mut host = vec![0; bytes];

@@ -178,8 +178,9 @@ pub unsafe extern "C" fn kvmgr_attention_select(
     })
 }
 
-/// What the current plan shares between sequences: zeros on a CUDA device, and for sequences that are
-/// cache relative, have a selector or a replay, or whose policy wants to know what rows receive.
+/// What the current plan shares between sequences. Fewer than 128 rows are not shared, nor is anything on a
+/// CUDA device, or by sequences that have more than 8 planned tokens, are cache relative, have a selector or
+/// a replay, or whose policy wants to know what rows receive.
 ///
 /// @param out_stats its struct_size must be set; receives the numbers
 #[must_use]

@@ -189,6 +189,13 @@ pub(super) unsafe fn rope(fields: &RopeFields) -> Result<Option<Rope>> {
     let dims = if fields.dims == 0 { rest } else { fields.dims } as usize;
     let first = fields.first as usize;
     ensure!(
+        fields.dims > 0 || first == 0 || (dims > 0 && dims.is_multiple_of(2)),
+        InvalidArgument,
+        "rope_first is {first}, must leave an even number of the {} elements of a head, or rope_dims must \
+         say how many rotate",
+        fields.head_dim
+    );
+    ensure!(
         dims.is_multiple_of(2) && (2..=MAX_HEAD_DIM).contains(&dims),
         InvalidArgument,
         "rope_dims is {dims}, must be even and in 2..={MAX_HEAD_DIM}"

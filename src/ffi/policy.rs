@@ -12,7 +12,7 @@ use crate::error::{Result, bail, ensure};
 use crate::policy::{
     Event, HeadInput, LayerInput, LayerSource, OutputProjection, Pipeline, STAGES,
 };
-use crate::shape::{ModelShape, Needs, Rope, Values};
+use crate::shape::{ModelShape, Needs, Rope, Values, check_range};
 
 /// A token policy parsed from a spec. Immutable. Shared: retain and release, any thread.
 #[derive(Debug)]
@@ -367,7 +367,7 @@ impl<'a> Input<'a> {
         let (heads, tokens, dim) = (shape.num_kv_heads, raw.num_tokens as usize, shape.head_dim);
         let value_dim = shape.value_dim();
         let queries = raw.num_queries as usize;
-        ensure!(tokens > 0, InvalidArgument, "num_tokens is 0, must be at least 1");
+        check_range("num_tokens", tokens, i32::MAX as usize)?; // Positions are 32 bits.
         ensure!(
             queries <= tokens,
             InvalidArgument,

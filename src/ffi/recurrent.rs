@@ -50,7 +50,8 @@ pub unsafe extern "C" fn kvmgr_sequence_recurrent_state(
 /// Keeps a copy of the states of all recurrent layers as those after num_tokens tokens, until the
 /// sequence gets shorter than that, is preempted or ends. It takes the place of one of the same length;
 /// else, if there are recurrent_snapshots of them already, that of the one taken first. KVMGR_OUT_OF_BLOCKS,
-/// and no change, if num_states is reached. Costs one copy of the states, no allocation.
+/// and no change, if num_states is reached. Costs one copy of the states, and no allocation but where the
+/// prefix keeps it.
 ///
 /// A snapshot at the end of a block whose tokens are shared by prefix is kept with the prefix: another
 /// sequence starts from there. The last such length of a prompt of n tokens that a prompt like it can

@@ -238,8 +238,8 @@ pub extern "C" fn kvmgr_sequence_replay(
 /// kvmgr_sequence_end_prefill this is a decode step and runs the decode phase of the policy; if
 /// that runs out of blocks the tokens are committed all the same and the next step tries again.
 /// If reserved tokens are dropped and there is a snapshot after the committed ones, the states of recurrent
-/// layers are set back to it; without one they stay as the engine has written them, unless there are snapshots
-/// after some of the reserved tokens: then the answer is KVMGR_INVALID_STATE.
+/// layers are set back to it, or as kvmgr_sequence_truncate does it; else they stay as the engine has written
+/// them, unless there are snapshots after some of the reserved tokens: then the answer is KVMGR_INVALID_STATE.
 /// On a CUDA device the encoding of full blocks is queued on the stream; while a graph is captured they stay
 /// open and are encoded by a later commit. A policy that acts waits for the stream; while a graph is captured
 /// a commit that may run one answers KVMGR_INVALID_STATE and changes nothing.

@@ -152,6 +152,16 @@ impl Lane {
         rows
     }
 
+    /// After tokens at positions of `next` and above were dropped: evicted rows among them count no more.
+    /// Rows of a span were all moved by the same number, so if indices matter (`is_relative`) those that
+    /// come do not go to an open block whose rows were moved by another.
+    pub(super) fn forget_evicted(&mut self, next: i32, is_relative: bool) {
+        self.evicted = next - self.len() as i32;
+        if let Some(tail) = self.spans.last_mut().filter(|_| is_relative) {
+            tail.sealed |= tail.evicted_before != self.evicted;
+        }
+    }
+
     /// The blocks of the lane, each once.
     pub fn blocks(&self) -> impl Iterator<Item = &Block> {
         let groups = self.spans.chunk_by(|a, b| a.block.id == b.block.id);

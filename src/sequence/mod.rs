@@ -484,8 +484,7 @@ impl Sequence {
             }
             lane.close_gap(limit);
             if is_rollback {
-                // Evicted rows at later positions are forgotten like all others there.
-                lane.evicted = limit - lane.len() as i32;
+                lane.forget_evicted(limit, self.config.cache_relative);
             }
         }
         if !released.is_empty() {

@@ -32,7 +32,7 @@ impl Recurrent {
     pub(super) fn new(cache: &Cache) -> Result<Option<Self>> {
         let Some(config) = &cache.config().recurrent else { return Ok(None) };
         let state = cache.new_state()?;
-        Ok(Some(Self { state, snapshots: Vec::with_capacity(config.max_snapshots.min(64)) }))
+        Ok(Some(Self { state, snapshots: Vec::with_capacity(config.max_snapshots) }))
     }
 
     pub(super) fn state(&self) -> &RecurrentState {
@@ -43,7 +43,9 @@ impl Recurrent {
     pub(super) fn fork(&self, cache: &Cache) -> Result<Self> {
         let state = cache.copy_state(&self.state)?;
         cache.retain_states(self.snapshots.iter().map(|snapshot| snapshot.state));
-        Ok(Self { state, snapshots: self.snapshots.clone() })
+        let mut snapshots = Vec::with_capacity(self.snapshots.capacity());
+        snapshots.extend_from_slice(&self.snapshots);
+        Ok(Self { state, snapshots })
     }
 
     /// Every state that is referred to.
@@ -207,7 +209,8 @@ impl Sequence {
     /// knows best, so without a snapshot it stays; but who takes snapshots of drafts relies on them.
     pub(super) fn shorten_state(&self, num_tokens: usize) -> Result<()> {
         let is_known = self.roll_back_state(num_tokens)?;
-        let has_drafts = || self.snapshots().last().is_some_and(|last| *last > self.committed);
+        let own = self.recurrent.iter().flat_map(|recurrent| &recurrent.snapshots);
+        let has_drafts = || own.clone().any(|snapshot| snapshot.num_tokens > self.committed);
         ensure!(
             is_known || num_tokens >= self.committed && !has_drafts(),
             InvalidState,

@@ -160,6 +160,10 @@ impl NotedQueries {
     pub(super) fn commit(&self, limit: i32) {
         self.end.store(limit, Ordering::Relaxed);
         self.begin.fetch_min(limit, Ordering::Relaxed);
+        if limit == 0 {
+            // What comes is a prompt.
+            self.end_prompt(usize::MAX);
+        }
     }
 
     /// Forgets all but the last `keep` queries.

@@ -134,6 +134,8 @@ fn quantized_sequences_live_alike() {
             "quant(k=had+int4, v=int4)",
             "quant(had+int8)",
             "quant(had+kivi(bits=4, group=128))",
+            "quant(k=int8, v=int4)",
+            "quant(k=had+int8, v=int4)",
         ];
         let wide = ["quant(int8)", "quant(had+kivi(bits=2, group=256))"];
         for (i, spec) in specs.into_iter().chain(wide).enumerate() {
@@ -160,7 +162,7 @@ fn sequences_with_exact_rows_live_alike() {
         let specs = [
             "quant(int4, residual=70)",
             "quant(kivi(bits=2, group=128), first=1)",
-            "quant(int8, skip_layers=1)",
+            "quant(k=int8, v=int4, skip_layers=1)",
             "quant(had+int4, first=65, residual=1)",
             "quant(fp8(e4m3), skip_layers=1, residual=100)",
             "quant(kivi(bits=4, group=128), skip_layers=1, first=4, residual=64)",
@@ -177,10 +179,7 @@ fn sequences_with_exact_rows_live_alike() {
                 window: 70,
                 ..PLAIN
             };
-            // Prefixes and blocks that wait for each other in more ways than sequences of one format have.
-            for seed in 0..if driver::is_mock() { 2 } else { 20 } {
-                live(setup, seed, if driver::is_mock() { 12 } else { 60 });
-            }
+            live(setup, i as u64 + 1, if driver::is_mock() { 14 } else { 200 });
         }
     });
 }
@@ -407,6 +406,55 @@ fn append_and_run_allocate_nothing() {
         let lse = lse_buffer.read::<f32>();
         (0..30).for_each(|i| assert!((lse[i * heads] - (i as f32 + 1.0).ln()).abs() < 1e-4));
     });
+}
+
+/// What a cache has left in a store is found by one on the other side, in its own layout.
+#[test]
+fn a_store_serves_caches_on_both_sides() {
+    on_device("a_store_serves_caches_on_both_sides", || {
+        let _context = Context::new();
+        let specs = ["full", "quant(int8)", "quant(had+int4)", "quant(kivi(bits=2, group=128))"];
+        for (i, spec) in specs.into_iter().enumerate() {
+            let dim = [64, 128][i % 2];
+            let setup = Setup { spec, dim, block: 64, blocks: 16, ..PLAIN };
+            for leaves_on_device in [false, true] {
+                share_a_store(setup, leaves_on_device, i as u64);
+            }
+        }
+    });
+}
+
+fn share_a_store(setup: Setup, leaves_on_device: bool, seed: u64) {
+    let mut store = ptr::null_mut();
+    // SAFETY: a string and a place for a pointer.
+    ok(unsafe { kvmgr_store_create(c"host".as_ptr(), &raw mut store) });
+    let prompt: Vec<i32> = (0..130).map(|i| i % 5).collect();
+    let stores = [!leaves_on_device, leaves_on_device]
+        .map(|leaves| if leaves { store } else { ptr::null_mut() });
+    let mut first = Twin::with(
+        setup,
+        seed,
+        |config| config.store = stores[0],
+        |config| config.store = stores[1],
+    );
+    let (mut pair, _) = first.start(&prompt);
+    first.step(&mut [&mut pair], &[(prompt.clone(), prompt.len())]);
+    drop(pair);
+    // Somebody else wants all blocks.
+    let (pair, _) = first.start(&[]);
+    pair.both().into_iter().for_each(|other| ok(kvmgr_sequence_reserve(other, 16 * 64)));
+    drop(pair);
+    drop(first);
+    let mut second =
+        Twin::with(setup, seed, |config| config.store = store, |config| config.store = store);
+    let (mut pair, matched) = second.start(&prompt);
+    assert_eq!(matched, 128, "{} {leaves_on_device}", setup.spec);
+    let rest = prompt[matched..].to_vec();
+    let n = rest.len();
+    second.step(&mut [&mut pair], &[(rest, n)]);
+    assert_eq!(second.device.stats().store_failures, 0);
+    drop((pair, second));
+    kvmgr_store_release(store);
 }
 
 /// Blocks leave the device for a store and come back: those of a preempted sequence, and prefixes that

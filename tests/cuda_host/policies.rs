@@ -115,6 +115,23 @@ fn policies_see_the_same_queries() {
     });
 }
 
+/// A sequence that is emptied reads another prompt, here token by token.
+#[test]
+fn a_prompt_of_single_tokens_is_seen_too() {
+    on_device("policies::a_prompt_of_single_tokens_is_seen_too", || {
+        let _context = Context::new();
+        let mut twin = Twin::new(setup_for("snapkv(w=4) | keep(0.5)", 0), 1, |_| {});
+        let (mut pair, _) = twin.start(&[]);
+        for _ in 0..2 {
+            (0..12).for_each(|_| twin.step(&mut [&mut pair], &[(vec![1], 1)]));
+            twin.end_prefill(&pair);
+            assert_eq!(twin.positions(&pair)[0].len(), 6);
+            twin.step(&mut [&mut pair], &[(vec![1], 1)]);
+            twin.truncate(&mut pair, 0);
+        }
+    });
+}
+
 /// Blocks in few bits: encoded after the policy has chosen, or before it where prefixes are shared.
 #[test]
 fn policies_keep_the_same_tokens_of_quantized_blocks() {
@@ -128,7 +145,7 @@ fn policies_keep_the_same_tokens_of_quantized_blocks() {
             ("keydiff | keep(0.6) | quant(kivi(bits=2, group=128))", true),
             ("every(2) | random(seed=4) | keep_tokens(140) | quant(had+int8)", true),
             ("every(1) | stream(sink=4, recent=130) | quant(fp8(e4m3))", false),
-            ("knorm | keep(0.7) | quant(int4, first=4, residual=70)", true),
+            ("knorm | keep(0.7) | quant(k=int8, v=int4, first=4, residual=70)", true),
             ("every(2) | random(seed=5) | keep_tokens(150) | quant(int8, residual=40)", true),
         ];
         for (i, (spec, has_prefix)) in specs.into_iter().enumerate() {

@@ -155,7 +155,7 @@ fn refuse_configurations() {
         (spec(c"knorm | keep(0.5) | d2o", 64, 16), "column 21: d2o"),
         (spec(c"knorm | keep(0.5) | demote(int4) | quant(int8)", 64, 64), "demoted"),
         (spec(c"quant(q5_1)", 64, 64), "q5_1"),
-        (spec(c"quant(k=int8, v=int4)", 64, 64), "both must be the same"),
+        (spec(c"quant(k=int4, v=int8)", 64, 64), "both must be the same, or int8 and int4"),
         (spec(c"quant(kivi(bits=4))", 64, 64), "kivi with group at least 64"),
         (spec(c"quant(int4)", 64, 16), "block_size is 16, must be 64"),
         (spec(c"quant(kivi(bits=2, group=128))", 256, 64), "kivi with group at least 64"),

@@ -122,7 +122,7 @@ fn some_blocks_stay_open() {
                 }
             }
             // In the window, in a sealed block, in the first one, each time in a fork that goes on.
-            for cut in [300, 200, 150, 64, 30] {
+            for cut in [300, 150, 30] {
                 let mut child = twin.fork(&pair);
                 twin.truncate(&mut child, cut);
                 twin.step(&mut [&mut child, &mut pair], &[(vec![3; 70], 70), (vec![1; 3], 0)]);

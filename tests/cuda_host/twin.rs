@@ -221,7 +221,17 @@ pub struct Twin {
 
 impl Twin {
     pub fn new(setup: Setup, seed: u64, edit: impl FnOnce(&mut kvmgr_cache_config)) -> Self {
-        let host = Engine::new(setup.create(|_| {}));
+        Self::with(setup, seed, |_| {}, edit)
+    }
+
+    /// With changes to the configuration of the cache on the host, and of that on the device.
+    pub fn with(
+        setup: Setup,
+        seed: u64,
+        edit_host: impl FnOnce(&mut kvmgr_cache_config),
+        edit: impl FnOnce(&mut kvmgr_cache_config),
+    ) -> Self {
+        let host = Engine::new(setup.create(edit_host));
         let device = Engine::new(setup.create(|config| {
             config.device_type = KVMGR_DEVICE_CUDA;
             edit(config);
