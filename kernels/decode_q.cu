@@ -78,6 +78,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
     KvmSealedState<NT> sealed = {0, {}, {}};
     // The rows that all queries see, those of the first and of the last query.
     u32 seen_end = it.len + 1 > it.num_queries ? it.len + 1 - it.num_queries : 0;
+    seen_end = seen_end < it.end ? seen_end : it.end;
     u32 seen_begin = p.window > 0 && it.len > p.window ? it.len - p.window : 0;
     seen_begin = seen_begin > it.first ? seen_begin : it.first;
     for (int place = 0; row < Ring::end(it); place ^= 1, row += Ring::STEP) {
@@ -86,8 +87,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
         next_page = Ring::page(p, it, row + 2 * Ring::STEP);
         kvm_cp_wait<1>();
         kvm_syncwarp(); // the copies of all lanes have landed
-        bool is_partial = p.softcap > 0 || row < seen_begin || row + K::TOKENS > seen_end ||
-                          row + K::TOKENS > it.end;
+        bool is_partial = p.softcap > 0 || row < seen_begin || row + K::TOKENS > seen_end;
         const unsigned char* chunk = ring.places + place * Ring::BYTES;
         kvm_chunk<K, V>(p, sight, row, is_partial, q, chunk, chunk + Ring::V_PLACE, st, sealed);
         kvm_syncwarp(); // all lanes have left the place that is filled next
@@ -150,6 +150,9 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
         KvmState<D, NT> st;
         kvm_clear(st);
         KvmSight<NT> sight = kvm_sight<NT>(p, it);
+        if constexpr (KVM_SHARES_Q<D, NT> && !K::IS_PER_CHANNEL)
+            for (int i = 0; i < NT * 2; i++)
+                kvm_settle(sight.begin[i / 2][i % 2]), kvm_settle(sight.end[i / 2][i % 2]);
         if (it.begin < it.sealed_end)
             kvm_sealed_rows<K, V, D, NT, WARPS>(p, it, pages, sight, smem, shared_q, st);
         if (it.end > it.sealed_end) kvm_open_rows<D, NT, WARPS>(p, it, sight, smem, shared_q, st);

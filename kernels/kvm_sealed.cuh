@@ -151,6 +151,7 @@ KVM_DEVICE void kvm_chunk_logits(const KvmQueries<D, NT>& q, const unsigned char
             if constexpr (F::IS_PER_CHANNEL) kvm_tile_products<F, D, NT>(k, tile, scaled.b, x[tile]);
             else kvm_tile_products<F, D, NT>(k, tile, q.b, x[tile]);
         }
+        if constexpr (KVM_SHARES_Q<D, NT>) kvm_syncwarp(); // or registers keep columns for all tiles
         if constexpr (!F::IS_PER_CHANNEL) kvm_token_logits<F>(q, k, tile, x[tile]);
         else
             for (int n = 0; n < NT; n++)
