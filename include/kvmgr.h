@@ -1084,8 +1084,9 @@ typedef struct {
    * 256, block_size 16, 32 or 64, up to 16 query heads for each KV head, dtype f16 or bf16, the
    * spec "full" or quant of int8, int4, fp8(e4m3) or kivi with group at least 64 and head_dim, for
    * keys and values alike, or int8 for keys and int4 for values, with block_size 64, and skip_layers,
-   * first and residual.
-   * Raw blocks are the same bytes on both, so one store may serve caches on either.
+   * first and residual. With quest the first sequence takes 4 * head_dim bytes more from the driver for
+   * each layer and KV head of each of num_blocks blocks.
+   * A store has the bytes of the host, so one may serve caches on either.
    */
   kvmgr_device_type device_type;
   /**
@@ -1320,7 +1321,8 @@ typedef struct {
    */
   uint64_t num_blocks;
   /**
-   * Bytes of what the spec's selector knows of the blocks; not part of `bytes`.
+   * Bytes of what the spec's selector knows of the blocks; not part of `bytes`. 0 on a CUDA device, where
+   * that lies beside the blocks and is everybody's.
    */
   uint64_t selector_bytes;
   /**
@@ -2664,7 +2666,8 @@ void kvmgr_sequence_destroy(kvmgr_sequence *sequence);
 /**
  * Makes a second sequence with the same tokens. It shares every block; the block that still fills
  * is copied by whoever writes first. States of recurrent layers are copied at once, for which one must be
- * free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved.
+ * free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved, and while a graph is captured if
+ * something has to be copied at once on a CUDA device.
  *
  * @param out_child receives an exclusive handle; NULL on failure
  */
@@ -2690,11 +2693,14 @@ kvmgr_status kvmgr_sequence_match_prefix(kvmgr_sequence *sequence,
 
 /**
  * Makes room for the next num_tokens tokens in every layer, or answers KVMGR_OUT_OF_BLOCKS and
- * changes nothing. May be called again before a commit.
+ * changes nothing. May be called again before a commit. On a CUDA device a shared block that has to be copied
+ * first is KVMGR_INVALID_STATE while a graph is captured.
  *
  * @param num_tokens at least 1
  */
-KVMGR_NODISCARD kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence, size_t num_tokens);
+KVMGR_NODISCARD
+kvmgr_status kvmgr_sequence_reserve(kvmgr_sequence *sequence,
+                                    size_t num_tokens);
 
 /**
  * Writes the keys and values of the next reserved tokens of one layer; several calls continue one
@@ -2980,7 +2986,8 @@ void kvmgr_attention_destroy(kvmgr_attention *attention);
  * tokens, reserved ones included; their rows follow each other in Q, K, V, O and LSE. If one of
  * the sequences changes afterwards, append and run answer KVMGR_INVALID_STATE. On failure the
  * previous plan is gone. This is the only call that allocates, but for a selector in the spec: the first
- * run after a block was sealed grows what it knows of the blocks.
+ * run after a block was sealed grows what it knows of the blocks. On a CUDA device `run` never allocates; with
+ * a selector plan waits for the stream if there are new blocks that came encoded from a store.
  *
  * @param sequences num_sequences different sequences of the handle's cache
  * @param num_queries num_sequences numbers, each at least 1
@@ -2999,6 +3006,10 @@ kvmgr_status kvmgr_attention_plan(kvmgr_attention *attention,
  * the runs of this layer until the next plan, and comes before what a selector in the spec would
  * choose. On failure the layer is back to all blocks.
  * Wants the handle alone; allocates only while its buffers still grow.
+ *
+ * On a CUDA device it queues one copy, and not while the stream is being captured; graphs serve later lists
+ * of the same layers (kvmgr_attention_graph_key). A sliding window then must not reach over blocks that
+ * are not selected: run answers KVMGR_UNSUPPORTED.
  *
  * @param layer below num_layers
  * @param starts num_sequences * num_kv_heads + 1 ascending numbers, the first 0 and the last
@@ -3054,8 +3065,10 @@ kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
  *
  * On a CUDA device Q and O are of the cache's dtype with rows aligned to 16 bytes, LSE is f32 with
  * neighbouring heads; worker 0 launches one kernel on the cache's stream, or two if the plan has decode
- * steps and prompts, as kvmgr_attention_append does. A sliding_window in which a policy has evicted tokens is
- * KVMGR_UNSUPPORTED there.
+ * steps and prompts, as kvmgr_attention_append does, and one more for each of these that a policy asks for: the
+ * last queries, what rows receive, a list of blocks. A sliding_window in which a policy has evicted tokens is
+ * KVMGR_UNSUPPORTED there. What rows receive there (h2o) is from all planned queries, also those of drafts
+ * that are not committed later.
  *
  * @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
  *        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.
@@ -3079,8 +3092,10 @@ kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
 
 /**
  * Takes the device memory that plans need, so that no later plan within these limits takes more:
- * kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan.
- * The current plan is gone. CUDA only.
+ * kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan, and
+ * with it where policies have left sequences in more pieces than they have blocks, or want to know what rows
+ * receive. Not counted is memory of single sequences, which no key depends on: plans take it for policies that
+ * want the last queries or what rows receive. The current plan is gone. CUDA only.
  *
  * @param max_sequences most sequences of a plan
  * @param max_queries most tokens of a plan, over all sequences
@@ -3096,8 +3111,8 @@ kvmgr_status kvmgr_attention_reserve(kvmgr_attention *attention,
  * A number that says what a CUDA graph is good for. Capture kvmgr_attention_append and
  * kvmgr_attention_run of all layers under one plan; after another kvmgr_attention_plan with the same
  * number, launching that graph does the work of that plan: what changes from plan to plan is read
- * from device memory. The number depends on how many tokens are planned, not on how long sequences
- * are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
+ * from device memory. The number depends on how many tokens are planned and on what policies want to know of
+ * them, not on how long sequences are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
  * Plan outside of the capture. CUDA only.
  *
  * @param out_key receives the number

@@ -32,20 +32,20 @@ template <int D, int NT> static constexpr bool KVM_SHARES_Q = kvm_q_bytes(D, NT)
 
 /// What belongs to a column of Q: `gain` turns its products into logits in units of log2. Where keys are
 /// scaled by token: its sum, if there are minima, and its products with middle codes.
-struct alignas(16) KvmColumn {
+struct alignas(16) KvmQueryColumn {
     float gain, sum, middle[2];
 };
 
 /// Q as right operands in f16, with the columns that this lane has of results.
 template <int D, int NT, bool IS_SHARED = KVM_SHARES_Q<D, NT>> struct KvmQueries {
     u32 b[D / 16][NT][2];
-    KvmColumn columns[NT][2];
-    KVM_DEVICE const KvmColumn& column(int n, int c) const { return columns[n][c]; }
+    KvmQueryColumn columns[NT][2];
+    KVM_DEVICE const KvmQueryColumn& column(int n, int c) const { return columns[n][c]; }
 };
 template <int D, int NT> struct KvmQueries<D, NT, true> {
     KvmSharedQ<NT> b;
-    KvmColumn* columns; // of all lanes
-    KVM_DEVICE const KvmColumn& column(int n, int c) const {
+    KvmQueryColumn* columns; // of all lanes
+    KVM_DEVICE const KvmQueryColumn& column(int n, int c) const {
         return columns[n * 8 + kvm_tid() % 4 * 2 + c];
     }
 };
@@ -107,7 +107,7 @@ template <int D> KVM_DEVICE float kvm_prepare_columns(const KvmDecode& p, u32 (&
 
 /// The rest of what belongs to the columns of a right operand.
 template <class F, int D, int NT>
-KVM_DEVICE void kvm_sum_columns(const u32 (&b)[D / 16][NT][2], KvmColumn (&columns)[NT][2]) {
+KVM_DEVICE void kvm_sum_columns(const u32 (&b)[D / 16][NT][2], KvmQueryColumn (&columns)[NT][2]) {
     if constexpr (F::IS_PER_CHANNEL) return;
     float sum[NT][4] = {}, middle[NT][4] = {};
     if constexpr (F::FLOATS == 2) kvm_middle_products<KvmOnes, D / 16>(b, sum);
@@ -124,10 +124,10 @@ template <class F, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, u32* shared, KvmQueries<D, NT>& q) {
     u32 lane = kvm_tid() % 32;
     if constexpr (KVM_SHARES_Q<D, NT>) {
-        q.b = {shared}, q.columns = (KvmColumn*)(shared + kvm_q_bytes(D, NT) / 4);
+        q.b = {shared}, q.columns = (KvmQueryColumn*)(shared + kvm_q_bytes(D, NT) / 4);
         for (u32 n = kvm_tid() / 32; n < NT; n += WARPS) {
             u32 b[D / 16][1][2];
-            KvmColumn columns[1][2];
+            KvmQueryColumn columns[1][2];
             kvm_load_q<D, 1>(p, it, b, n * 8);
             float gain = kvm_prepare_columns<D>(p, b);
             kvm_sum_columns<F, D, 1>(b, columns);

@@ -8,13 +8,15 @@
 
 /// Some rows of one KV head of one sequence, and the queries that look at them.
 struct KvmSeenItem {
+    u64 sums;               // address of the sum of row 0 of layer 0; rows below `first` have none
     u32 token, num_queries; // first row of Q and LSE; at least one
     u32 kv_head;
     u32 first_page; // index of the head's first block in `pages`
     u32 len;        // rows that the last of the queries sees; each one before sees one less
-    u32 begin, end; // rows of this item; begin is a multiple of 16
-    u32 sum;        // index of the sum of row 0 in `sums`
+    u32 begin, end; // rows of this item, none if equal; begin is a multiple of 16
+    u32 first;      // rows below are evicted
     u32 sum_head;   // kvm_window: from the sums of a query head to those of the next
+    u32 sum_layer;  // from the sums of a layer to those of the next
 };
 
 /// Strides are in elements. Rows of Q and K are aligned to 16 bytes. Items of a launch have no sum in
@@ -24,11 +26,10 @@ struct KvmSeen {
     const float* lse; // [token, q_heads], natural logarithm
     const u32* pages;
     const u16* k; // open blocks
-    float* sums;
     const KvmSeenItem* items;
     i64 q_token, q_head, lse_token, kv_block, kv_head, kv_token;
     float scale, softcap;                     // softcap 0: off
-    u32 window, num_items, group, block_size; // window 0: off
+    u32 window, num_items, group, block_size, layer; // window 0: off
 };
 
 /// Columns are (query head, query) pairs, a tile of 64 at a time. A warp holds 16 MT rows of K.
@@ -40,6 +41,11 @@ struct KvmColumn {
     u32 begin, end;
     float lse;
 };
+
+/// The sum of row 0 of the layer.
+KVM_DEVICE float* kvm_sums(const KvmSeen& p, const KvmSeenItem& it) {
+    return (float*)it.sums + (u64)p.layer * it.sum_layer;
+}
 
 /// Columns of a query head. Where heads have their own sums, eight columns are of one head.
 template <bool PER_HEAD> KVM_DEVICE u32 kvm_head_columns(const KvmSeenItem& it) {
@@ -104,7 +110,7 @@ KVM_DEVICE void kvm_put_sums(const KvmSeenItem& it, u32 first, float* sums, floa
             x += kvm_shfl_xor(x, 1);
             x += kvm_shfl_xor(x, 2);
             u32 row = first + m * 16 + r * 8 + lane / 4;
-            if (lane % 4 == 0 && row < it.end) sums[row] = ADD ? sums[row] + x : x;
+            if (lane % 4 == 0 && row >= it.first && row < it.end) sums[row] = ADD ? sums[row] + x : x;
             sum[m][r] = 0;
         }
 }
@@ -144,7 +150,7 @@ KVM_DEVICE void kvm_add_columns(const KvmSeen& p, const KvmSeenItem& it, u32 fir
         }
         if (PER_HEAD && (column + 8) % per_head == 0) {
             u32 head = column / per_head;
-            kvm_put_sums<MT, false>(it, first, p.sums + it.sum + (u64)head * it.sum_head, sum);
+            kvm_put_sums<MT, false>(it, first, kvm_sums(p, it) + (u64)head * it.sum_head, sum);
         }
     }
 }
@@ -186,15 +192,15 @@ KVM_DEVICE void kvm_see(const KvmSeen& p, unsigned char* smem) {
                 kvm_sync(); // the tile is free
             }
             kvm_cp_wait<0>();
-            if (!PER_HEAD) kvm_put_sums<MT, true>(it, first + mine, p.sums + it.sum, sum);
+            if (!PER_HEAD) kvm_put_sums<MT, true>(it, first + mine, kvm_sums(p, it), sum);
         }
     }
 }
 
 /// Any number of CTAs of 128 threads; shared memory: 512 D + 1536 bytes, 384 D + 1536 if D is 256.
 ///
-/// kvm_window puts, for each query head, the sum over the queries: sums[sum + head * sum_head + row].
-/// kvm_received adds the sum over queries and query heads to sums[sum + row].
+/// kvm_window puts, for each query head, the sum over the queries: sums[head * sum_head + row].
+/// kvm_received adds the sum over queries and query heads to sums[row].
 #define KVM_SEE(name, BF16, D, PER_HEAD)                                                          \
     KVM_KERNEL(128, 2, name, KvmSeen) {                                                           \
         KVM_DYN_SMEM(smem);                                                                       \

@@ -3,36 +3,34 @@
 //   keys --kvm_quest_bounds--> bounds of each block --kvm_quest_score--> scores --kvm_topk--> lists
 #include "kvm_types.cuh"
 
-/// Rows of a block of one KV head whose bounds are wanted.
-struct KvmBoundsItem {
-    u32 page, kv_head, first_row, num_rows;
-    u32 slot; // where its bounds go
-};
+/// Blocks of a launch, so many that parameters fit 4 KiB.
+static constexpr u32 KVM_BOUNDS_BLOCKS = 500;
 
-/// Strides are in elements; rows of K and the bounds are aligned to 4 bytes. The bounds of an item are
-/// [high, low][dim] in f16 at slot * bounds_slot + kv_head * bounds_head. `dim` is even.
+/// Full open blocks whose bounds are wanted. Rows of K and the bounds are aligned to 4 bytes; `dim` is even. The
+/// bounds of a cell are [high, low][dim] in f16, those of a block are one after the other.
 struct KvmQuestBounds {
-    const u16* k; // open blocks
+    const u16* k; // of cell 0; page i starts 128 * i elements behind
     u16* bounds;
-    const KvmBoundsItem* items;
-    i64 kv_block, kv_head, kv_token, bounds_slot, bounds_head;
-    u32 num_items, dim;
+    i64 cell; // elements of K from cell to cell
+    u32 num_blocks, num_cells, block_size, dim;
+    struct {
+        u32 page, slot; // where the block starts and where its bounds go
+    } blocks[KVM_BOUNDS_BLOCKS];
 };
 
-/// A warp for each item, two channels for each lane. A maximum passes over NaN.
+/// A warp for each cell, two channels for each lane. A maximum passes over NaN.
 template <u32 TYPE> KVM_DEVICE void kvm_quest_bounds(const KvmQuestBounds& p) {
-    u32 lane = kvm_tid() % 32;
-    for (u32 i = kvm_bid() * 8 + kvm_tid() / 32; i < p.num_items; i += kvm_grid() * 8) {
-        KvmBoundsItem it = p.items[i];
-        const u16* rows = p.k + it.page * p.kv_block + it.kv_head * p.kv_head +
-                          it.first_row * p.kv_token;
-        u16* bounds = p.bounds + it.slot * p.bounds_slot + it.kv_head * p.bounds_head;
+    u32 lane = kvm_tid() % 32, num_items = p.num_blocks * p.num_cells;
+    for (u32 i = kvm_bid() * 8 + kvm_tid() / 32; i < num_items; i += kvm_grid() * 8) {
+        u32 block = i / p.num_cells, cell = i % p.num_cells;
+        const u16* rows = p.k + (i64)p.blocks[block].page * 128 + cell * p.cell;
+        u16* bounds = p.bounds + ((i64)p.blocks[block].slot * p.num_cells + cell) * 2 * p.dim;
         for (u32 d = lane * 2; d < p.dim; d += 64) {
             float high[2] = {-kvm_infinity(), -kvm_infinity()};
             float low[2] = {kvm_infinity(), kvm_infinity()};
 #pragma unroll 8
-            for (u32 row = 0; row < it.num_rows; row++) {
-                u32 pair = *(const u32*)(rows + row * p.kv_token + d);
+            for (u32 row = 0; row < p.block_size; row++) {
+                u32 pair = *(const u32*)(rows + row * p.dim + d);
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     float x = kvm_unpack<TYPE>(pair >> 16 * c & 0xffff);
@@ -50,7 +48,7 @@ template <u32 TYPE> KVM_DEVICE void kvm_quest_bounds(const KvmQuestBounds& p) {
 KVM_KERNEL(256, 4, kvm_quest_bounds_f16, KvmQuestBounds) { kvm_quest_bounds<KVM_F16>(p); }
 KVM_KERNEL(256, 4, kvm_quest_bounds_bf16, KvmQuestBounds) { kvm_quest_bounds<KVM_BF16>(p); }
 
-/// Some blocks of one KV head of one sequence.
+/// Some blocks of one KV head of one sequence; none if begin is end, which costs nothing.
 struct KvmQuestItem {
     u32 token, kv_head; // whose query heads ask
     u32 first_slot;     // index of the slot of the head's block 0 in `slots`
@@ -74,6 +72,7 @@ struct KvmQuest {
 template <u32 TYPE, int G> KVM_DEVICE void kvm_quest_score(const KvmQuest& p, float* parts) {
     for (u32 i = kvm_bid(); i < p.num_items; i += kvm_grid()) {
         KvmQuestItem it = p.items[i];
+        if (it.begin == it.end) continue;
         kvm_sync(); // nobody reads the parts of the last item any more
         for (u32 e = kvm_tid(); e < G * p.dim; e += 128) {
             u32 g = e / p.dim, d = e % p.dim;
@@ -244,6 +243,7 @@ KVM_KERNEL(512, 2, kvm_topk, KvmTopk) {
     u32* shared = (u32*)smem;
     for (u32 i = kvm_bid(); i < p.num_items; i += kvm_grid()) {
         KvmTopkItem it = p.items[i];
+        if (it.num_blocks == 0) continue;
         u32 n = it.end - it.begin, chosen = it.k < n ? it.k : n, key = 0, ties = n;
         if (chosen > 0) {
             if (chosen < n) kvm_select(p.scores + it.score + it.begin, n, chosen, shared, key, ties);

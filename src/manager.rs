@@ -226,6 +226,9 @@ impl Session {
         let cache = &manager.cache;
         check_policy(cache, &policy, manager.told())?;
         let observation = observation_for(cache, &policy);
+        if policy.selector().is_some() {
+            cache.keep_bounds()?;
+        }
         let sealed = &cache.formats()[cache.sealed_format()];
         let config = SequenceConfig {
             cache_relative: policy.position_mode() == PositionMode::CacheRelative,

@@ -280,10 +280,14 @@ fn sealed_rows_are_attended_to_as_in_f64() {
         ] {
             seed += 1;
             let (error, lse) = error_of(kernels, case, seed);
-            // The logarithm of a sum carries the errors of logits, which grow with them.
-            let most = 1e-3 * f64::from(case.gain.max(1.0));
-            assert!(error < case.dtype.limit(), "{case:?}: O {error:e}");
-            assert!(lse < most, "{case:?}: LSE {lse:e}");
+            // The logarithm of a sum carries the errors of logits, which grow with them. Those of kivi are
+            // larger: queries times the scales of channels are rounded to f16, and weights show it too. At a
+            // gain of 20 that is 7e-4 on average and up to 2e-3, whatever head_dim is; at 1 it is 2e-4.
+            let gain = f64::from(case.gain.max(1.0));
+            let is_kivi = matches!(format.codes(true), Codes::Kivi4 | Codes::Kivi2);
+            let most = case.dtype.limit() * if is_kivi { (gain / 10.0).max(1.0) } else { 1.0 };
+            assert!(error < most, "{case:?}: O {error:e}");
+            assert!(lse < 1e-3 * gain, "{case:?}: LSE {lse:e}");
         }
     }
 }

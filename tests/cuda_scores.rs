@@ -12,7 +12,8 @@ use std::ptr;
 use std::sync::OnceLock;
 
 use common::Random;
-use emulator::{Grid, Half, Kernels};
+use emulator::{Grid, Half, Kernels, address, address_mut};
+use kvmgr::device::cuda::params::{Seen, SeenItem};
 
 const NAN: u16 = 0x7fff;
 
@@ -21,16 +22,17 @@ fn score_kernels() -> Option<Kernels> {
     *KERNELS.get_or_init(|| Kernels::build("score.cu"))
 }
 
-/// `KvmQuestBounds` of the kernels; an item is page, head, first row, rows, slot.
+/// `KvmQuestBounds` of the kernels; a block is page and slot.
 #[repr(C)]
 struct QuestBounds {
     k: *const u16,
     bounds: *mut u16,
-    items: *const [u32; 5],
-    /// Block, head, row of K; slot, head of the bounds.
-    strides: [i64; 5],
-    num_items: u32,
+    cell: i64,
+    num_blocks: u32,
+    num_cells: u32,
+    block_size: u32,
     dim: u32,
+    blocks: [[u32; 2]; 500],
 }
 
 #[test]
@@ -40,48 +42,47 @@ fn bounds_are_the_least_and_the_most_of_each_channel() {
     for case in 0..12 {
         let half = [Half::F16, Half::Bf16][case % 2];
         let (dim, block) = ([64, 80, 128, 256][case % 4], [16, 32, 64][case % 3]);
-        let (heads, blocks, slots) = (2, 5, 7);
-        let strides = [heads * block * dim, block * dim, dim, heads * 2 * dim + 8, 2 * dim];
-        let mut keys = vec![NAN; blocks * strides[0]];
-        let mut items = Vec::new();
+        let (cells, blocks, slots) = (2usize, 5usize, 7);
+        // Keys, and as much behind them that is not read, to the start of a page.
+        let cell = block * dim + 8;
+        let stride = (cells * cell).next_multiple_of(128);
+        let mut keys = vec![NAN; blocks * stride];
+        let mut params = QuestBounds {
+            k: keys.as_ptr(),
+            bounds: ptr::null_mut(),
+            cell: cell as i64,
+            num_blocks: blocks as u32,
+            num_cells: cells as u32,
+            block_size: block as u32,
+            dim: dim as u32,
+            blocks: [[u32::MAX; 2]; 500],
+        };
         for page in 0..blocks {
-            for head in 0..heads {
-                let first = random.below(block);
-                let rows = random.within(1, block - first);
-                items.push([page, head, first, rows, (page * 3 + 1) % slots].map(|x| x as u32));
-                for row in first..first + rows {
-                    let at = page * strides[0] + head * strides[1] + row * strides[2];
-                    keys[at..at + dim].fill_with(|| half.bits(random.normal()));
-                    // Maxima pass over what is no number.
-                    if row > first && random.chance(10) {
-                        keys[at + random.below(dim)] = NAN;
-                    }
+            params.blocks[page] = [page * stride / 128, (page * 3 + 1) % slots].map(|x| x as u32);
+            for row in 0..cells * block {
+                let at = page * stride + row / block * cell + row % block * dim;
+                keys[at..at + dim].fill_with(|| half.bits(random.normal()));
+                // Maxima pass over what is no number.
+                if row % block > 0 && random.chance(10) {
+                    keys[at + random.below(dim)] = NAN;
                 }
             }
         }
-        let mut bounds = vec![NAN; slots * strides[3]];
-        let params = QuestBounds {
-            k: keys.as_ptr(),
-            bounds: bounds.as_mut_ptr(),
-            items: items.as_ptr(),
-            strides: strides.map(|x| x as i64),
-            num_items: items.len() as u32,
-            dim: dim as u32,
-        };
+        let mut bounds = vec![NAN; slots * cells * 2 * dim];
+        params.bounds = bounds.as_mut_ptr();
         let name = format!("kvm_quest_bounds_{}", half.name());
         let grid = Grid { ctas: 1 + case % 2, threads: 256, smem: 0, seed: case as u32 };
         kernels.launch(&name, &params, grid).unwrap();
         let mut expected = vec![NAN; bounds.len()];
-        for [page, head, first, rows, slot] in items.iter().map(|x| x.map(|x| x as usize)) {
+        for (page, i) in (0..blocks).flat_map(|page| (0..cells).map(move |i| (page, i))) {
+            let slot = params.blocks[page][1] as usize;
             for d in 0..dim {
-                let key = |row: usize| {
-                    let at = page * strides[0] + head * strides[1] + row * strides[2] + d;
-                    half.value(keys[at]) as f32
-                };
-                let values = (first..first + rows).map(key);
+                let key =
+                    |row: usize| half.value(keys[page * stride + i * cell + row * dim + d]) as f32;
+                let values = (0..block).map(key);
                 let high = values.clone().fold(f32::NEG_INFINITY, f32::max);
                 let low = values.fold(f32::INFINITY, f32::min);
-                let at = slot * strides[3] + head * strides[4] + d;
+                let at = (slot * cells + i) * 2 * dim + d;
                 expected[at] = Half::F16.bits(high);
                 expected[at + dim] = Half::F16.bits(low);
             }
@@ -142,6 +143,7 @@ fn scores_are_the_largest_bound_of_the_group() {
             }
             first += len;
         }
+        items.push([0; 6]); // nothing to do
         let mut scores = vec![f32::NAN; total + lens.len()];
         let params = Quest {
             q: q.as_ptr(),
@@ -235,6 +237,7 @@ fn lists_are_those_of_a_sort() {
             expected.extend(all.iter().map(|i| (*i as u32, pages[first_page + i])));
         }
     }
+    items.insert(7, [0; 7]); // no list
     let mut blocks = vec![u32::MAX; list + 1];
     let mut list_pages = vec![u32::MAX; list + 1];
     let mut params = Topk {
@@ -255,26 +258,6 @@ fn lists_are_those_of_a_sort() {
     params.num_items = 20;
     kernels.launch("kvm_topk", &params, grid).unwrap();
     assert!(blocks == before);
-}
-
-/// `KvmSeen` of the kernels; an item is token, queries, head, first page, len, begin, end, sum, and
-/// from one query head to the next.
-#[repr(C)]
-struct Seen {
-    q: *const u16,
-    lse: *const f32,
-    pages: *const u32,
-    k: *const u16,
-    sums: *mut f32,
-    items: *const [u32; 9],
-    /// Token, head of Q; token of LSE; block, head, row of K.
-    strides: [i64; 6],
-    scale: f32,
-    softcap: f32,
-    window: u32,
-    num_items: u32,
-    group: u32,
-    block_size: u32,
 }
 
 /// Queries of some heads over paged keys of ragged lengths.
@@ -332,7 +315,7 @@ impl World {
             strides: strides.map(|x| x as i64),
         };
         for head in world.heads.clone() {
-            for t in 0..head[4] {
+            for t in Self::first(head)..head[4] {
                 let at = world.key_at(head, t);
                 world.keys[at..at + dim].fill_with(|| half.bits(random.normal()));
             }
@@ -343,6 +326,11 @@ impl World {
             }
         }
         world
+    }
+
+    /// Rows of a head that are evicted from its first block.
+    fn first(head: [usize; 5]) -> usize {
+        if head[4] > 100 { 5 } else { 0 }
     }
 
     fn key_at(&self, head: [usize; 5], t: usize) -> usize {
@@ -358,7 +346,7 @@ impl World {
         let end = (head[4] + query + 1).saturating_sub(head[1]);
         let begin = if self.window > 0 { end.saturating_sub(self.window) } else { 0 };
         let logit = |t: usize| {
-            if t < begin || t >= end {
+            if t < begin.max(Self::first(head)) || t >= end {
                 return f64::NEG_INFINITY;
             }
             let key = &self.keys[self.key_at(head, t)..][..self.dim];
@@ -387,26 +375,45 @@ impl World {
         let mut items = Vec::new();
         for (i, [token, queries, head, first_page, len]) in self.heads.iter().copied().enumerate() {
             let cut = len / 2 / 16 * 16;
-            let sum = i * self.group * sum_head;
-            for (begin, end) in [(0, cut), (cut, len)].into_iter().filter(|(a, b)| a < b) {
-                let item = [token, queries, head, first_page, len, begin, end, sum, sum_head];
-                items.push(item.map(|x| x as u32));
+            let [token, queries, head, first_page] =
+                [token, queries, head, first_page].map(|x| x as u32);
+            for (begin, end) in [(0, cut), (cut, len), (cut, cut)] {
+                items.push(SeenItem {
+                    // Of layer 0; the launch is that of layer 2.
+                    sums: address_mut(&mut sums[i * self.group * sum_head..]).wrapping_sub(4 * 14),
+                    token,
+                    num_queries: queries,
+                    kv_head: head,
+                    first_page,
+                    len: len as u32,
+                    begin: begin as u32,
+                    end: end as u32,
+                    first: Self::first([0, 0, 0, 0, len]) as u32,
+                    sum_head: sum_head as u32,
+                    sum_layer: 7,
+                });
             }
         }
+        let [q_token, q_head, lse_token, kv_block, kv_head, kv_token] = self.strides;
         let params = Seen {
-            q: self.q.as_ptr(),
-            lse: self.lse.as_ptr(),
-            pages: self.pages.as_ptr(),
-            k: self.keys.as_ptr(),
-            sums: sums.as_mut_ptr(),
-            items: items.as_ptr(),
-            strides: self.strides,
+            q: address(&self.q),
+            lse: address(&self.lse),
+            pages: address(&self.pages),
+            k: address(&self.keys),
+            items: address(&items),
+            q_token,
+            q_head,
+            lse_token,
+            kv_block,
+            kv_head,
+            kv_token,
             scale: 1.0 / (self.dim as f32).sqrt(),
             softcap: self.softcap as f32,
             window: self.window as u32,
             num_items: items.len() as u32,
             group: self.group as u32,
             block_size: self.block as u32,
+            layer: 2,
         };
         let name = format!("kvm_{name}_{}_d{}", self.half.name(), self.dim);
         let smem = if self.dim == 256 { 384 } else { 512 } * self.dim + 1536;
@@ -433,8 +440,11 @@ fn what_rows_receive_is_exp_of_logit_less_lse() {
             let mut total = vec![0.0; head[4]];
             for g in 0..world.group {
                 let expected = world.received(*head, g);
-                for (t, expected) in expected.iter().enumerate() {
-                    let found = f64::from(window[first + g * sum_head + t]);
+                let evicted = World::first(*head);
+                let sums = &window[first + g * sum_head..];
+                assert!(sums[..evicted].iter().all(|x| x.is_nan()), "{case}: evicted rows");
+                for (t, expected) in expected.iter().enumerate().skip(evicted) {
+                    let found = f64::from(sums[t]);
                     let error = (found - expected).abs();
                     assert!(
                         error < 1e-4 * expected.max(1e-3),

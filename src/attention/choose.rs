@@ -4,6 +4,8 @@
 //! that run of the layer alone. Before that, the index is brought up to date with the lane: a step
 //! adds at most a block to it.
 
+use std::ops::Range;
+
 use parking_lot::Mutex;
 
 use super::cpu::Call;
@@ -14,7 +16,7 @@ use crate::device::tensor::Tensor;
 use crate::order::ordered;
 use crate::quantizer::Side;
 use crate::selector::{Reach, Selector};
-use crate::sequence::BlockIndex;
+use crate::sequence::{BlockIndex, Span};
 
 /// The list of one head of one sequence.
 #[derive(Debug, Default)]
@@ -55,6 +57,27 @@ impl Reach {
         let Self { tokens, sink, recent, .. } = *self;
         len.min(tokens.saturating_add(sink).saturating_add(recent))
     }
+
+    /// The blocks that are chosen, of so many tokens each.
+    pub(super) fn budget(&self, block_size: usize) -> usize {
+        (self.tokens / block_size).max(1)
+    }
+
+    /// The blocks of a lane of `len` rows that a step of one query chooses among, where the first `sealed` can
+    /// be; `starts` are the rows before each block.
+    pub(super) fn candidates(&self, starts: &[usize], sealed: usize, len: usize) -> Range<usize> {
+        let tail = starts.len() - 1;
+        let first = starts[..tail].partition_point(|start| *start < self.sink);
+        let recent = (len - 1).saturating_sub(self.recent);
+        let end = starts.partition_point(|start| *start <= recent) - 1;
+        first..end.min(sealed).max(first)
+    }
+}
+
+/// Leading blocks that can be chosen: those that are not sealed may still change, and the last holds the step
+/// itself.
+pub(super) fn num_sealed(spans: &[Span]) -> usize {
+    spans[..spans.len() - 1].iter().take_while(|span| span.sealed).count()
 }
 
 impl Plan {
@@ -107,14 +130,9 @@ impl Call<'_> {
             return false;
         }
         let reach = selector.reach();
-        // Blocks that are not sealed may still change, and the last holds the step itself.
-        let tail = walk.stop_of(lane.len - 1);
-        let sealed = walk.spans[..tail].iter().take_while(|span| span.sealed).count();
-        let first = walk.starts[..tail].partition_point(|start| *start < reach.sink);
-        let recent = (lane.len - 1).saturating_sub(reach.recent);
-        let end = walk.starts[..tail + 1].partition_point(|start| *start <= recent) - 1;
-        let candidates = first..end.min(sealed);
-        let budget = (reach.tokens / self.cache.config().block_size).max(1);
+        let sealed = num_sealed(walk.spans);
+        let candidates = reach.candidates(walk.starts, sealed, lane.len);
+        let budget = reach.budget(self.cache.config().block_size);
         if candidates.len() <= budget {
             return false;
         }

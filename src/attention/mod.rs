@@ -110,6 +110,7 @@ impl Attention {
         };
         if result.is_err() {
             self.plan.clear();
+            self.cuda.iter_mut().for_each(|cuda| cuda.clear());
         }
         result
     }
@@ -119,12 +120,18 @@ impl Attention {
     /// `i = s * num_kv_heads + h`, ascending indices into the block table of its lane. The blocks
     /// that hold the planned tokens are attended in any case. It holds for the runs of this layer
     /// until the next plan; nobody may run the layer meanwhile. On failure the layer is back to
-    /// all blocks. Buffers are reused.
+    /// all blocks. Buffers are reused. On a device it queues one copy.
     pub fn select(&mut self, layer: usize, starts: &[u32], blocks: &[u32]) -> Result<()> {
         self.check(layer, 0, 1)?;
-        ensure!(self.cuda.is_none(), Unsupported, "a CUDA cache attends to all blocks");
         let result = self.check_lists(starts, blocks);
-        self.plan.select(&self.cache, layer, result.map(|()| (&starts[1..], blocks)))
+        let lists = result.map(|()| (&starts[1..], blocks));
+        match &mut self.cuda {
+            None => self.plan.select(&self.cache, layer, lists),
+            Some(cuda) => {
+                let num_queries = |i: usize| self.plan.sequences[i].num_queries;
+                cuda.select(&self.cache, layer, &num_queries, lists)
+            }
+        }
     }
 
     /// Refuses lists that are not one for each head of the plan.

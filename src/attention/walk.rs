@@ -137,19 +137,7 @@ impl Selection {
     /// Adds the list of the next head: `list` and the spans of the last `num_queries` rows.
     pub(super) fn push(&mut self, lane: Walk<'_>, num_queries: usize, list: &[u32]) -> Result<()> {
         let num_spans = lane.spans.len();
-        for (i, block) in list.iter().enumerate() {
-            ensure!(
-                (*block as usize) < num_spans,
-                InvalidArgument,
-                "blocks[{i}] is {block}, the lane has {num_spans} blocks"
-            );
-            ensure!(
-                i == 0 || list[i - 1] < *block,
-                InvalidArgument,
-                "blocks[{i}] is {block} after {}; a list must ascend",
-                list[i - 1]
-            );
-        }
+        check_list(list, num_spans)?;
         let tail = lane.stop_of(lane.len - num_queries) as u32;
         let mut rows = 0;
         for span in list.iter().copied().filter(|span| *span < tail).chain(tail..num_spans as u32) {
@@ -175,4 +163,22 @@ impl Selection {
         let (end, rows) = self.heads[head];
         Some(Chosen { spans: &self.spans[start..end], offsets: &self.offsets[start..end], rows })
     }
+}
+
+/// Refuses a list of blocks of a lane that is not one.
+pub(super) fn check_list(list: &[u32], num_spans: usize) -> Result<()> {
+    for (i, block) in list.iter().enumerate() {
+        ensure!(
+            (*block as usize) < num_spans,
+            InvalidArgument,
+            "blocks[{i}] is {block}, the lane has {num_spans} blocks"
+        );
+        ensure!(
+            i == 0 || list[i - 1] < *block,
+            InvalidArgument,
+            "blocks[{i}] is {block} after {}; a list must ascend",
+            list[i - 1]
+        );
+    }
+    Ok(())
 }

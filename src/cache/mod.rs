@@ -4,6 +4,7 @@
 //! for batches of blocks, never for a token: a sequence keeps views of its blocks and reads and
 //! writes through them without it. Prefix lookups and retains share it.
 
+mod bounds;
 mod config;
 mod device;
 mod format;
@@ -14,11 +15,12 @@ mod states;
 mod transfer;
 mod view;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
+pub use bounds::BoundsLayout;
 pub use config::{CacheConfig, DeviceConfig, Exact, LowRank, MemoryFormats};
 pub use device::PAGE_BYTES;
 pub use format::Format;
@@ -71,6 +73,8 @@ pub struct Cache {
     sealer: Option<device::Sealer>,
     /// What reads and moves rows on the device, once somebody has.
     transfers: Mutex<Option<transfer::Transfers>>,
+    /// Of keys on the device, once somebody chooses blocks by them.
+    bounds: OnceLock<bounds::Bounds>,
     state: RwLock<State>,
     /// Of recurrent layers. Its lock is taken last.
     states: Option<Mutex<States>>,
@@ -192,6 +196,7 @@ impl Cache {
             device,
             sealer,
             transfers: Mutex::default(),
+            bounds: OnceLock::new(),
             state: RwLock::new(state),
             states,
             counters: Counters::default(),
@@ -320,6 +325,7 @@ impl Cache {
                 bail!(OutOfMemory, "no address space is left for a block of format {format}");
             };
             state.views[id.0 as usize] = view;
+            self.bounds.get().iter().for_each(|bounds| bounds.forget(id));
             out.push(Block { id, view });
         }
         state.note_peak();
@@ -362,7 +368,8 @@ impl Cache {
             if let Some(head) = blocks.first() {
                 self.drop_kept(*head, &digest);
             }
-            if let Some(offload) = self.offload.lock().clone() {
+            let offload = self.offload.lock().clone();
+            if let Some(offload) = offload {
                 // What cannot be fetched from a device is lost, as it would be without a store.
                 let bytes: Result<Vec<_>> =
                     views.iter().map(|view| self.stored_bytes(view)).collect();

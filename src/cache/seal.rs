@@ -68,6 +68,10 @@ impl Cache {
                 *pages = [self.page(open), self.page(&target.view)];
             }
             let grid = 2 * params.num_cells * targets.len() as u32;
+            // A block without bounds gets them when somebody asks for them.
+            let open = |target: &Target| &blocks[target.index];
+            _ = self
+                .queue_bounds(targets.iter().map(|target| (open(target).id, &open(target).view)));
             let is_queued = grid > 0 && gpu.launch(&sealer.kernel, grid, &params).is_ok();
             self.settle_targets(blocks, &targets, is_queued);
             if !is_queued {

@@ -108,7 +108,8 @@ pub extern "C" fn kvmgr_attention_destroy(attention: *mut kvmgr_attention) {
 /// tokens, reserved ones included; their rows follow each other in Q, K, V, O and LSE. If one of
 /// the sequences changes afterwards, append and run answer KVMGR_INVALID_STATE. On failure the
 /// previous plan is gone. This is the only call that allocates, but for a selector in the spec: the first
-/// run after a block was sealed grows what it knows of the blocks.
+/// run after a block was sealed grows what it knows of the blocks. On a CUDA device `run` never allocates; with
+/// a selector plan waits for the stream if there are new blocks that came encoded from a store.
 ///
 /// @param sequences num_sequences different sequences of the handle's cache
 /// @param num_queries num_sequences numbers, each at least 1
@@ -151,6 +152,10 @@ pub unsafe extern "C" fn kvmgr_attention_plan(
 /// the runs of this layer until the next plan, and comes before what a selector in the spec would
 /// choose. On failure the layer is back to all blocks.
 /// Wants the handle alone; allocates only while its buffers still grow.
+///
+/// On a CUDA device it queues one copy, and not while the stream is being captured; graphs serve later lists
+/// of the same layers (kvmgr_attention_graph_key). A sliding window then must not reach over blocks that
+/// are not selected: run answers KVMGR_UNSUPPORTED.
 ///
 /// @param layer below num_layers
 /// @param starts num_sequences * num_kv_heads + 1 ascending numbers, the first 0 and the last
@@ -252,8 +257,10 @@ pub unsafe extern "C" fn kvmgr_attention_append(
 ///
 /// On a CUDA device Q and O are of the cache's dtype with rows aligned to 16 bytes, LSE is f32 with
 /// neighbouring heads; worker 0 launches one kernel on the cache's stream, or two if the plan has decode
-/// steps and prompts, as kvmgr_attention_append does. A sliding_window in which a policy has evicted tokens is
-/// KVMGR_UNSUPPORTED there.
+/// steps and prompts, as kvmgr_attention_append does, and one more for each of these that a policy asks for: the
+/// last queries, what rows receive, a list of blocks. A sliding_window in which a policy has evicted tokens is
+/// KVMGR_UNSUPPORTED there. What rows receive there (h2o) is from all planned queries, also those of drafts
+/// that are not committed later.
 ///
 /// @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
 ///        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.
@@ -310,8 +317,10 @@ pub unsafe extern "C" fn kvmgr_attention_run(
 }
 
 /// Takes the device memory that plans need, so that no later plan within these limits takes more:
-/// kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan.
-/// The current plan is gone. CUDA only.
+/// kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan, and
+/// with it where policies have left sequences in more pieces than they have blocks, or want to know what rows
+/// receive. Not counted is memory of single sequences, which no key depends on: plans take it for policies that
+/// want the last queries or what rows receive. The current plan is gone. CUDA only.
 ///
 /// @param max_sequences most sequences of a plan
 /// @param max_queries most tokens of a plan, over all sequences
@@ -339,8 +348,8 @@ pub extern "C" fn kvmgr_attention_reserve(
 /// A number that says what a CUDA graph is good for. Capture kvmgr_attention_append and
 /// kvmgr_attention_run of all layers under one plan; after another kvmgr_attention_plan with the same
 /// number, launching that graph does the work of that plan: what changes from plan to plan is read
-/// from device memory. The number depends on how many tokens are planned, not on how long sequences
-/// are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
+/// from device memory. The number depends on how many tokens are planned and on what policies want to know of
+/// them, not on how long sequences are, as long as the plan's device memory has not grown; kvmgr_attention_reserve sizes it once.
 /// Plan outside of the capture. CUDA only.
 ///
 /// @param out_key receives the number

@@ -60,7 +60,8 @@ pub struct kvmgr_sequence_stats {
     pub bytes: u64,
     /// Blocks referred to, shared ones included.
     pub num_blocks: u64,
-    /// Bytes of what the spec's selector knows of the blocks; not part of `bytes`.
+    /// Bytes of what the spec's selector knows of the blocks; not part of `bytes`. 0 on a CUDA device, where
+    /// that lies beside the blocks and is everybody's.
     pub selector_bytes: u64,
     /// Bytes of the states of recurrent layers and of snapshots, shared ones included; not part of `bytes`.
     pub state_bytes: u64,
@@ -77,7 +78,8 @@ pub extern "C" fn kvmgr_sequence_destroy(sequence: *mut kvmgr_sequence) {
 
 /// Makes a second sequence with the same tokens. It shares every block; the block that still fills
 /// is copied by whoever writes first. States of recurrent layers are copied at once, for which one must be
-/// free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved.
+/// free; snapshots are shared. KVMGR_INVALID_STATE while tokens are reserved, and while a graph is captured if
+/// something has to be copied at once on a CUDA device.
 ///
 /// @param out_child receives an exclusive handle; NULL on failure
 #[must_use]
@@ -124,7 +126,8 @@ pub unsafe extern "C" fn kvmgr_sequence_match_prefix(
 }
 
 /// Makes room for the next num_tokens tokens in every layer, or answers KVMGR_OUT_OF_BLOCKS and
-/// changes nothing. May be called again before a commit.
+/// changes nothing. May be called again before a commit. On a CUDA device a shared block that has to be copied
+/// first is KVMGR_INVALID_STATE while a graph is captured.
 ///
 /// @param num_tokens at least 1
 #[must_use]

@@ -170,7 +170,12 @@ impl LayerSource for Layers<'_> {
         let sequence = self.sequence;
         let num_heads = sequence.cache().config().shape.num_kv_heads;
         if let Some(observation) = sequence.observation() {
-            observation.fetch_queries(layer)?;
+            if self.needs.contains(Needs::QUERY_WINDOW) {
+                observation.fetch_queries(layer)?;
+            }
+            if self.needs.contains(Needs::COLUMN_SUM) {
+                observation.fetch_sums()?;
+            }
         }
         let seen = sequence.observation().map_or_else(Vec::new, |observation| {
             (0..num_heads).map(|head| observation.head(layer, head).lock()).collect()

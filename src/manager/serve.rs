@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::cache::Cache;
 use crate::error::{Result, bail, ensure};
-use crate::policy::{Pipeline, PositionMode};
+use crate::policy::{Event, Pipeline, PositionMode};
 use crate::sequence::Observation;
 use crate::shape::{LaneWidth, Needs};
 
@@ -15,11 +15,15 @@ pub(super) fn offered(cache: &Cache) -> Needs {
 }
 
 /// What a cache on a device serves.
-const ON_DEVICE: Needs = Needs::KEYS
-    .union(Needs::VALUES)
-    .union(Needs::ROPE)
-    .union(Needs::OUTPUT_PROJECTION)
-    .union(Needs::QUERY_WINDOW);
+fn served_on_device(cache: &Cache) -> Needs {
+    let served = Needs::KEYS.union(Needs::VALUES).union(Needs::ROPE);
+    let served = served.union(Needs::OUTPUT_PROJECTION).union(Needs::QUERY_WINDOW);
+    // The kernel that adds up what rows receive reads open blocks.
+    match cache.sealed_layout() {
+        None => served.union(Needs::COLUMN_SUM),
+        Some(_) => served,
+    }
+}
 
 /// Refuses a policy that a cache on a device cannot serve, naming the stage.
 fn check_on_device(cache: &Cache, policy: &Pipeline) -> Result<()> {
@@ -27,14 +31,16 @@ fn check_on_device(cache: &Cache, policy: &Pipeline) -> Result<()> {
         return Ok(());
     }
     let needs = policy.needs();
-    let missing = needs.without(ON_DEVICE);
+    let served = served_on_device(cache);
+    let missing = needs.without(served);
     let needing = policy.needed_by(missing).filter(|_| missing != Needs::NONE);
     let does = |stage: &str, what: &str| (stage.to_string(), what.to_string());
     let is_relative = policy.position_mode() == PositionMode::CacheRelative;
-    let (stage, what) = match (policy.selector_name(), needing) {
-        (Some(stage), _) => does(stage, "selects blocks"),
+    let selector = policy.selector_name().zip(unserved_selector(cache, policy));
+    let (stage, what) = match (selector, needing) {
+        (Some((stage, what)), _) => does(stage, what),
         (_, Some(stage)) => {
-            does(stage, &format!("needs {}", needs.missing_from(ON_DEVICE).join(", ")))
+            does(stage, &format!("needs {}", needs.missing_from(served).join(", ")))
         }
         _ if is_relative => does("pos", "moves tokens"),
         _ => match (policy.changing_stage(), policy.demoted().next()) {
@@ -48,6 +54,20 @@ fn check_on_device(cache: &Cache, policy: &Pipeline) -> Result<()> {
         "column {}: {stage} {what}, which a cache on a CUDA device cannot serve yet",
         policy.column_of(&stage)
     )
+}
+
+/// What a selector does that a device cannot: there all blocks that can be chosen have as many rows of one
+/// format, so that the host knows how long lists are.
+fn unserved_selector(cache: &Cache, policy: &Pipeline) -> Option<&'static str> {
+    let evicts = [Event::PrefillEnd, Event::Step].into_iter().any(|event| policy.acts_on(event));
+    match policy.selector_name() {
+        Some("quest") if evicts => Some("selects blocks of a policy that evicts"),
+        Some("quest") if cache.sealed_layout().is_some() && cache.config().exact().first > 0 => {
+            Some("selects blocks of two formats (first)")
+        }
+        Some("quest") | None => None,
+        Some(_) => Some("selects blocks"),
+    }
 }
 
 /// Refuses a policy that the cache or the engine cannot serve, naming the stage and what is missing.

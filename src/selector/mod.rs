@@ -20,6 +20,8 @@ use std::fmt::Debug;
 use crate::registry::{Args, Domain, Param, StageEntry, registry};
 use crate::shape::Needs;
 
+pub(crate) use self::quest::extremes;
+
 registry! {
     /// Every selector, in the order of the documentation.
     pub static SELECTORS: Entry = { quest, shadowkv, infllm, doublesparsity, pqcache, }

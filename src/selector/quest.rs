@@ -55,13 +55,7 @@ impl Index for Bounds {
     fn extend(&mut self, blocks: &NewBlocks<'_>) {
         let mut bounds = vec![0.0; 2 * self.dim];
         for (keys, _) in blocks.each(self.dim) {
-            let (high, low) = bounds.split_at_mut(self.dim);
-            high.fill(f32::NEG_INFINITY);
-            low.fill(f32::INFINITY);
-            for key in keys.chunks_exact(self.dim) {
-                high.iter_mut().zip(key).for_each(|(high, x)| *high = high.max(*x));
-                low.iter_mut().zip(key).for_each(|(low, x)| *low = low.min(*x));
-            }
+            extremes(keys, &mut bounds);
             self.rows.push(&bounds);
         }
     }
@@ -86,5 +80,17 @@ impl Index for Bounds {
 
     fn bytes(&self) -> usize {
         self.rows.bytes()
+    }
+}
+
+/// The most and the least of each channel of `keys`, `[high, low][dim]`, passing over NaN.
+pub(crate) fn extremes(keys: &[f32], out: &mut [f32]) {
+    let dim = out.len() / 2;
+    let (high, low) = out.split_at_mut(dim);
+    high.fill(f32::NEG_INFINITY);
+    low.fill(f32::INFINITY);
+    for key in keys.chunks_exact(dim) {
+        high.iter_mut().zip(key).for_each(|(high, x)| *high = high.max(*x));
+        low.iter_mut().zip(key).for_each(|(low, x)| *low = low.min(*x));
     }
 }

@@ -70,6 +70,9 @@ impl Sequence {
         if keep.len() == len {
             return Ok(());
         }
+        if let Some(observation) = &self.observation {
+            observation.fetch_sums()?;
+        }
         ensure!(
             values.is_empty() || self.lanes[index].num_demoted_spans() == 0,
             Unsupported,

@@ -21,6 +21,7 @@ mod ring;
 mod seal;
 mod statistics;
 mod subspace;
+mod sums;
 mod swap;
 
 use std::sync::Arc;
@@ -33,6 +34,7 @@ pub use received::{MAX_DRAFTS, Received};
 pub use residual::{Residual, cosine};
 pub use ring::QueryRing;
 pub use statistics::QueryStatistics;
+pub use sums::RowSums;
 
 use crate::block::prefix::Digest;
 use crate::block::{BlockId, EntryId};
@@ -502,7 +504,7 @@ impl Sequence {
         for layer in 0..shape.num_layers {
             for head in 0..shape.num_kv_heads {
                 let len = self.lanes[self.locate(layer, head).0].len();
-                observation.head(layer, head).lock().truncate_rows(len);
+                observation.truncate_rows(layer, head, len);
             }
         }
     }

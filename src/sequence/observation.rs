@@ -11,6 +11,7 @@ use super::received::{MAX_DRAFTS, Received, keep_rows, reorder_rows};
 use super::residual::Residual;
 use super::ring::{NotedQueries, QueryRing};
 use super::statistics::QueryStatistics;
+use super::sums::{NotedSums, RowSums};
 use crate::device::cuda::Gpu;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -38,6 +39,8 @@ pub struct Observation {
     residuals: Vec<Mutex<Residual>>,
     /// Queries that are noted in the memory of a device.
     noted: Option<NotedQueries>,
+    /// What rows receive there.
+    noted_sums: Option<NotedSums>,
 }
 
 /// Tokens that reserved tokens read once more: the prompt, or a piece of it, repeated. A softmax is over
@@ -88,15 +91,18 @@ impl Observation {
             replay_norms: (0..shape.num_layers).map(|_| RwLock::default()).collect(),
             residuals: (0..shape.num_layers).map(|_| Mutex::default()).collect(),
             noted: None,
+            noted_sums: None,
         }
     }
 
     /// The same where attention runs on a device, with queries of `dtype`.
     #[must_use]
     pub fn on_device(self, gpu: &Arc<Gpu>, shape: &ModelShape, dtype: DType) -> Self {
-        let asked = self.needs.contains(Needs::QUERY_WINDOW);
-        let noted = asked.then(|| NotedQueries::new(gpu, shape, dtype, self.window));
-        Self { noted, ..self }
+        let asks = |what| self.needs.contains(what);
+        let noted =
+            asks(Needs::QUERY_WINDOW).then(|| NotedQueries::new(gpu, shape, dtype, self.window));
+        let noted_sums = asks(Needs::COLUMN_SUM).then(|| NotedSums::new(gpu, self.heads.len()));
+        Self { noted, noted_sums, ..self }
     }
 
     /// The same for a policy that counts the last `history` queries of each call.
@@ -157,13 +163,38 @@ impl Observation {
             replay_norms: self.replay_norms.iter().map(|_| RwLock::default()).collect(),
             residuals: self.residuals.iter().map(|seen| Mutex::new(seen.lock().clone())).collect(),
             noted: self.noted.as_ref().map(NotedQueries::fork).transpose()?,
+            noted_sums: self.noted_sums.as_ref().map(NotedSums::fork).transpose()?,
         })
     }
 
-    /// Where a device notes the queries of the next `n` tokens, and how many of the last; `None` if it need
-    /// not. The first time it takes memory.
-    pub fn ring_for(&self, n: usize) -> Result<Option<(Arc<QueryRing>, usize)>> {
-        self.noted.as_ref().map_or(Ok(None), |noted| noted.ring_for(n))
+    /// Where a device notes the queries of the `n` tokens before position `end`, and how many of the last;
+    /// `None` if it need not. The first time it takes memory.
+    pub fn ring_for(&self, n: usize, end: usize) -> Result<Option<(Arc<QueryRing>, usize)>> {
+        self.noted.as_ref().map_or(Ok(None), |noted| noted.ring_for(n, end))
+    }
+
+    /// Where a device adds up what rows receive, when heads have these numbers of rows, `[layer, kv_head]`;
+    /// `None` if nobody asks. The first time, and when rows outgrow it, it takes memory.
+    pub fn sums_for(&self, lens: &[usize]) -> Result<Option<Arc<RowSums>>> {
+        let Some(sums) = &self.noted_sums else { return Ok(None) };
+        if !sums.has_room(lens.iter().copied().max().unwrap_or(0)) {
+            self.fetch_sums()?;
+        }
+        sums.prepare(lens).map(Some)
+    }
+
+    /// Brings what rows have received from the device, which waits for all queued work if there is something.
+    pub fn fetch_sums(&self) -> Result<()> {
+        let Some(sums) = &self.noted_sums else { return Ok(()) };
+        sums.take(|head, rows| self.heads[head].lock().received.add(rows))
+    }
+
+    /// Forgets what is known of the rows of a head from `len` on.
+    pub fn truncate_rows(&self, layer: usize, kv_head: usize, len: usize) {
+        if let Some(sums) = &self.noted_sums {
+            sums.truncate(layer * self.num_kv_heads + kv_head, len);
+        }
+        self.head(layer, kv_head).lock().truncate_rows(len);
     }
 
     /// Brings the queries of a layer from the device, which waits for all queued work.

@@ -50,17 +50,20 @@ impl Received {
 
     /// Tokens below `limit` are real now: their queries count for what is asked, the others never.
     pub fn commit(&mut self, limit: i32, asked: Needs) {
-        let kernels = simd::active();
         for (position, mut row) in self.pending.drain(..) {
             if position < limit && asked.contains(Needs::COLUMN_SUM) {
-                self.sums.resize(self.sums.len().max(row.len()), 0.0);
-                kernels.axpy_f32(1.0, &row, &mut self.sums[..row.len()]);
+                add_rows(&mut self.sums, &row);
             }
             if position < limit && asked.contains(Needs::LAST_ROW) {
                 std::mem::swap(&mut self.last, &mut row);
             }
             self.spare.push(row);
         }
+    }
+
+    /// Adds what the first rows have received.
+    pub fn add(&mut self, rows: &[f32]) {
+        add_rows(&mut self.sums, rows);
     }
 
     /// Keeps what surviving rows of a lane of `len` rows received.
@@ -85,6 +88,12 @@ impl Received {
             self.last.clear();
         }
     }
+}
+
+/// Adds to the sums of the first rows, of which new ones begin at 0.
+fn add_rows(sums: &mut Vec<f32>, rows: &[f32]) {
+    sums.resize(sums.len().max(rows.len()), 0.0);
+    simd::active().axpy_f32(1.0, rows, &mut sums[..rows.len()]);
 }
 
 /// Keeps the surviving elements of a plane with one element for each of `len` rows, of which missing

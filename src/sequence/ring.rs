@@ -5,6 +5,7 @@
 //! layer = [capacity] (position, factor) | [capacity, num_q_heads, head_dim]
 //! ```
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
@@ -40,7 +41,7 @@ impl QueryRing {
         let row_bytes = shape.num_q_heads * shape.head_dim * dtype.size();
         let layer_bytes = capacity * (HEAD_BYTES + row_bytes);
         let bytes = shape.num_layers * layer_bytes;
-        let memory = DeviceMemory::allocate(gpu, bytes)?;
+        let memory = DeviceMemory::reuse(gpu, bytes)?;
         let _entered = gpu.enter()?;
         memory.clear(0, bytes)?;
         Ok(Self { memory, capacity, layer_bytes, row_bytes, dtype })
@@ -95,10 +96,13 @@ pub(super) struct NotedQueries {
     /// Queries at positions `begin..end` count.
     begin: AtomicI32,
     end: AtomicI32,
+    /// Positions that were planned since the last commit and of which some query is not noted: what the ring
+    /// has there is of other tokens.
+    gap: Mutex<Range<i32>>,
     /// Whether the query of a single token is of no use to anybody: it would be forgotten with its commit.
     skips_steps: AtomicBool,
     /// Whether the memory is given back once all queries are forgotten.
-    is_spare: AtomicBool,
+    gives_back: AtomicBool,
 }
 
 impl NotedQueries {
@@ -111,27 +115,43 @@ impl NotedQueries {
             ring: Mutex::default(),
             begin: AtomicI32::new(0),
             end: AtomicI32::new(0),
+            gap: Mutex::default(),
             skips_steps: AtomicBool::new(false),
-            is_spare: AtomicBool::new(false),
+            gives_back: AtomicBool::new(false),
         }
     }
 
-    /// Everything once more, apart from the original. Queues a copy.
+    /// Everything once more, apart from the original. Queues a copy, if any query counts.
     pub(super) fn fork(&self) -> Result<Self> {
-        let ring = self.ring.lock().as_ref().map(|ring| ring.copy()).transpose()?;
+        let counts = self.begin.load(Ordering::Relaxed) < self.end.load(Ordering::Relaxed);
+        let ring = self.ring.lock().clone().filter(|_| counts);
+        let ring = ring.map(|ring| ring.copy()).transpose()?;
         Ok(Self {
             ring: Mutex::new(ring.map(Arc::new)),
             begin: AtomicI32::new(self.begin.load(Ordering::Relaxed)),
             end: AtomicI32::new(self.end.load(Ordering::Relaxed)),
             skips_steps: AtomicBool::new(self.skips_steps.load(Ordering::Relaxed)),
-            is_spare: AtomicBool::new(self.is_spare.load(Ordering::Relaxed)),
+            gives_back: AtomicBool::new(self.gives_back.load(Ordering::Relaxed)),
             ..Self::new(&self.gpu, &self.shape, self.dtype, self.window)
         })
     }
 
-    /// Where the queries of the next `n` tokens go, and how many of the last count; `None` if none does.
-    pub(super) fn ring_for(&self, n: usize) -> Result<Option<(Arc<QueryRing>, usize)>> {
-        if n == 0 || (n == 1 && self.skips_steps.load(Ordering::Relaxed)) {
+    /// Where the queries of the `n` tokens before position `end` go, and how many of the last count; `None` if
+    /// none does.
+    pub(super) fn ring_for(&self, n: usize, end: usize) -> Result<Option<(Arc<QueryRing>, usize)>> {
+        let skips = n == 1 && self.skips_steps.load(Ordering::Relaxed);
+        // Any of a few drafts may turn out to be the last that counts.
+        let newest = match n {
+            _ if skips => 0,
+            n if n <= MAX_DRAFTS => n,
+            n => n.min(self.window),
+        };
+        if newest < n {
+            let (from, to) = ((end - n) as i32, (end - newest) as i32);
+            let mut gap = self.gap.lock();
+            *gap = if gap.is_empty() { from..to } else { gap.start.min(from)..gap.end.max(to) };
+        }
+        if newest == 0 {
             return Ok(None);
         }
         let mut ring = self.ring.lock();
@@ -142,8 +162,6 @@ impl NotedQueries {
                 ring.insert(Arc::new(new)).clone()
             }
         };
-        // Any of a few drafts may turn out to be the last that counts.
-        let newest = if n <= MAX_DRAFTS { n } else { n.min(self.window) };
         Ok(Some((ring, newest)))
     }
 
@@ -160,6 +178,10 @@ impl NotedQueries {
     pub(super) fn commit(&self, limit: i32) {
         self.end.store(limit, Ordering::Relaxed);
         self.begin.fetch_min(limit, Ordering::Relaxed);
+        let gap = std::mem::take(&mut *self.gap.lock());
+        if gap.start < limit {
+            self.begin.fetch_max(gap.end.min(limit), Ordering::Relaxed);
+        }
         if limit == 0 {
             // What comes is a prompt.
             self.end_prompt(usize::MAX);
@@ -170,7 +192,7 @@ impl NotedQueries {
     pub(super) fn forget(&self, keep: usize) {
         let end = self.end.load(Ordering::Relaxed);
         self.begin.fetch_max(end.saturating_sub(keep as i32), Ordering::Relaxed);
-        if keep == 0 && self.is_spare.swap(false, Ordering::Relaxed) {
+        if keep == 0 && self.gives_back.swap(false, Ordering::Relaxed) {
             *self.ring.lock() = None;
         }
     }
@@ -178,6 +200,6 @@ impl NotedQueries {
     /// The prompt has ended; steps use the last `window` queries.
     pub(super) fn end_prompt(&self, window: usize) {
         self.skips_steps.store(window == 0, Ordering::Relaxed);
-        self.is_spare.store(window == 0, Ordering::Relaxed);
+        self.gives_back.store(window == 0, Ordering::Relaxed);
     }
 }

@@ -13,7 +13,9 @@
 #include "decode_f16.cu"
 #include "decode_q.cu"
 #include "note.cu"
+#include "obs.cu"
 #include "prefill.cu"
+#include "score.cu"
 #include "seal.cu"
 
 #include <sys/mman.h>
@@ -85,9 +87,11 @@ static Stream default_stream{&primary};
 static bool has_failed = false;
 static std::map<std::string, unsigned> launches; // of kernels, by name
 static u32 seed = 1;
+static unsigned failures = 0; // calls that were refused
 
 static int fail(int code, const char* text) {
     fprintf(stderr, "mock driver: %d: %s\n", code, text);
+    failures++;
     return code;
 }
 
@@ -383,6 +387,12 @@ int cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** para
     });
     launches[kernel->name] += code == SUCCESS;
     return code;
+}
+
+/// Not of a driver: calls that were refused so far.
+unsigned mock_num_failures() {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return failures;
 }
 
 /// Not of a driver: launches so far of kernels whose names start with `prefix`.

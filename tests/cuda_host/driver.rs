@@ -53,6 +53,13 @@ pub fn num_launches(prefix: &CStr) -> Option<u32> {
     })
 }
 
+/// Calls that the mock has refused so far; `None` on a device.
+pub fn num_failures() -> Option<u32> {
+    type Count = unsafe extern "C" fn() -> u32;
+    // SAFETY: a symbol of the mock with this type.
+    is_mock().then(|| unsafe { sys::culib().get::<Count>(b"mock_num_failures").unwrap()() })
+}
+
 #[track_caller]
 pub fn check(result: CUresult) {
     assert_eq!(result, CUresult::CUDA_SUCCESS);

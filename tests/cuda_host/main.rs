@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "calls the C ABI and the driver as C does")]
 #![expect(unreachable_pub, reason = "modules of a test")]
 
+mod captured;
 #[path = "../common/mod.rs"]
 mod common;
 #[path = "../common/counting.rs"]
@@ -14,9 +15,12 @@ mod driver;
 #[path = "../common/mock_driver.rs"]
 mod mock_driver;
 mod policies;
+mod quest;
 mod recurrent;
 mod refused;
 mod sealing;
+mod selected;
+mod step;
 mod twin;
 
 use std::ptr;
@@ -31,6 +35,7 @@ use kvmgr::ffi::version::kvmgr_has_feature;
 use common::Random;
 use counting::allocations;
 use driver::{Buffer, Context, Stream, current_context, on_device};
+use step::{Step, graph_key};
 use twin::{Engine, PLAIN, Pair, Setup, Twin, message, ok, run};
 
 /// A random life of a few sequences: shared prompts, pieces, drafts, forks, truncation, ends.
@@ -137,20 +142,15 @@ fn quantized_sequences_live_alike() {
             "quant(k=int8, v=int4)",
             "quant(k=had+int8, v=int4)",
         ];
-        let wide = ["quant(int8)", "quant(had+kivi(bits=2, group=256))"];
-        for (i, spec) in specs.into_iter().chain(wide).enumerate() {
-            let setup = Setup {
-                spec,
-                block: 64,
-                dim: if i < specs.len() { [64, 128][i % 2] } else { 256 },
-                group: [4, 9, 1][i % 3],
-                lanes: [KVMGR_LANE_SEQUENCE, KVMGR_LANE_LAYER, KVMGR_LANE_HEAD][i % 3],
-                dtype: [KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16][i % 2],
-                window: 70,
-                ..PLAIN
-            };
-            live(setup, i as u64 + 1, if driver::is_mock() { 14 } else { 200 });
-        }
+        let lanes = [KVMGR_LANE_SEQUENCE, KVMGR_LANE_LAYER, KVMGR_LANE_HEAD];
+        live_each(&specs, &[64, 128], 2, lanes);
+        let wide = [
+            "quant(int8)",
+            "quant(had+kivi(bits=2, group=256))",
+            "quant(k=int8, v=int4)",
+            "quant(kivi(bits=4, group=256), first=1, residual=64)",
+        ];
+        live_each(&wide, &[256], 2, lanes);
     });
 }
 
@@ -167,21 +167,27 @@ fn sequences_with_exact_rows_live_alike() {
             "quant(fp8(e4m3), skip_layers=1, residual=100)",
             "quant(kivi(bits=4, group=128), skip_layers=1, first=4, residual=64)",
         ];
-        for (i, spec) in specs.into_iter().enumerate() {
-            let setup = Setup {
-                spec,
-                layers: 3,
-                block: 64,
-                dim: [64, 128][i % 2],
-                group: [4, 9, 1][i % 3],
-                lanes: [KVMGR_LANE_SEQUENCE, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER][i % 3],
-                dtype: [KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16][i % 2],
-                window: 70,
-                ..PLAIN
-            };
-            live(setup, i as u64 + 1, if driver::is_mock() { 14 } else { 200 });
-        }
+        let lanes = [KVMGR_LANE_SEQUENCE, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER];
+        live_each(&specs, &[64, 128], 3, lanes);
     });
+}
+
+/// Sequences of quantized blocks, with head_dim and lanes of these widths in turn.
+fn live_each(specs: &[&'static str], dims: &[usize], layers: usize, lanes: [kvmgr_lane_width; 3]) {
+    for (i, spec) in specs.iter().copied().enumerate() {
+        let setup = Setup {
+            spec,
+            layers,
+            block: 64,
+            dim: dims[i % dims.len()],
+            group: [4, 9, 1][i % 3],
+            lanes: lanes[i % 3],
+            dtype: [KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16][i % 2],
+            window: 70,
+            ..PLAIN
+        };
+        live(setup, i as u64 + 1, if driver::is_mock() { 14 } else { 200 });
+    }
 }
 
 /// Heads whose rows are shared by many CTAs, beside short ones.
@@ -218,9 +224,12 @@ fn a_graph_serves_later_plans() {
     on_device("a_graph_serves_later_plans", || {
         let _context = Context::new();
         let stream = Stream::new();
-        for spec in
-            ["full", "stream(sink=2, recent=30)", "every(2) | snapkv(w=4) | keep_tokens(30)"]
-        {
+        for spec in [
+            "full",
+            "stream(sink=2, recent=30)",
+            "every(2) | snapkv(w=4) | keep_tokens(30)",
+            "every(2) | h2o(recent=4) | keep_tokens(30)",
+        ] {
             serve_with_a_graph(&stream, spec);
         }
     });
@@ -241,14 +250,7 @@ fn serve_with_a_graph(stream: &Stream, spec: &'static str) {
         pairs.push(pair);
     }
     let steps = if driver::is_mock() { 3 } else { 100 };
-    let heads = setup.kv_heads * setup.group;
-    let buffers = [setup.kv_heads, setup.kv_heads, heads, heads]
-        .map(|heads| Buffer::new(3 * heads * setup.dim * 2));
-    let lse = Buffer::new(3 * heads * 4);
-    let [key, value] = [0, 1].map(|i| setup.tensor(buffers[i].pointer(), 3, setup.kv_heads, true));
-    let [query, output] = [2, 3].map(|i| setup.tensor(buffers[i].pointer(), 3, heads, true));
-    let lse_tensor = setup.lse(lse.pointer(), 3, true);
-    let options = twin.options(0, ptr::null_mut());
+    let step = Step::new(setup);
     let (mut graph, mut key_of_graph) = (None, 0);
     for _ in 0..steps {
         for pair in &pairs {
@@ -257,16 +259,12 @@ fn serve_with_a_graph(stream: &Stream, spec: &'static str) {
         }
         twin.host.plan(&pairs.iter().map(|pair| pair.host).collect::<Vec<_>>(), &[1; 3]);
         twin.device.plan(&pairs.iter().map(|pair| pair.device).collect::<Vec<_>>(), &[1; 3]);
-        let mut graph_key = 0;
-        // SAFETY: a live handle and a place for a number.
-        ok(unsafe { kvmgr_attention_graph_key(twin.device.attention, &raw mut graph_key) });
-        let rows = |random: &mut Random, heads| setup.random(random, 3 * heads * setup.dim);
-        let mut data = [setup.kv_heads, setup.kv_heads, heads].map(|h| rows(&mut twin.random, h));
-        buffers.iter().zip(&data).for_each(|(buffer, data)| buffer.write(data));
+        let graph_key = graph_key(&twin);
+        let mut data = step.fill(&mut twin);
         match &graph {
             None => {
                 graph = Some(stream.capture(|| {
-                    run(&twin.device, 0, [&key, &value, &query, &output, &lse_tensor], &options);
+                    step.run(&twin);
                     let plan = twin.try_plan(&pairs);
                     assert_eq!(plan, KVMGR_INVALID_STATE, "no plan in a capture");
                     assert!(message().contains("captured"), "{}", message());
@@ -285,10 +283,7 @@ fn serve_with_a_graph(stream: &Stream, spec: &'static str) {
             stream.launch(graph);
         }
         stream.wait();
-        let host = twin.run_host(&mut data, 3);
-        let found: Vec<f32> =
-            buffers[3].read::<u16>().into_iter().map(|x| setup.value(x)).collect();
-        twin.compare(&found, &host.0, &lse.read::<f32>(), &host.1);
+        step.compare(&mut twin, &mut data);
         pairs.iter_mut().for_each(|pair| twin.commit(pair, &[1]));
     }
 }
@@ -413,7 +408,13 @@ fn append_and_run_allocate_nothing() {
 fn a_store_serves_caches_on_both_sides() {
     on_device("a_store_serves_caches_on_both_sides", || {
         let _context = Context::new();
-        let specs = ["full", "quant(int8)", "quant(had+int4)", "quant(kivi(bits=2, group=128))"];
+        let specs = [
+            "full",
+            "quant(int8)",
+            "quant(had+int4)",
+            "quant(kivi(bits=2, group=128))",
+            "quant(k=int8, v=int4, first=4)",
+        ];
         for (i, spec) in specs.into_iter().enumerate() {
             let dim = [64, 128][i % 2];
             let setup = Setup { spec, dim, block: 64, blocks: 16, ..PLAIN };

@@ -13,8 +13,14 @@ use crate::twin::{PLAIN, Pair, Setup, Twin, message, ok};
 /// A prompt in two pieces, decode steps with a draft, a fork, another piece of a prompt, what is left after
 /// a truncation, and another sequence of the same prompt.
 fn live(setup: Setup, len: usize, seed: u64, slack: f64) {
+    live_with_draft(setup, len, seed, slack, (4, 2));
+}
+
+/// The same with a draft of so many tokens, of which some are real.
+fn live_with_draft(setup: Setup, len: usize, seed: u64, slack: f64, draft: (usize, usize)) {
     let mut twin = Twin::new(setup, seed, |_| {});
     twin.slack = slack;
+    twin.asks_lse = setup.dim == 64;
     let (mut pair, _) = twin.start(&[]);
     for n in [len / 3, len - len / 3] {
         twin.step(&mut [&mut pair], &[(vec![1; n], n)]);
@@ -24,7 +30,7 @@ fn live(setup: Setup, len: usize, seed: u64, slack: f64) {
     let after: usize = twin.positions(&pair).iter().map(Vec::len).sum();
     assert!(after < before, "{}: {after} of {before} stay", setup.spec);
     let mut child = twin.fork(&pair);
-    for (n, keep) in [(1, 1), (4, 2), (1, 1), (1, 1)] {
+    for (n, keep) in [(1, 1), draft, (1, 1), (1, 1)] {
         twin.step(&mut [&mut pair, &mut child], &[(vec![2; n], keep), (vec![3; 1], 1)]);
         twin.positions(&pair);
         twin.positions(&child);
@@ -128,6 +134,46 @@ fn a_prompt_of_single_tokens_is_seen_too() {
             assert_eq!(twin.positions(&pair)[0].len(), 6);
             twin.step(&mut [&mut pair], &[(vec![1], 1)]);
             twin.truncate(&mut pair, 0);
+        }
+    });
+}
+
+/// Of a long piece the last queries are noted alone: before them the ring has those of an earlier text, or none.
+#[test]
+fn queries_of_another_text_are_not_taken() {
+    on_device("policies::queries_of_another_text_are_not_taken", || {
+        let _context = Context::new();
+        let mut twin = Twin::new(setup_for("snapkv(w=16) | keep(0.5)", 0), 5, |_| {});
+        let (mut pair, _) = twin.start(&[]);
+        twin.step(&mut [&mut pair], &[(vec![1; 150], 150)]);
+        twin.truncate(&mut pair, 100);
+        twin.step(&mut [&mut pair], &[(vec![2; 100], 100)]);
+        twin.truncate(&mut pair, 150);
+        twin.step(&mut [&mut pair], &[(vec![3; 5], 5)]);
+        // What is taken back has noted nothing that counts.
+        twin.step(&mut [&mut pair], &[(vec![3; 100], 0)]);
+        twin.end_prefill(&pair);
+        assert!(twin.positions(&pair)[0].len() < 155);
+    });
+}
+
+/// Policies that ask for what queries give each row, which a kernel adds up. On a device those of a rejected
+/// draft count, so here all are real.
+#[test]
+fn policies_see_the_same_sums() {
+    on_device("policies::policies_see_the_same_sums", || {
+        let _context = Context::new();
+        let specs = [
+            "h2o(recent=16) | keep(0.5)",
+            "h2o(recent=8, heavy=30)",
+            "every(2) | h2o(recent=8) | keep_tokens(40)",
+            "observed | keep(0.6)",
+            "fastgen(mass=0.5, sink=2, recent=0.2, heavy=0.3)",
+        ];
+        for (i, spec) in specs.into_iter().enumerate() {
+            let (scale, softcap) = ([0.0, 0.2][i % 2], [0.0, 20.0][i / 2 % 2]);
+            let setup = Setup { scale, softcap, has_sinks: i == 1, ..setup_for(spec, i) };
+            live_with_draft(setup, 90, i as u64 + 1, 1.0, (4, 4));
         }
     });
 }

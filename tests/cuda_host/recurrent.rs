@@ -81,7 +81,7 @@ fn states_go_back_fork_and_are_shared() {
         let _context = Context::new();
         let engine = engine(ptr::null_mut());
         let stream = Stream::new();
-        let sequence = engine.sequence();
+        let sequence = engine.sequence(ptr::null());
         assert_state(sequence, [0, 0]);
         let prompt: Vec<i32> = (0..17).collect();
         run(&engine, sequence, 16);
@@ -103,7 +103,7 @@ fn states_go_back_fork_and_are_shared() {
         assert_state(child, [0, 0]);
         kvmgr_sequence_destroy(child);
 
-        let other = engine.sequence();
+        let other = engine.sequence(ptr::null());
         let (tokens, mut matched) = (prompt.as_ptr(), 0);
         // SAFETY: a live handle, tokens and a place.
         ok(unsafe { kvmgr_sequence_match_prefix(other, tokens, 17, &raw mut matched) });
@@ -130,7 +130,7 @@ fn states_go_to_a_store_and_come_back() {
         // SAFETY: a string and a place.
         ok(unsafe { kvmgr_store_create(c"host".as_ptr(), &raw mut store) });
         let engine = engine(store);
-        let sequence = engine.sequence();
+        let sequence = engine.sequence(ptr::null());
         let prompt: Vec<i32> = (0..17).collect();
         run(&engine, sequence, 16);
         write(sequence, 3);
@@ -141,10 +141,14 @@ fn states_go_to_a_store_and_come_back() {
         assert_state(sequence, [3, 4]);
         ok(kvmgr_sequence_preempt(sequence, store));
         // All states are needed: the one of the prefix goes to the store and comes back from there.
-        let others = [engine.sequence(), engine.sequence(), engine.sequence()];
+        let others = [
+            engine.sequence(ptr::null()),
+            engine.sequence(ptr::null()),
+            engine.sequence(ptr::null()),
+        ];
         assert_eq!(kvmgr_sequence_resume(sequence), KVMGR_OUT_OF_BLOCKS);
         others.into_iter().for_each(|other| kvmgr_sequence_destroy(other));
-        let other = engine.sequence();
+        let other = engine.sequence(ptr::null());
         let (tokens, mut matched) = (prompt.as_ptr(), 0);
         // SAFETY: a live handle, tokens and a place.
         ok(unsafe { kvmgr_sequence_match_prefix(other, tokens, 17, &raw mut matched) });

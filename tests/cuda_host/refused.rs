@@ -100,16 +100,6 @@ fn what_a_device_cannot_do_is_said() {
             assert_eq!(run(&options), KVMGR_UNSUPPORTED, "{}", message());
             let status = kvmgr_sequence_append(pair.device, 1, &raw const good, &raw const good);
             assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
-            let starts = [0u32; 3];
-            let status = kvmgr_attention_select(
-                twin.device.attention,
-                0,
-                starts.as_ptr(),
-                3,
-                ptr::null(),
-                0,
-            );
-            assert_eq!(status, KVMGR_UNSUPPORTED, "{}", message());
             assert_eq!(kvmgr_cache_set_stream(twin.host.cache, ptr::null_mut()), KVMGR_UNSUPPORTED);
             let mut key = 0;
             let status = kvmgr_attention_graph_key(twin.host.attention, &raw mut key);
@@ -141,16 +131,21 @@ fn refuse_configurations() {
             (config.head_dim, config.block_size) = (dim, block);
         })
     };
-    let bad: [(Edit, &str); 19] = [
+    let bad: [(Edit, &str); 21] = [
         (Box::new(|config| config.head_dim = 80), "head_dim is 80"),
         (Box::new(|config| config.block_size = 128), "block_size is 128"),
         (Box::new(|config| config.num_q_heads = 34), "17 query heads"),
         (Box::new(|config| config.dtype = KVMGR_DTYPE_F32), "dtype is f32"),
         (Box::new(|config| config.device_id = 7777), "device_id is 7777"),
         (Box::new(|config| config.device_id = -1), "device_id is -1"),
-        (spec(c"h2o | keep(0.5)", 64, 16), "column 1: h2o needs COLUMN_SUM"),
+        (spec(c"h2o | keep(0.5) | quant(int8)", 64, 64), "column 1: h2o needs COLUMN_SUM"),
         (spec(c"expected | keep(0.5)", 64, 16), "column 1: expected needs"),
-        (spec(c"quest(8)", 64, 16), "column 1: quest selects blocks"),
+        (spec(c"shadowkv(8)", 64, 16), "column 1: shadowkv selects blocks"),
+        (
+            spec(c"knorm | keep(0.5) | quest(8)", 64, 16),
+            "column 21: quest selects blocks of a policy",
+        ),
+        (spec(c"quant(int8, first=64) | quest(8)", 64, 64), "quest selects blocks of two formats"),
         (spec(c"stream(sink=4, recent=20) | pos(cache_relative)", 64, 16), "pos needs ROPE"),
         (spec(c"knorm | keep(0.5) | d2o", 64, 16), "column 21: d2o"),
         (spec(c"knorm | keep(0.5) | demote(int4) | quant(int8)", 64, 64), "demoted"),

@@ -6,6 +6,7 @@ use std::ptr;
 use half::{bf16, f16};
 use kvmgr::ffi::attention::*;
 use kvmgr::ffi::cache::*;
+use kvmgr::ffi::policy::*;
 use kvmgr::ffi::sequence::*;
 use kvmgr::ffi::types::*;
 use kvmgr::ffi::version::*;
@@ -171,10 +172,10 @@ impl Engine {
         stats
     }
 
-    pub fn sequence(&self) -> *mut kvmgr_sequence {
+    pub fn sequence(&self, policy: *const kvmgr_policy) -> *mut kvmgr_sequence {
         let mut sequence = ptr::null_mut();
-        // SAFETY: a live handle and a place for a pointer.
-        ok(unsafe { kvmgr_cache_sequence_create(self.cache, ptr::null(), &raw mut sequence) });
+        // SAFETY: live handles and a place for a pointer.
+        ok(unsafe { kvmgr_cache_sequence_create(self.cache, policy, &raw mut sequence) });
         sequence
     }
 }
@@ -217,6 +218,8 @@ pub struct Twin {
     pub worst: [f64; 2],
     /// How much larger errors may be than usual.
     pub slack: f64,
+    /// Whether the engine wants to know the LSE of the device.
+    pub asks_lse: bool,
 }
 
 impl Twin {
@@ -236,12 +239,25 @@ impl Twin {
             config.device_type = KVMGR_DEVICE_CUDA;
             edit(config);
         }));
-        Self { setup, host, device, random: Random(seed), worst: [0.0; 2], slack: 1.0 }
+        Self {
+            setup,
+            host,
+            device,
+            random: Random(seed),
+            worst: [0.0; 2],
+            slack: 1.0,
+            asks_lse: true,
+        }
     }
 
     /// A sequence for a prompt, and how many of its tokens the prefix index had.
     pub fn start(&self, prompt: &[i32]) -> (Pair, usize) {
-        let (host, device) = (self.host.sequence(), self.device.sequence());
+        self.start_with(ptr::null(), prompt)
+    }
+
+    /// The same with a policy of its own.
+    pub fn start_with(&self, policy: *const kvmgr_policy, prompt: &[i32]) -> (Pair, usize) {
+        let (host, device) = (self.host.sequence(policy), self.device.sequence(policy));
         let pair = Pair { host, device, tokens: Vec::new() };
         let matched = pair.both().map(|sequence| {
             let mut matched = 0;
@@ -367,7 +383,7 @@ impl Twin {
     }
 
     /// Appends to and runs a layer in both and notes the difference.
-    fn layer(&mut self, layer: usize, total: usize) {
+    pub fn layer(&mut self, layer: usize, total: usize) {
         let setup = self.setup;
         let heads = setup.kv_heads * setup.group;
         let rows =
@@ -400,9 +416,11 @@ impl Twin {
         let (out, l2) =
             (setup.tensor(o.pointer(), total, heads, true), setup.lse(l.pointer(), total, true));
         let options = self.options(layer, sinks.pointer().cast());
+        let l2 = if self.asks_lse { l2 } else { kvmgr_tensor { data: ptr::null_mut(), ..l2 } };
         run(&self.device, layer, [&key, &value, &q, &out, &l2], &options);
         let found: Vec<f32> = o.read::<u16>().into_iter().map(|x| setup.value(x)).collect();
-        self.compare(&found, &output, &l.read::<f32>(), &lse);
+        let found_lse = if self.asks_lse { l.read::<f32>() } else { lse.clone() };
+        self.compare(&found, &output, &found_lse, &lse);
     }
 
     /// Appends `[key, value, query]` to the host's layer 0 and answers O and LSE.
@@ -482,6 +500,7 @@ pub fn run(
     options: &kvmgr_attention_options,
 ) {
     let layer = layer as u32;
+    let lse = if lse.data.is_null() { ptr::null() } else { ptr::from_ref(lse) };
     // SAFETY: live handles and tensors that fit the plan.
     unsafe {
         ok(kvmgr_attention_append(engine.attention, layer, key, value, 0, 1));

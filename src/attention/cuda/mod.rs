@@ -11,29 +11,38 @@
 //! number of CTAs is that of the device whatever the batch is: what each of them does is read from
 //! the plan's tables, so a captured graph serves every plan with the same [`Cuda::graph_key`].
 //!
-//! There is one table for all layers, or one for each layer if their lanes differ.
+//! There is one table for all layers, or one for each layer if their lanes differ; and one more for each layer
+//! whose blocks the engine selects.
 
 mod kernels;
 mod notes;
+mod quest;
 mod schedule;
+mod selected;
+mod sums;
+mod table;
 mod workspace;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use self::kernels::{Decoders, Variant, is_prompt, load_prefill, prefill_rows, tile_of};
 use self::notes::Notes;
-use self::schedule::{Schedule, Segment, segments};
+use self::quest::Quest;
+use self::selected::Selected;
+use self::sums::Sums;
+use self::table::{Builder, Table, lanes_of_table};
 use self::workspace::{Capacity, NOTE_WORDS, Workspace};
 use super::{DeviceOptions, check_shape};
-use crate::cache::{Cache, CacheConfig, Format, OPEN, PAGE_BYTES};
-use crate::device::cuda::params::{Append, Decode, Item};
+use crate::cache::{Cache, Format, OPEN, PAGE_BYTES};
+use crate::device::cuda::params::{Append, Decode};
 use crate::device::cuda::{DeviceTensor, Gpu, Kernel};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, ensure};
 use crate::quantizer::Side;
-use crate::sequence::{Lane, Sequence};
-use crate::shape::LaneWidth;
+use crate::sequence::Sequence;
+use crate::shape::{LaneWidth, ModelShape};
 
 /// Threads of the kernel that appends.
 const APPEND_THREADS: usize = 256;
@@ -49,24 +58,21 @@ pub(super) struct Cuda {
     prefill: Kernel,
     workspace: Workspace,
     notes: Notes,
-    schedule: Schedule,
-    prompts: Schedule,
-    segments: Vec<Segment>,
-    /// The segments of each lane of the table that is being made.
-    lanes: Vec<std::ops::Range<usize>>,
-    pages: Vec<Vec<u32>>,
-    places: Vec<Vec<u32>>,
-    items: Vec<Vec<u32>>,
-    prompt_items: Vec<Vec<u32>>,
+    sums: Sums,
+    builder: Builder,
+    /// One for all layers, or one for each.
+    tables: Vec<Table>,
+    /// The lists of blocks of each layer that the engine has given.
+    selected: Vec<Selected>,
+    /// The lists of blocks that selectors make.
+    quest: Quest,
     /// The kernel that the plan runs.
     variant: Variant,
     /// Whether there are decode steps, and prompts.
     has: [bool; 2],
     num_tokens: usize,
-    /// The widest sliding window that each table allows: kernels count rows, so no row may be missing in it.
-    widest: Vec<u32>,
-    /// The widest sliding window of a run so far.
-    window: AtomicU32,
+    /// The widest sliding window of a run of each layer so far.
+    windows: Vec<AtomicU32>,
 }
 
 impl Cuda {
@@ -97,19 +103,15 @@ impl Cuda {
             prefill: load_prefill(gpu, dtype, dim)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
             notes: Notes::default(),
-            schedule: Schedule::default(),
-            prompts: Schedule::default(),
-            segments: Vec::new(),
-            lanes: Vec::new(),
-            pages: vec![Vec::new(); num_tables],
-            places: vec![Vec::new(); num_tables],
-            items: vec![Vec::new(); num_tables],
-            prompt_items: vec![Vec::new(); num_tables],
+            sums: Sums::new(gpu, num_tables),
+            builder: Builder::default(),
+            tables: (0..num_tables).map(|_| Table::default()).collect(),
+            selected: (0..config.shape.num_layers).map(|_| Selected::new(gpu)).collect(),
+            quest: Quest::new(gpu),
             variant: Variant::default(),
             has: [false; 2],
             num_tokens: 0,
-            widest: vec![u32::MAX; num_tables],
-            window: AtomicU32::new(0),
+            windows: (0..config.shape.num_layers).map(|_| AtomicU32::new(0)).collect(),
         })
     }
 
@@ -129,6 +131,7 @@ impl Cuda {
         let grid = grids.max().unwrap_or(1) as usize;
         let tiles = num_sequences + num_queries.div_ceil((16 / config.shape.group()).max(1));
         let lists = lanes_of_table(config);
+        self.clear();
         // A cut adds an item, and a head that was cut has two parts more than it has whole shares.
         self.workspace.reserve(&Capacity {
             items: tiles * heads + 2 * grid,
@@ -138,7 +141,8 @@ impl Cuda {
             pages: num_blocks,
             slots: 2 * grid,
             tickets: grid,
-        })
+        })?;
+        Ok(())
     }
 
     /// Makes the tables of a batch and queues their copy.
@@ -156,115 +160,89 @@ impl Cuda {
         self.variant = self.decode.choose(Variant { has_16_columns, is_wide });
         self.num_tokens = queries.sum();
         self.has = [false; 2];
+        self.selected.iter_mut().for_each(Selected::clear);
+        self.builder.group = group;
+        self.builder.block_size = cache.config().block_size;
+        self.builder.tiles = [tile, prefill_rows(cache.config().shape.head_dim) / group];
+        self.builder.grids = [self.grid_of(self.variant), self.prefill_grid()];
+        self.builder.unit = self.decode.rows(self.variant);
         self.notes.plan(&self.gpu, batch)?;
         let notes = self.notes.words.len() / NOTE_WORDS;
         let mut needed = Capacity { notes, ..Capacity::default() };
-        for table in 0..self.items.len() {
-            self.make_table(cache, batch, table);
-            self.make_places(cache, batch, table);
-            let schedule = &self.schedule;
-            needed.items = needed.items.max(schedule.num_words() / Item::WORDS);
-            needed.prompts = needed.prompts.max(self.prompts.num_words() / Item::WORDS);
-            needed.places = needed.places.max(self.places[table].len() / 2);
-            needed.pages = needed.pages.max(self.pages[table].len());
-            needed.slots = needed.slots.max(schedule.num_slots as usize);
-            needed.tickets = needed.tickets.max(schedule.num_tickets as usize);
+        for (i, table) in self.tables.iter_mut().enumerate() {
+            table.make(cache, batch, i, &mut self.builder);
+            let [has_steps, has_prompts] = self.builder.has();
+            self.has = [self.has[0] | has_steps, self.has[1] | has_prompts];
+            let places = Capacity { places: table.places.len() / 2, ..Capacity::default() };
+            needed = needed.max(&table.lists.capacity()).max(&self.builder.partials()).max(&places);
         }
-        self.workspace.reserve(&needed)?;
-        let Self { items, prompt_items, places, notes, pages, workspace, .. } = self;
-        let layout = workspace.layout;
-        workspace.write(|words| {
-            for (i, table) in words.chunks_exact_mut(layout.words).take(items.len()).enumerate() {
-                let mut put = |at: usize, list: &[u32]| {
-                    table[at..][..list.len()].copy_from_slice(list);
-                };
-                put(0, &items[i]);
-                put(layout.prompts, &prompt_items[i]);
-                put(layout.places, &places[i]);
-                put(layout.pages, &pages[i]);
-                if i == 0 {
-                    put(layout.notes, &notes.words);
-                }
+        let partials = self.quest.make(cache, batch, &self.tables, &mut self.builder)?;
+        self.workspace.reserve(&needed.max(&partials))?;
+        self.send_tables()?;
+        self.quest.send()?;
+        self.sums.plan(&self.gpu, cache, batch, &self.tables)
+    }
+
+    /// Queues the copy of the tables.
+    fn send_tables(&mut self) -> Result<()> {
+        let layout = self.workspace.layout;
+        let (tables, notes) = (&self.tables, &self.notes.words);
+        self.workspace.write(|words| {
+            words[layout.notes..][..notes.len()].copy_from_slice(notes);
+            for (words, table) in words.chunks_exact_mut(layout.words).zip(tables) {
+                table.lists.put(words, &layout);
+                words[layout.places..][..table.places.len()].copy_from_slice(&table.places);
             }
-            pages.iter().map(Vec::len).max().unwrap_or(0)
+            tables.iter().map(|table| table.lists.pages.len()).max().unwrap_or(0)
         })
     }
 
-    /// Fills the lists of one table.
-    fn make_table(&mut self, cache: &Cache, batch: &[(&Sequence, usize)], table: usize) {
-        let config = cache.config();
-        let shape = &config.shape;
-        let num_lanes = lanes_of_table(config);
-        let heads_per_lane = shape.num_kv_heads / num_lanes;
-        let first_lane = table * num_lanes;
-        let step_tile = tile_of(self.variant.has_16_columns, shape.group());
-        let prompt_tile = prefill_rows(shape.head_dim) / shape.group();
-        let (grid, unit) = (self.grid_of(self.variant), self.decode.rows(self.variant));
-        let prompt_grid = self.prefill_grid();
-        let pages = &mut self.pages[table];
-        pages.clear();
-        self.schedule.clear();
-        self.prompts.clear();
-        let page_of =
-            |block: &crate::cache::Block| (cache.page(&block.view), block.view.format() != OPEN);
-        let mut token = 0;
-        self.widest[table] = u32::MAX;
-        for (sequence, n) in batch {
-            self.segments.clear();
-            self.lanes.clear();
-            for lane in &sequence.lanes()[first_lane..first_lane + num_lanes] {
-                self.widest[table] = self.widest[table].min(widest_window(lane, *n));
-                let start = self.segments.len();
-                segments(lane, config.block_size, page_of, pages, &mut self.segments);
-                self.lanes.push(start..self.segments.len());
-            }
-            for head in 0..shape.num_kv_heads {
-                let lane = head / heads_per_lane;
-                let len = sequence.lanes()[first_lane + lane].len() as i64;
-                let segments = &self.segments[self.lanes[lane].clone()];
-                // Parts are only merged by the kernel of decode steps.
-                let is_prompt = is_prompt(*n, shape.group())
-                    && segments.len() == 1
-                    && segments[0].rows.start == 0
-                    && segments[0].sealed_end == 0;
-                let (tile, schedule) = match is_prompt {
-                    true => (prompt_tile, &mut self.prompts),
-                    false => (step_tile, &mut self.schedule),
-                };
-                for first in (0..*n).step_by(tile) {
-                    let count = tile.min(n - first);
-                    let seen = len - (n - first - count) as i64;
-                    let queries = ((token + first) as u32, count as u32, head as u32);
-                    schedule.push(queries, segments, seen, config.block_size as u32);
-                }
-            }
-            token += n;
+    /// Restricts a layer of the plan to lists of blocks. See [`super::Attention::select`].
+    pub(super) fn select(
+        &mut self,
+        cache: &Cache,
+        layer: usize,
+        num_queries: &dyn Fn(usize) -> usize,
+        lists: Result<(&[u32], &[u32])>,
+    ) -> Result<()> {
+        self.selected[layer].clear();
+        let _entered = self.gpu.enter()?;
+        self.gpu.ensure_not_capturing("select")?;
+        let lists = lists?;
+        if lists.0.is_empty() {
+            return Ok(()); // There is no plan, or one of nothing.
         }
-        self.has[0] |= !self.schedule.is_empty();
-        self.has[1] |= !self.prompts.is_empty();
-        self.schedule.cut(grid, unit);
-        self.prompts.deal(prompt_grid);
-        let lists = [&mut self.items[table], &mut self.prompt_items[table]];
-        for (items, schedule) in lists.into_iter().zip([&self.schedule, &self.prompts]) {
-            items.resize(schedule.num_words(), 0);
-            schedule.write(items);
+        ensure!(
+            !self.sums.has_any(),
+            Unsupported,
+            "policies ask for what queries give each row; on a CUDA device no blocks can be selected then"
+        );
+        let table = &self.tables[self.table_of(layer)];
+        let heads = cache.config().shape.num_kv_heads;
+        self.selected[layer].fill(table, heads, num_queries, lists, &mut self.builder)?;
+        // Partial results are in the memory of the plan.
+        let resent = match self.workspace.reserve(&self.builder.partials()) {
+            Ok(false) => Ok(()),
+            Ok(true) => self.send_tables(),
+            Err(error) => Err(error),
+        };
+        if resent.is_err() {
+            self.clear();
+            return resent;
         }
+        self.selected[layer].send()
     }
 
-    /// Fills the places of the new rows of one table, `[lane, token]`.
-    fn make_places(&mut self, cache: &Cache, batch: &[(&Sequence, usize)], table: usize) {
-        let num_lanes = lanes_of_table(cache.config());
-        let first_lane = table * num_lanes;
-        let places = &mut self.places[table];
-        places.clear();
-        for lane in first_lane..first_lane + num_lanes {
-            for (sequence, n) in batch {
-                for (span, first, count) in Lane::tail(&sequence.lanes()[lane].spans, *n) {
-                    let page = cache.page(&span.block.view);
-                    places.extend((first..first + count).flat_map(|row| [page, row as u32]));
-                }
-            }
-        }
+    /// Forgets the plan.
+    pub(super) fn clear(&mut self) {
+        (self.has, self.num_tokens) = ([false; 2], 0);
+        self.selected.iter_mut().for_each(Selected::clear);
+        self.quest.clear();
+        self.sums.clear();
+    }
+
+    fn table_of(&self, layer: usize) -> usize {
+        if self.tables.len() == 1 { 0 } else { layer }
     }
 
     fn prefill_grid(&self) -> u32 {
@@ -333,38 +311,29 @@ impl Cuda {
         options: &DeviceOptions,
     ) -> Result<()> {
         let shape = &cache.config().shape;
-        let expected = [self.num_tokens, shape.num_q_heads, shape.head_dim];
-        for (name, tensor) in [("query", query), ("output", output)] {
-            check_shape(name, tensor.shape, expected)?;
-            tensor.check(name, self.dtype, 16)?;
-        }
-        if let Some(lse) = lse {
-            check_shape("lse", lse.shape, [self.num_tokens, shape.num_q_heads, 1])?;
-            lse.check("lse", DType::F32, 4)?;
-            ensure!(
-                lse.strides[1] == 1 || shape.num_q_heads == 1,
-                Unsupported,
-                "lse.strides[1] is {}, must be 1 on a CUDA device",
-                lse.strides[1]
-            );
-        }
+        self.check_tensors(shape, query, output, lse)?;
         let blocks = self.blocks(cache, layer);
-        let (window, widest) = (options.common.sliding_window, self.widest[blocks.table]);
-        self.window.fetch_max(window, Ordering::Relaxed);
+        let window = options.common.sliding_window;
+        self.windows[layer].fetch_max(window, Ordering::Relaxed);
+        let choice = self.choice(layer).filter(|_| window == 0);
+        let (table, reason) = match choice {
+            Some(choice) => (self.quest.reading(choice), ""),
+            None => self.reading(layer),
+        };
         ensure!(
-            window <= widest,
+            window <= table.widest,
             Unsupported,
-            "sliding_window is {window}, but policies have evicted tokens in it; on a CUDA device it can be \
-             at most {widest} now"
+            "sliding_window is {window}, but {reason} in it; on a CUDA device it can be at most {} now",
+            table.widest
         );
-        let (workspace, layout) = (&self.workspace, &self.workspace.layout);
+        let workspace = &self.workspace;
         let params = Decode {
             q: query.address,
             o: output.address,
             lse: lse.map_or(0, |lse| lse.address),
             sinks: options.sinks,
-            pages: workspace.address(blocks.table, layout.pages),
-            items: workspace.address(blocks.table, 0),
+            pages: table.pages,
+            items: table.items,
             partials: workspace.partials(),
             tickets: workspace.tickets(),
             k: blocks.k,
@@ -390,30 +359,101 @@ impl Cuda {
             is_bf16: u32::from(self.dtype == DType::Bf16),
         };
         let _entered = self.gpu.enter()?;
-        let notes = workspace.address(0, layout.notes);
+        if let Some(choice) = choice {
+            self.quest.launch(cache, layer, choice, query)?;
+        }
+        let params = match lse {
+            None if self.sums.has_any() => {
+                Decode { lse: self.sums.lse(), lse_token: shape.num_q_heads as i64, ..params }
+            }
+            _ => params,
+        };
+        let notes = workspace.address(0, workspace.layout.notes);
         self.notes.launch(&self.gpu, layer, query, notes, params.scale)?;
-        let [has_steps, has_prompts] = self.has;
+        self.launch(&table, choice.is_some(), &params)?;
+        self.sums.launch(&self.gpu, layer, self.table_of(layer), &params)
+    }
+
+    /// Queues the kernels of both kinds of queries. The context is current.
+    fn launch(&self, table: &Reading, is_chosen: bool, params: &Decode) -> Result<()> {
+        let [has_steps, has_prompts] = table.has;
         if has_steps {
-            let kernel = self.decode.kernel(self.variant);
-            self.gpu.launch(kernel, self.grid_of(self.variant), &params)?;
+            let mut kernel = *self.decode.kernel(self.variant);
+            if is_chosen {
+                // It reads its list before it waits.
+                kernel = kernel.after_previous();
+            }
+            self.gpu.launch(&kernel, self.grid_of(self.variant), params)?;
         }
         if has_prompts {
-            let items = workspace.address(blocks.table, layout.prompts);
-            self.gpu.launch(&self.prefill, self.prefill_grid(), &Decode { items, ..params })?;
+            let params = Decode { items: table.prompts, ..*params };
+            self.gpu.launch(&self.prefill, self.prefill_grid(), &params)?;
         }
         Ok(())
+    }
+
+    fn check_tensors(
+        &self,
+        shape: &ModelShape,
+        query: &DeviceTensor,
+        output: &DeviceTensor,
+        lse: Option<&DeviceTensor>,
+    ) -> Result<()> {
+        let expected = [self.num_tokens, shape.num_q_heads, shape.head_dim];
+        for (name, tensor) in [("query", query), ("output", output)] {
+            check_shape(name, tensor.shape, expected)?;
+            tensor.check(name, self.dtype, 16)?;
+        }
+        if let Some(lse) = lse {
+            check_shape("lse", lse.shape, [self.num_tokens, shape.num_q_heads, 1])?;
+            lse.check("lse", DType::F32, 4)?;
+            ensure!(
+                lse.strides[1] == 1 || shape.num_q_heads == 1,
+                Unsupported,
+                "lse.strides[1] is {}, must be 1 on a CUDA device",
+                lse.strides[1]
+            );
+        }
+        Ok(())
+    }
+
+    /// The table of choices of a layer; lists of the engine come before them. Sliding windows bound what is read
+    /// already.
+    fn choice(&self, layer: usize) -> Option<usize> {
+        self.quest.route(layer).filter(|_| self.selected[layer].in_use().is_none())
+    }
+
+    /// The table that a layer goes by, and what may be missing there.
+    fn reading(&self, layer: usize) -> (Reading, &'static str) {
+        let (workspace, index, has, widest, reason) = match self.selected[layer].in_use() {
+            Some(lists) => {
+                let Selected { workspace, has, widest, .. } = lists;
+                (workspace, 0, *has, *widest, "blocks are not selected")
+            }
+            None => {
+                let index = self.table_of(layer);
+                let widest = self.tables[index].widest;
+                (&self.workspace, index, self.has, widest, "policies have evicted tokens")
+            }
+        };
+        (Reading::new(workspace, index, has, widest), reason)
     }
 
     /// Equal for two plans if a graph captured under one is right for the other.
     pub(super) fn graph_key(&self) -> u64 {
         let Variant { has_16_columns, is_wide } = self.variant;
+        let mut hasher = DefaultHasher::new();
+        let (generation, notes) = (self.workspace.generation, self.notes.has_any());
+        let sums = self.sums.has_any().then(|| self.sums.generation());
+        (has_16_columns, is_wide, self.num_tokens, generation, notes, sums).hash(&mut hasher);
         // A run in a window that tokens are missing in is refused, which a graph could not be.
-        let window = self.window.load(Ordering::Relaxed);
-        let is_narrow = self.widest.iter().any(|widest| *widest < window);
-        let has_notes = self.notes.has_any();
-        let bits = [has_16_columns, is_wide, self.has[0], self.has[1], is_narrow, has_notes];
-        let launches = bits.into_iter().fold(0, |launches, bit| launches << 1 | u64::from(bit));
-        u64::from(self.workspace.generation) << 38 | launches << 32 | self.num_tokens as u64
+        for (layer, window) in self.windows.iter().enumerate() {
+            let Reading { items, prompts, pages, has, widest } = self.reading(layer).0;
+            let is_narrow = widest < window.load(Ordering::Relaxed);
+            (items, prompts, pages, has, is_narrow, self.choice(layer)).hash(&mut hasher);
+        }
+        self.quest.hash(&mut hasher);
+        hasher.finish()
     }
 
     /// Where the rows of a layer are.
@@ -437,8 +477,29 @@ impl Cuda {
             block_stride: (PAGE_BYTES / size) as i64,
             // Heads with a lane of their own are told apart by their pages.
             head_stride: if is_per_head { 0 } else { cell_stride as i64 },
-            table: if self.items.len() == 1 { 0 } else { layer },
+            table: self.table_of(layer),
         }
+    }
+}
+
+/// The addresses of a table, and what is in it.
+#[derive(Debug, Clone, Copy)]
+struct Reading {
+    items: u64,
+    prompts: u64,
+    pages: u64,
+    /// Whether there are decode steps, and prompts.
+    has: [bool; 2],
+    /// The widest sliding window that it allows.
+    widest: u32,
+}
+
+impl Reading {
+    fn new(workspace: &Workspace, index: usize, has: [bool; 2], widest: u32) -> Self {
+        let layout = &workspace.layout;
+        let at = |word| workspace.address(index, word);
+        let [items, prompts, pages] = [0, layout.prompts, layout.pages].map(at);
+        Self { items, prompts, pages, has, widest }
     }
 }
 
@@ -453,20 +514,4 @@ struct Blocks {
     block_stride: i64,
     head_stride: i64,
     table: usize,
-}
-
-/// The widest window in which each of the last `n` queries of a lane sees as many rows as positions.
-fn widest_window(lane: &Lane, n: usize) -> u32 {
-    if lane.evicted == 0 {
-        return u32::MAX;
-    }
-    match lane.rows_without_gap() {
-        rows if rows == lane.len() => u32::MAX,
-        rows => (rows + 1).saturating_sub(n) as u32,
-    }
-}
-
-/// Lanes whose blocks a table lists: one, or one for each KV head of a layer.
-fn lanes_of_table(config: &CacheConfig) -> usize {
-    if config.lane_width == LaneWidth::Head { config.shape.num_kv_heads } else { 1 }
 }

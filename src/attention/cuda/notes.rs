@@ -30,10 +30,10 @@ impl Notes {
         let num_tokens: usize = batch.iter().map(|(_, n)| *n).sum();
         let mut token = 0;
         for (sequence, n) in batch {
-            let ring = sequence.observation().map_or(Ok(None), |seen| seen.ring_for(*n))?;
+            let end = sequence.num_tokens() + sequence.num_reserved();
+            let ring = sequence.observation().map_or(Ok(None), |seen| seen.ring_for(*n, end))?;
             if let Some((ring, newest)) = ring {
                 self.words.resize(num_tokens * NOTE_WORDS, 0);
-                let end = sequence.num_tokens() + sequence.num_reserved();
                 let (address, capacity) = (ring.address(), ring.capacity() as u32);
                 let last = &mut self.words[(token + n - newest) * NOTE_WORDS..];
                 for (note, i) in last.chunks_exact_mut(NOTE_WORDS).zip(0..newest) {

@@ -37,6 +37,19 @@ pub(super) struct Capacity {
 }
 
 impl Capacity {
+    /// The larger of both in everything.
+    pub(super) fn max(&self, other: &Self) -> Self {
+        Self {
+            items: self.items.max(other.items),
+            prompts: self.prompts.max(other.prompts),
+            places: self.places.max(other.places),
+            notes: self.notes.max(other.notes),
+            pages: self.pages.max(other.pages),
+            slots: self.slots.max(other.slots),
+            tickets: self.tickets.max(other.tickets),
+        }
+    }
+
     fn fits_in(&self, other: &Self) -> bool {
         self.items <= other.items
             && self.prompts <= other.prompts
@@ -94,10 +107,19 @@ impl Workspace {
         Self { gpu, num_tables, slot_bytes, capacity, layout, held: None, generation: 0 }
     }
 
-    /// Makes room for what a plan needs. Waits for the device if it has to grow.
-    pub(super) fn reserve(&mut self, needed: &Capacity) -> Result<()> {
+    /// Makes room for `n` tables from the next [`Self::reserve`] on; never for less than before.
+    pub(super) fn set_tables(&mut self, n: usize) {
+        if n > self.num_tables {
+            self.num_tables = n;
+            self.held = None;
+        }
+    }
+
+    /// Makes room for what a plan needs. Waits for the device if it has to grow; what was in the tables is
+    /// gone then. Answers whether that is so.
+    pub(super) fn reserve(&mut self, needed: &Capacity) -> Result<bool> {
         if self.held.is_some() && needed.fits_in(&self.capacity) {
-            return Ok(());
+            return Ok(false);
         }
         let capacity = self.capacity.grown(needed);
         let align = |words: usize| words.next_multiple_of(4);
@@ -119,7 +141,7 @@ impl Workspace {
         self.held = Some((memory, staging));
         (self.capacity, self.layout) = (capacity, layout);
         self.generation += 1;
-        Ok(())
+        Ok(true)
     }
 
     /// Lets `fill` write the tables, `layout.words` words each, and queues the copy to the device.

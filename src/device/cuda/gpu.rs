@@ -12,6 +12,7 @@ use super::params::Params;
 use super::probe;
 use crate::error::{Error, Kind, Result, bail, ensure};
 use cudarc::driver::sys::{self, CUresult};
+use parking_lot::Mutex;
 
 /// A device, used in one context. All work is queued on one stream, so what the host does first
 /// happens first: memory that the host has given to somebody else is written after its last reader
@@ -30,6 +31,8 @@ pub struct Gpu {
     has_early_starts: bool,
     stream: AtomicPtr<c_void>,
     loaded: Arc<Loaded>,
+    /// Addresses and bytes of memory that waits for its next owner, the oldest first.
+    spares: Mutex<Vec<(u64, usize)>>,
 }
 
 // SAFETY: contexts, streams and modules are handles that any thread may use.
@@ -128,6 +131,7 @@ impl Gpu {
             has_early_starts: sm >= 90 && driver_version >= 12_030,
             stream: AtomicPtr::default(),
             loaded: Loaded::none(),
+            spares: Mutex::default(),
         };
         let mut current = -1;
         // SAFETY: writes one number; needs a current context, which is asked for first.
@@ -193,6 +197,30 @@ impl Gpu {
         Ok(())
     }
 
+    /// Memory of `bytes` bytes that somebody has left.
+    pub(super) fn take_spare(&self, bytes: usize) -> Option<u64> {
+        let mut spares = self.spares.lock();
+        let found = spares.iter().rposition(|(_, other)| *other == bytes)?;
+        Some(spares.remove(found).0)
+    }
+
+    /// Leaves memory for the next owner. Calls nobody.
+    pub(super) fn put_spare(&self, address: u64, bytes: usize) {
+        self.spares.lock().push((address, bytes));
+    }
+
+    /// Gives all but the last `most` spare pieces of memory back to the driver, which waits for the device;
+    /// whether there were any. The context is current.
+    pub(super) fn free_spares(&self, most: usize) -> bool {
+        let mut spares = self.spares.lock();
+        let count = spares.len().saturating_sub(most);
+        for (address, _) in spares.drain(..count) {
+            // SAFETY: memory of ours, which nobody queues work for any more.
+            unsafe { sys::cuMemFree_v2(address) };
+        }
+        count > 0
+    }
+
     /// Loads a kernel by its name, with `shared_bytes` of dynamic shared memory. Slow the first time.
     pub fn kernel(&self, name: &str, threads: u32, shared_bytes: u32) -> Result<Kernel> {
         let _entered = self.enter()?;
@@ -238,6 +266,9 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         // The last user of the context unloads the kernels in it.
         let entered = self.enter();
+        if entered.is_ok() {
+            self.free_spares(0);
+        }
         self.loaded = Loaded::none();
         drop(entered);
         if self.is_primary {

@@ -24,6 +24,15 @@ pub struct Kernel {
     pub ctas_per_sm: u32,
 }
 
+impl Kernel {
+    /// The same, but it starts once the kernel before has ended: for one that reads what is made by that
+    /// before it waits.
+    #[must_use]
+    pub fn after_previous(&self) -> Self {
+        Self { starts_early: false, ..*self }
+    }
+}
+
 // SAFETY: a function is a handle that any thread may launch.
 unsafe impl Send for Kernel {}
 // SAFETY: as above.

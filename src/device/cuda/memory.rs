@@ -8,7 +8,10 @@ use cudarc::driver::sys;
 
 use super::Gpu;
 use super::gpu::check;
-use crate::error::{Result, ensure};
+use crate::error::{Kind, Result, ensure};
+
+/// Spare pieces of memory that are kept when somebody asks for one.
+const MAX_SPARES: usize = 8;
 
 /// A range of device memory, ours or the engine's. The host never reads or writes it.
 #[derive(Debug)]
@@ -16,18 +19,49 @@ pub struct DeviceMemory {
     gpu: Arc<Gpu>,
     address: u64,
     bytes: usize,
-    is_ours: bool,
+    owner: Owner,
+}
+
+/// Who gets memory that is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Engine,
+    Driver,
+    /// Whoever asks for as much next.
+    Next,
 }
 
 impl DeviceMemory {
     /// Takes `bytes` from the driver, aligned to 256.
     pub fn allocate(gpu: &Arc<Gpu>, bytes: usize) -> Result<Self> {
         let _entered = gpu.enter()?;
-        let mut address = 0;
-        // SAFETY: writes one address.
-        check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes.max(1)) })
-            .map_err(|error| error.within(format!("{bytes} bytes of device memory")))?;
-        Ok(Self { gpu: gpu.clone(), address, bytes, is_ours: true })
+        let take = || {
+            let mut address = 0;
+            // SAFETY: writes one address.
+            let result = unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes.max(1)) };
+            check("cuMemAlloc", result).map(|()| address)
+        };
+        let address = match take() {
+            Err(error) if error.kind() == Kind::OutOfMemory && gpu.free_spares(0) => take(),
+            taken => taken,
+        };
+        let address =
+            address.map_err(|error| error.within(format!("{bytes} bytes of device memory")))?;
+        Ok(Self { gpu: gpu.clone(), address, bytes, owner: Owner::Driver })
+    }
+
+    /// As [`Self::allocate`], for memory that comes and goes with sequences, at any time: the driver would wait
+    /// for the device whenever it gets some back, and must get none while a graph is captured. Its bytes are
+    /// those of the last owner.
+    pub fn reuse(gpu: &Arc<Gpu>, bytes: usize) -> Result<Self> {
+        let _entered = gpu.enter()?;
+        let mut memory = match gpu.take_spare(bytes) {
+            Some(address) => Self { gpu: gpu.clone(), address, bytes, owner: Owner::Next },
+            None => Self::allocate(gpu, bytes)?,
+        };
+        memory.owner = Owner::Next;
+        gpu.free_spares(MAX_SPARES);
+        Ok(memory)
     }
 
     /// Memory that the engine has; it stays until this is dropped and the stream is done.
@@ -46,7 +80,7 @@ impl DeviceMemory {
             gpu.id()
         );
         ensure!(address.is_multiple_of(256), InvalidArgument, "memory is not aligned to 256 bytes");
-        Ok(Self { gpu: gpu.clone(), address, bytes, is_ours: false })
+        Ok(Self { gpu: gpu.clone(), address, bytes, owner: Owner::Engine })
     }
 
     /// Its first byte.
@@ -83,16 +117,19 @@ impl DeviceMemory {
         self.check(from, bytes);
         self.check(to, bytes);
         let _entered = self.gpu.enter()?;
+        // Else every launch of the graph would copy, and nobody now.
+        self.gpu.ensure_not_capturing("copy blocks")?;
         // SAFETY: both ranges were checked.
         check("cuMemcpyDtoDAsync", unsafe {
             sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.gpu.stream())
         })
     }
 
-    /// As much memory of our own; queues a copy of the bytes.
+    /// As much memory, for [`Self::reuse`] again; queues a copy of the bytes.
     pub fn duplicate(&self) -> Result<Self> {
-        let copy = Self::allocate(&self.gpu, self.bytes)?;
         let _entered = self.gpu.enter()?;
+        self.gpu.ensure_not_capturing("copy a sequence")?;
+        let copy = Self::reuse(&self.gpu, self.bytes)?;
         // SAFETY: both ranges are that long.
         check("cuMemcpyDtoDAsync", unsafe {
             let stream = self.gpu.stream();
@@ -105,6 +142,8 @@ impl DeviceMemory {
     pub fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
         self.check(address, out.len());
         let _entered = self.gpu.enter()?;
+        // A stream that is captured cannot be waited for: the capture would end.
+        self.gpu.ensure_not_capturing("fetch blocks")?;
         // SAFETY: the range was checked, `out` is that long and stays until the copy is done.
         unsafe {
             let (to, bytes) = (out.as_mut_ptr().cast(), out.len());
@@ -118,6 +157,7 @@ impl DeviceMemory {
     pub fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.check(address, bytes.len());
         let _entered = self.gpu.enter()?;
+        self.gpu.ensure_not_capturing("bring blocks")?;
         // SAFETY: the range was checked; `bytes` stays until the copy is done.
         unsafe {
             let from = bytes.as_ptr().cast();
@@ -141,12 +181,17 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        if self.is_ours
-            && let Ok(_entered) = self.gpu.enter()
-        {
-            // The driver waits until the device has done what it was asked for.
-            // SAFETY: our own memory, which nobody queues work for any more.
-            unsafe { sys::cuMemFree_v2(self.address) };
+        match self.owner {
+            Owner::Engine => {}
+            // What the next owner queues comes after all that is queued.
+            Owner::Next => self.gpu.put_spare(self.address, self.bytes),
+            Owner::Driver => {
+                if let Ok(_entered) = self.gpu.enter() {
+                    // The driver waits until the device has done what it was asked for.
+                    // SAFETY: our own memory, which nobody queues work for any more.
+                    unsafe { sys::cuMemFree_v2(self.address) };
+                }
+            }
         }
     }
 }

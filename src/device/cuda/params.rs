@@ -198,12 +198,139 @@ pub struct NoteQueries {
 // SAFETY: the fields of KvmNoteQueries in kernels/note.cu.
 unsafe impl Params for NoteQueries {}
 
+/// `KvmQuestBounds`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/score.cu describes them")]
+pub struct QuestBounds {
+    pub k: u64,
+    pub bounds: u64,
+    pub cell: i64,
+    pub num_blocks: u32,
+    pub num_cells: u32,
+    pub block_size: u32,
+    pub dim: u32,
+    /// Page and slot.
+    pub blocks: [[u32; 2]; Self::BLOCKS],
+}
+
+impl QuestBounds {
+    /// The most blocks of a launch.
+    pub const BLOCKS: usize = 500;
+}
+
+// SAFETY: the fields of KvmQuestBounds in kernels/score.cu.
+unsafe impl Params for QuestBounds {}
+
+/// `KvmQuest`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/score.cu describes them")]
+pub struct Quest {
+    pub q: u64,
+    pub bounds: u64,
+    pub slots: u64,
+    pub scores: u64,
+    pub items: u64,
+    pub q_token: i64,
+    pub q_head: i64,
+    pub bounds_slot: i64,
+    pub bounds_head: i64,
+    pub num_items: u32,
+    pub group: u32,
+    pub dim: u32,
+}
+
+// SAFETY: the fields of KvmQuest in kernels/score.cu.
+unsafe impl Params for Quest {}
+
+/// `KvmTopk`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/score.cu describes them")]
+pub struct Topk {
+    pub scores: u64,
+    pub pages: u64,
+    pub blocks: u64,
+    pub list_pages: u64,
+    pub items: u64,
+    pub num_items: u32,
+}
+
+// SAFETY: the fields of KvmTopk in kernels/score.cu.
+unsafe impl Params for Topk {}
+
+/// `KvmSeenItem`: some rows of one KV head of one sequence, and the queries that look at them.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+#[expect(missing_docs, reason = "kernels/obs.cu describes them")]
+pub struct SeenItem {
+    pub sums: u64,
+    pub token: u32,
+    pub num_queries: u32,
+    pub kv_head: u32,
+    pub first_page: u32,
+    pub len: u32,
+    pub begin: u32,
+    pub end: u32,
+    pub first: u32,
+    pub sum_head: u32,
+    pub sum_layer: u32,
+}
+
+impl SeenItem {
+    /// Words of 32 bits.
+    pub const WORDS: usize = size_of::<Self>() / 4;
+
+    /// As the kernels read it.
+    pub fn words(&self) -> [u32; Self::WORDS] {
+        let Self { sums, token, num_queries, kv_head, first_page, len, begin, end, .. } = *self;
+        let Self { first, sum_head, sum_layer, .. } = *self;
+        let (low, high) = (sums as u32, (sums >> 32) as u32);
+        let words = [low, high, token, num_queries, kv_head, first_page];
+        let [a, b, c, d, e, f] = words;
+        [a, b, c, d, e, f, len, begin, end, first, sum_head, sum_layer]
+    }
+}
+
+/// `KvmSeen`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "kernels/obs.cu describes them")]
+pub struct Seen {
+    pub q: u64,
+    pub lse: u64,
+    pub pages: u64,
+    pub k: u64,
+    pub items: u64,
+    pub q_token: i64,
+    pub q_head: i64,
+    pub lse_token: i64,
+    pub kv_block: i64,
+    pub kv_head: i64,
+    pub kv_token: i64,
+    pub scale: f32,
+    pub softcap: f32,
+    pub window: u32,
+    pub num_items: u32,
+    pub group: u32,
+    pub block_size: u32,
+    pub layer: u32,
+}
+
+// SAFETY: the fields of KvmSeen in kernels/obs.cu.
+unsafe impl Params for Seen {}
+
 // The compiler of the kernels pads structs to their alignment as repr(C) does.
+const _: () = assert!(size_of::<QuestBounds>() == 3 * 8 + 4 * 4 + 500 * 8);
+const _: () = assert!(size_of::<Quest>() == 9 * 8 + 3 * 4 + 4);
+const _: () = assert!(size_of::<Topk>() == 5 * 8 + 4 + 4);
 const _: () = assert!(size_of::<Decode>() == 22 * 8 + 7 * 4 + 4);
 const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<Seal>() == 4 * 8 + 2 * 4 + 500 * 8);
 const _: () = assert!(size_of::<CopyBlocks>() == 2 * 8 + 4 + 4);
 const _: () = assert!(size_of::<MoveRows>() == 6 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<NoteQueries>() == 4 * 8 + 5 * 4 + 4);
+const _: () = assert!(size_of::<Seen>() == 11 * 8 + 7 * 4 + 4);
 // What a kernel can take on any device.
-const _: () = assert!(size_of::<Seal>() <= 4096);
+const _: () = assert!(size_of::<Seal>() <= 4096 && size_of::<QuestBounds>() <= 4096);
