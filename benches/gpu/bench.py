@@ -3,8 +3,8 @@
 
     benches/gpu/run.sh            checks, then times the whole grid; under ten minutes
 
-A call is one layer: one query for each of B sequences of S tokens, head_dim 128 or another, blocks of 16 tokens
-in random order. Calls are replayed from a CUDA graph and go round buffers of at least four times the
+A call is one layer: one query for each of B sequences of S tokens, head_dim 128 (or --head-dim), blocks
+of 16 tokens in random order. Calls are replayed from a CUDA graph and go round buffers of at least four times the
 L2 cache, so that nothing is read from it. `copy` is a device-to-device copy, bytes read and written.
 """
 

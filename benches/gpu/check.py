@@ -171,10 +171,12 @@ def check_quantized(driver, random, folder, is_quick):
                 bad += not ok
                 print(f"{'ok ' if ok else 'BAD'} {kernel} {dtype} group {group} queries {queries} window "
                       f"{window} softcap {softcap} grid {grid}: O {error:.1e}")
-        if not is_quick:  # weights are nearly equal, so that values of mean 0 nearly cancel
-            kernel = f"kvm_decode_{name}_d128_g8"
-            function = driver.function(module, kernel, layout.smem_of(name, 128, 8, 4))
-            error = run_quant_case(driver, function, random, name, "f16", 128, 8, 1, 0, 0.0, 2,
+        # Weights are nearly equal, so that values of mean 0 nearly cancel.
+        for dim, group in [(128, 8), (256, 8), (256, 16)] if not is_quick else []:
+            kernel = f"kvm_decode_{name}_d{dim}_g{group}"
+            smem = layout.smem_of(name, dim, group, warps_of(dim, False))
+            function = driver.function(module, kernel, smem)
+            error = run_quant_case(driver, function, random, name, "f16", dim, group, 1, 0, 0.0, 2,
                                    [16384], 0.1)
             ok = error < 1e-3
             bad += not ok
