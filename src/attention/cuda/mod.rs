@@ -99,7 +99,7 @@ impl Cuda {
             append: [append(DType::F16)?, append(DType::Bf16)?, append(DType::F32)?],
             decode: match cache.sealed_layout() {
                 None => Decoders::load(gpu, dtype, dim, group)?,
-                Some(layout) => Decoders::load_quantized(gpu, layout, dtype, dim, group)?,
+                Some(layout) => Decoders::load_quantized(gpu, layout, dim, group)?,
             },
             prefill: load_prefill(gpu, dtype, dim)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
@@ -367,6 +367,7 @@ impl Cuda {
             group: shape.group() as u32,
             block_size: cache.config().block_size as u32,
             rotates: cache.rotates(),
+            is_bf16: u32::from(self.dtype == DType::Bf16),
         };
         let _entered = self.gpu.enter()?;
         if let Some(choice) = choice {
