@@ -144,6 +144,7 @@ impl Cuda {
             slots: 2 * grid,
             tickets: grid,
         };
+        self.workspace.reserve(&capacity)?;
         self.limits = Limits {
             num_sequences,
             num_queries,
@@ -152,7 +153,6 @@ impl Cuda {
             heads_per_block: heads / lists,
             capacity,
         };
-        self.workspace.reserve(&capacity)?;
         Ok(())
     }
 
