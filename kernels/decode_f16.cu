@@ -10,12 +10,15 @@ KVM_DEVICE void kvm_decode(const KvmDecode& p, unsigned char* smem) {
     constexpr int STAGES = 2;
     KvmRing<D, STAGES, WARPS> ring(smem);
     float* meet = (float*)(smem + kvm_ring_bytes(D, STAGES, WARPS));
-    kvm_let_next_start();
+    // Lists of blocks, and rows below `fresh`, are older than the kernel before.
     KvmItem it = p.items[kvm_bid()];
-    auto pages = ring.pages(p, it); // lists of blocks are older than the kernel before
-    kvm_wait_for_previous();
-    if (it.num_queries == 0) return;
+    auto pages = ring.pages(p, it);
+    bool is_early = ring.first_end(p, it) <= it.fresh;
+    if (!is_early) kvm_wait_for_previous();
     ring.begin(p, it, pages);
+    if (is_early) kvm_wait_for_previous();
+    kvm_let_next_start();
+    if (it.num_queries == 0) return;
     for (;;) {
         KvmItem next = p.items[it.next];
         KvmState<D, NT> st;

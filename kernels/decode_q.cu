@@ -62,6 +62,16 @@ KVM_DEVICE KvmFirstPages kvm_first_pages(const KvmDecode& p, const KvmItem& it) 
     return {Ring::page(p, it, row), Ring::page(p, it, row + Ring::STEP)};
 }
 
+/// Asks for the first chunk of a warp in a part.
+template <class K, class V, int D, int WARPS>
+KVM_DEVICE void kvm_load_first(const KvmDecode& p, const KvmItem& it, KvmFirstPages pages,
+                               unsigned char* smem) {
+    using Ring = KvmSealedRing<K, V, D, WARPS>;
+    if (it.begin >= it.sealed_end) return;
+    Ring(smem).load(p, it, Ring::first(p, it), pages.first, 0);
+    kvm_cp_commit();
+}
+
 /// Attends to the sealed rows of a part.
 template <class K, class V, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstPages pages,
@@ -71,9 +81,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
     Ring ring(smem);
     KvmQueries<D, NT> q;
     u32 row = Ring::first(p, it);
-    ring.load(p, it, row, pages.first, 0);
     u32 next_page = pages.second;
-    kvm_cp_commit();
     kvm_prepare_q<K, D, NT, WARPS>(p, it, shared_q, q);
     KvmSealedState<NT> sealed = {0, {}, {}};
     // The rows that all queries see, those of the first and of the last query.
@@ -138,10 +146,12 @@ KVM_DEVICE void kvm_open_rows(const KvmDecode& p, const KvmItem& it, const KvmSi
 
 template <class K, class V, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
-    kvm_let_next_start();
+    // Lists of blocks and sealed rows are older than the kernel before.
     KvmItem it = p.items[kvm_bid()];
-    auto pages = kvm_first_pages<K, V, D, WARPS>(p, it); // lists of blocks are older than the kernel before
+    auto pages = kvm_first_pages<K, V, D, WARPS>(p, it);
+    kvm_load_first<K, V, D, WARPS>(p, it, pages, smem);
     kvm_wait_for_previous();
+    kvm_let_next_start();
     if (it.num_queries == 0) return;
     u32* shared_q = (u32*)(smem + kvm_quant_bytes<K, V, D, WARPS>());
     u32* at = shared_q + kvm_q_bytes(D, NT) / 4 + NT * 32; // which item, where registers are too few for it
@@ -164,6 +174,7 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
         it = p.items[it.next];
         pages = kvm_first_pages<K, V, D, WARPS>(p, it);
         kvm_sync(); // all know whether theirs was the last part
+        kvm_load_first<K, V, D, WARPS>(p, it, pages, smem);
     }
 }
 

@@ -21,7 +21,8 @@ struct KvmItem {
     u32 ticket;      // counts parts that are done; 0 before and after
     u32 next;        // index of the CTA's next item, 0 after its last
     u32 first;       // rows below are evicted; less than a block, and below end
-    u32 unused[2];
+    u32 fresh;       // rows from here on may be written by the kernel before
+    u32 unused;
 };
 
 /// Strides of Q, O and open blocks are in elements. Rows of K and V are aligned to 16 bytes, of Q
@@ -276,6 +277,12 @@ template <int D, int STAGES, int WARPS = kvm_warps(D), bool IS_HINTED = true> st
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) pages.of[i] = kvm_page(p, it, first(p, it) + i * STEP);
         return pages;
+    }
+
+    /// The row behind the tiles that `begin` asks for.
+    KVM_DEVICE u32 first_end(const KvmDecode& p, const KvmItem& it) const {
+        u32 end = first(p, it) + (STAGES - 2) * STEP + 16;
+        return end < it.end ? end : it.end;
     }
 
     /// Asks for the first tiles of a part.

@@ -6,9 +6,9 @@ import os
 
 P, I64, U32, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
 
-# KvmItem of kernels/kvm_attn.cuh; three more words are 0.
+# KvmItem of kernels/kvm_attn.cuh; one more word is 0.
 ITEM = ["token", "num_queries", "kv_head", "first_page", "len", "begin", "end", "sealed_end",
-        "slot", "part", "num_parts", "ticket", "next"]
+        "slot", "part", "num_parts", "ticket", "next", "first", "fresh"]
 
 
 class Decode(ctypes.Structure):

@@ -65,7 +65,7 @@ def plan(lens, num_kv_heads, group, grid, block_size, unit, sealed_block=0):
         for part, i in enumerate(parts):
             begin, end = edges[i] * unit, min(edges[i + 1] * unit, lens[s])
             ctas[owners[i]].append([s, 1, h, pages[s], lens[s], begin, end, sealed, slot, part,
-                                    len(parts), ticket, 0, 0, 0, 0])
+                                    len(parts), ticket, 0, 0, max(lens[s], 1) - 1, 0])
         slot += len(parts)
     return deal(ctas), slot
 
