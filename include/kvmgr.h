@@ -3070,6 +3070,12 @@ kvmgr_status kvmgr_attention_append(const kvmgr_attention *attention,
  * KVMGR_UNSUPPORTED there. What rows receive there (h2o) is from all planned queries, also those of drafts
  * that are not committed later.
  *
+ * From compute capability 9.0 on, decode steps start while the kernel before them on the stream ends
+ * (programmatic dependent launch), and read rows of earlier steps before they wait for it. So rows of the step
+ * and Q may be written by that kernel, whoever launches it; rows of earlier steps must be complete before a
+ * kernel that calls griddepcontrol.launch_dependents is launched in front of run. What this library queues
+ * obeys.
+ *
  * @param layer below num_layers; all its reserved rows must have been appended. Layers of a model that
  *        share the keys and values of one (CLA, YOCO, KVSharer) run with the layer that holds them.
  * @param query [planned tokens, num_q_heads, head_dim]

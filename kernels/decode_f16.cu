@@ -7,13 +7,12 @@
 
 template <bool BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_decode(const KvmDecode& p, unsigned char* smem) {
-    constexpr int STAGES = 2;
-    KvmRing<D, STAGES, WARPS> ring(smem);
-    float* meet = (float*)(smem + kvm_ring_bytes(D, STAGES, WARPS));
+    KvmRing<D, WARPS> ring(smem);
+    float* meet = (float*)(smem + kvm_ring_bytes(D, WARPS));
     // Lists of blocks, and rows below `fresh`, are older than the kernel before.
     KvmItem it = p.items[kvm_bid()];
     auto pages = ring.pages(p, it);
-    bool is_early = ring.first_end(p, it) <= it.fresh;
+    bool is_early = ring.begun(p, it) <= it.fresh;
     if (!is_early) kvm_wait_for_previous();
     ring.begin(p, it, pages);
     if (is_early) kvm_wait_for_previous();
@@ -40,7 +39,7 @@ KVM_DEVICE void kvm_decode(const KvmDecode& p, unsigned char* smem) {
     }
 }
 
-/// Launched with WARPS * 32 threads and kvm_ring_bytes(D, 2, WARPS) + kvm_meet_bytes(NT, WARPS) +
+/// Launched with WARPS * 32 threads and kvm_ring_bytes(D, WARPS) + kvm_meet_bytes(NT, WARPS) +
 /// kvm_q_bytes(D, NT) of shared memory. The grid never changes: the work of a CTA is read here, so a plan
 /// can change under a CUDA graph.
 #define KVM_DECODE(name, BF16, D, NT, WARPS, CTAS)                                                \

@@ -54,9 +54,7 @@ static constexpr float KVM_LOG2E = 1.4426950408889634f, KVM_LN2 = 0.693147180559
 KVM_DEVICE constexpr int kvm_warps(int D) { return D == 256 ? 2 : 4; }
 
 /// Bytes of shared memory of the tiles that are loaded ahead, and of the place where warps meet.
-KVM_DEVICE constexpr int kvm_ring_bytes(int D, int stages, int warps) {
-    return warps * stages * 64 * D;
-}
+KVM_DEVICE constexpr int kvm_ring_bytes(int D, int warps) { return warps * 2 * 64 * D; }
 KVM_DEVICE constexpr int kvm_meet_bytes(int NT, int warps) { return warps * 8 * NT * 68 * 4; }
 /// Bytes for Q, where registers are too few for it.
 KVM_DEVICE constexpr int kvm_q_bytes(int D, int NT) { return D * NT >= 512 ? D * NT * 16 : 0; }
@@ -254,14 +252,13 @@ KVM_DEVICE void kvm_tile(const KvmDecode& p, const KvmSight<NT>& sight, u32 firs
     }
 }
 
-/// The rows of a part that lie in open blocks. A warp owns every WARPS-th tile of 16 rows, and a ring
-/// of STAGES tiles in shared memory that it alone fills: there is no barrier of the CTA.
-template <int D, int STAGES, int WARPS = kvm_warps(D), bool IS_HINTED = true> struct KvmRing {
+/// The rows of a part that lie in open blocks. A warp owns every WARPS-th tile of 16 rows, and two places for
+/// tiles in shared memory that it alone fills: there is no barrier of the CTA.
+template <int D, int WARPS = kvm_warps(D), bool IS_HINTED = true> struct KvmRing {
     static constexpr u32 STEP = WARPS * 16, TILE = 2 * 16 * D;
     u16* tiles;
 
-    KVM_DEVICE KvmRing(unsigned char* smem)
-        : tiles((u16*)smem + kvm_tid() / 32 * STAGES * TILE) {}
+    KVM_DEVICE KvmRing(unsigned char* smem) : tiles((u16*)smem + kvm_tid() / 32 * 2 * TILE) {}
 
     KVM_DEVICE u32 first(const KvmDecode& p, const KvmItem& it) const {
         u32 begin = kvm_first_row(p, it, 16);
@@ -270,47 +267,45 @@ template <int D, int STAGES, int WARPS = kvm_warps(D), bool IS_HINTED = true> st
 
     /// The blocks of the first tiles of a part.
     struct Pages {
-        u32 of[STAGES - 1];
+        u32 first, second;
     };
     KVM_DEVICE Pages pages(const KvmDecode& p, const KvmItem& it) const {
-        Pages pages;
-#pragma unroll
-        for (int i = 0; i < STAGES - 1; i++) pages.of[i] = kvm_page(p, it, first(p, it) + i * STEP);
-        return pages;
-    }
-
-    /// The row behind the tiles that `begin` asks for.
-    KVM_DEVICE u32 first_end(const KvmDecode& p, const KvmItem& it) const {
-        u32 end = first(p, it) + (STAGES - 2) * STEP + 16;
-        return end < it.end ? end : it.end;
+        u32 row = first(p, it);
+        return {kvm_page(p, it, row), kvm_page(p, it, row + STEP)};
     }
 
     /// Asks for the first tiles of a part.
     KVM_DEVICE void begin(const KvmDecode& p, const KvmItem& it, const Pages& pages) const {
         u32 row = first(p, it);
-#pragma unroll
-        for (int i = 0; i < STAGES - 1; i++) {
-            kvm_load_tile<D, IS_HINTED>(p, it, row + i * STEP, pages.of[i], tiles + i * TILE);
-            kvm_cp_commit();
-        }
+        kvm_load_tile<D, IS_HINTED>(p, it, row, pages.first, tiles);
+        kvm_cp_commit();
+        kvm_load_tile<D, IS_HINTED>(p, it, row + STEP, pages.second, tiles + TILE);
+        kvm_cp_commit();
+    }
+
+    /// The row behind those that `begin` asks for.
+    KVM_DEVICE u32 begun(const KvmDecode& p, const KvmItem& it) const {
+        u32 end = first(p, it) + STEP + 16;
+        return end < it.end ? end : it.end;
     }
 
     /// Attends to all rows of a part that has begun.
     template <bool BF16, int NT, class Q>
     KVM_DEVICE void attend(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
                            const Q& q, KvmState<D, NT>& st) const {
-        u32 row = first(p, it), page = kvm_page(p, it, row + (STAGES - 1) * STEP);
-        for (int i = 0; row < it.end; i = i + 1 == STAGES ? 0 : i + 1, row += STEP) {
-            kvm_cp_wait<STAGES - 2>();
-            kvm_syncwarp(); // all lanes' copies have landed, all lanes have left the oldest tile
-            int free = i == 0 ? STAGES - 1 : i - 1;
-            kvm_load_tile<D, IS_HINTED>(p, it, row + (STAGES - 1) * STEP, page, tiles + free * TILE);
+        u32 row = first(p, it);
+        for (u16* tile = tiles; row < it.end; row += STEP) {
+            u32 page = kvm_page(p, it, row + 2 * STEP); // known when it is needed
+            kvm_cp_wait<1>();
+            kvm_syncwarp(); // the copies of all lanes have landed
+            kvm_tile<BF16, D, NT>(p, sight, row, tile, q, st);
+            kvm_syncwarp(); // all lanes have left the tile
+            kvm_load_tile<D, IS_HINTED>(p, it, row + 2 * STEP, page, tile);
             kvm_cp_commit();
-            page = kvm_page(p, it, row + STAGES * STEP); // known when it is needed
-            kvm_tile<BF16, D, NT>(p, sight, row, tiles + i * TILE, q, st);
+            tile = tile == tiles ? tiles + TILE : tiles;
         }
         kvm_cp_wait<0>();
-        kvm_syncwarp(); // the ring is free
+        kvm_syncwarp(); // the tiles are free
     }
 };
 

@@ -53,10 +53,12 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
     let row =
         |page: usize, head: usize, t: usize| ((page * KV_HEADS + head) * block + t % block) * dim;
     let mut pool = [(); 2].map(|()| vec![0x7fffu16; num_blocks * KV_HEADS * block * dim]);
-    let (mut pages, mut items) = (Vec::new(), Vec::new());
+    let (mut pages, mut items, mut first_pages) = (Vec::new(), Vec::new(), Vec::new());
+    let fresh = |head: usize, len: usize| len.saturating_sub(queries).max(evicted(head, len));
     let mut slot = 0;
     for (i, &len) in lens.iter().enumerate() {
         let first_page = pages.len();
+        first_pages.push(first_page);
         pages.extend((0..len.div_ceil(block)).map(|j| order[first_page + j] as u32));
         let num_parts = if len > 32 { 3 } else { 1 };
         items.extend((0..num_parts).map(|part| Item {
@@ -72,6 +74,7 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
             num_parts,
             ticket: i as u32,
             first: evicted(i, len) as u32,
+            fresh: fresh(i, len) as u32,
             ..Item::default()
         }));
         slot += num_parts;
@@ -88,7 +91,7 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
     }
     let items = deal(&items);
     let heads = KV_HEADS * group;
-    let q: Vec<u16> =
+    let mut q: Vec<u16> =
         random.normals(tokens * heads * dim).into_iter().map(|x| case.dtype.bits(x)).collect();
     let sinks = random.normals(heads);
     let (mut o, mut lse) = (vec![0x7fffu16; q.len()], vec![f32::NAN; tokens * heads]);
@@ -130,6 +133,13 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
     let name = format!("kvm_decode_{}_d{dim}_g{columns}{wide}", case.dtype.name());
     for seed in 0..2 {
         let grid = Grid { ctas: GRID, threads: warps * 32, smem, seed };
+        kernels.written_before(&mut q);
+        for (i, &len) in lens.iter().enumerate() {
+            for t in fresh(i, len)..len {
+                let at = row(pages[first_pages[i] + t / block] as usize, i % KV_HEADS, t);
+                pool.iter_mut().for_each(|side| kernels.written_before(&mut side[at..at + dim]));
+            }
+        }
         if let Err(error) = kernels.launch(&name, &params, grid) {
             eprintln!("{error}");
             return (f64::INFINITY, f64::INFINITY);
@@ -235,7 +245,10 @@ fn decoding_matches_attention_in_f64() {
 #[test]
 fn the_emulator_notices_missing_barriers_and_waits() {
     let mutations = [
-        ("kvm_cp_wait<STAGES - 2>()", "kvm_cp_wait<STAGES - 1>()"),
+        ("kvm_cp_wait<1>()", "kvm_cp_wait<2>()"),
+        ("if (!is_early) kvm_wait_for_previous();", ""),
+        ("if (is_early) kvm_wait_for_previous();", ""),
+        ("ring.begun(p, it) <= it.fresh", "ring.begun(p, it) <= it.fresh + 1"),
         ("        kvm_sync();\n        for (u32 i", "        for (u32 i"),
         ("kvm_sync(); // the place is free", "// the place is free"),
         ("kvm_sync();\n        if (*done", "if (*done"),

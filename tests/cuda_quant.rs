@@ -152,7 +152,7 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
     }
     let items = deal(&items);
     let q = random.normals(LENS.len() * queries * group * dim);
-    let q: Vec<u16> = q.into_iter().map(|x| case.dtype.bits(x * case.gain)).collect();
+    let mut q: Vec<u16> = q.into_iter().map(|x| case.dtype.bits(x * case.gain)).collect();
     let (mut o, mut lse) = (vec![0x7fffu16; q.len()], vec![f32::NAN; q.len() / dim]);
     let columns = if group * queries > 8 { 16 } else { 8 };
     let mut partials = vec![Quad([f32::NAN; 4]); slot as usize * columns * (dim / 4 + 1)];
@@ -195,6 +195,8 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
     let name = format!("kvm_decode_{}_d{dim}_g{columns}", format.name());
     for seed in 0..2 {
         let grid = Grid { ctas: GRID, threads: 32 * warps, smem, seed };
+        kernels.written_before(&mut q);
+        open.iter_mut().for_each(|side| kernels.written_before(side));
         if let Err(error) = kernels.launch(&name, &params, grid) {
             eprintln!("{error}");
             return (f64::INFINITY, f64::INFINITY);
@@ -301,6 +303,7 @@ fn missing_waits_and_barriers_are_noticed() {
             "        kvm_cp_wait<1>();\n        kvm_syncwarp(); // the copies",
             "        // the copies",
         ),
+        ("    kvm_wait_for_previous();\n", ""),
         ("kvm_sync(); // places of chunks become", "// places of chunks become"),
         ("        kvm_sync(); // nobody reads tiles", "        // nobody reads tiles"),
     ];

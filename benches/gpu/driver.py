@@ -68,19 +68,25 @@ class Driver:
         return self.attribute(16)
 
     def load(self, path):
-        """A module from a cubin or compressed PTX, as src/device/cuda/images.rs prepares it."""
+        """What a cubin or compressed PTX has, as src/device/cuda/images.rs prepares it."""
         data = open(path, "rb").read()
-        if path.endswith(".gz"):
-            data = gzip.decompress(data)
-            if self.attribute(75) >= 9:  # compute capability
-                data = data.replace(b"//sm_90 ", b"").replace(b".target sm_80", b".target sm_90")
-        module = P()
-        self.call("cuModuleLoadData", ctypes.byref(module), data + b"\0")
-        return module
+        if not path.endswith(".gz"):
+            return Image(data, False)
+        data = gzip.decompress(data)
+        if self.attribute(75) >= 9:  # compute capability
+            data = data.replace(b"//sm_90 ", b"").replace(b".target sm_80", b".target sm_90")
+        return Image(data, True)
 
-    def function(self, module, name, smem):
+    def function(self, image, name, smem):
+        """A kernel of an image. Of PTX the driver compiles that kernel alone: all of them take half a minute."""
+        key = name if image.is_ptx else ""
+        if key not in image.modules:
+            data = only(image.data, name.encode()) if image.is_ptx else image.data
+            module = P()
+            self.call("cuModuleLoadData", ctypes.byref(module), data + b"\0")
+            image.modules[key] = module
         function = P()
-        self.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        self.call("cuModuleGetFunction", ctypes.byref(function), image.modules[key], name.encode())
         self.call("cuFuncSetAttribute", function, 8, smem)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
         return function
 
@@ -120,6 +126,24 @@ class Driver:
 
     def free(self, pointer):
         self.call("cuMemFree_v2", ctypes.c_uint64(pointer))
+
+
+class Image:
+    def __init__(self, data, is_ptx):
+        self.data, self.is_ptx, self.modules = data, is_ptx, {}
+
+
+def only(ptx, name):
+    """PTX without the kernels that have another name (src/device/cuda/ptx.rs)."""
+    out, entry = [], b".visible .entry "
+    head, *kernels = ptx.split(entry)
+    out.append(head)
+    for kernel in kernels:
+        end = kernel.index(b"\n}") + 2
+        if kernel.startswith(name + b"("):
+            out += [entry, kernel[:end]]
+        out.append(kernel[end:])
+    return b"".join(out)
 
 
 def image_of(folder, family):

@@ -72,7 +72,8 @@ impl Cache {
             let open = |target: &Target| &blocks[target.index];
             _ = self
                 .queue_bounds(targets.iter().map(|target| (open(target).id, &open(target).view)));
-            let is_queued = grid > 0 && gpu.launch(&sealer.kernel, grid, &params).is_ok();
+            let is_queued =
+                grid > 0 && gpu.launch_on_old_rows(&sealer.kernel, grid, &params).is_ok();
             self.settle_targets(blocks, &targets, is_queued);
             if !is_queued {
                 break;

@@ -221,7 +221,7 @@ impl Cache {
                     num_heads: cells as u32,
                     dim: dim as u32,
                 };
-                gpu.launch(&transfers.move_rows, transfers.grid(), &params)?;
+                gpu.launch_on_old_rows(&transfers.move_rows, transfers.grid(), &params)?;
             }
             Ok(())
         })

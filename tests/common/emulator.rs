@@ -15,6 +15,9 @@ use half::{bf16, f16};
 type Launch =
     unsafe extern "C" fn(*const c_char, *const c_void, usize, u32, u32, u32, u32) -> *const c_char;
 
+/// Where the kernel before the next launch writes, and bytes.
+type WrittenBefore = unsafe extern "C" fn(*mut c_void, usize);
+
 /// How a kernel is launched.
 #[derive(Debug, Clone, Copy)]
 pub struct Grid {
@@ -28,7 +31,10 @@ pub struct Grid {
 
 /// The kernels of one source.
 #[derive(Debug, Clone, Copy)]
-pub struct Kernels(Launch);
+pub struct Kernels {
+    launch: Launch,
+    written_before: WrittenBefore,
+}
 
 impl Kernels {
     /// Builds `kernels/<source>`; `None`, with a SKIP, on a machine that cannot.
@@ -72,9 +78,17 @@ impl Kernels {
         unsafe {
             let handle = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
             assert!(!handle.is_null());
-            let symbol = libc::dlsym(handle, c"emu_launch".as_ptr());
-            assert!(!symbol.is_null());
-            Some(Self(mem::transmute::<*mut c_void, Launch>(symbol)))
+            let symbol = |name: &CStr| {
+                let symbol = libc::dlsym(handle, name.as_ptr());
+                assert!(!symbol.is_null());
+                symbol
+            };
+            Some(Self {
+                launch: mem::transmute::<*mut c_void, Launch>(symbol(c"emu_launch")),
+                written_before: mem::transmute::<*mut c_void, WrittenBefore>(symbol(
+                    c"emu_written_before",
+                )),
+            })
         }
     }
 
@@ -95,6 +109,13 @@ impl Kernels {
         Some(kernels)
     }
 
+    /// Says that the kernel before the next launch writes what is in `list`, which is NaN until the kernel
+    /// waits for it. `list` must live until then.
+    pub fn written_before<T>(&self, list: &mut [T]) {
+        // SAFETY: memory that may be written; the harness has it as it was after the launch.
+        unsafe { (self.written_before)(list.as_mut_ptr().cast(), size_of_val(list)) };
+    }
+
     /// Runs a kernel; answers what the emulator saw that is forbidden. Every address in `params`,
     /// the struct of the kernel, must be live and as large as the kernel is told. Launches of one
     /// build must not overlap in time within a thread; threads do not share anything.
@@ -103,8 +124,9 @@ impl Kernels {
         let (ctas, threads, smem) = (grid.ctas as u32, grid.threads as u32, grid.smem as u32);
         let (bytes, params) = (size_of::<P>(), (&raw const *params).cast());
         // SAFETY: the caller vouches for the addresses; the harness checks the size of the struct.
-        let error =
-            unsafe { (self.0)(c_name.as_ptr(), params, bytes, ctas, threads, smem, grid.seed) };
+        let error = unsafe {
+            (self.launch)(c_name.as_ptr(), params, bytes, ctas, threads, smem, grid.seed)
+        };
         if error.is_null() {
             return Ok(());
         }

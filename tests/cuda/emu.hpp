@@ -46,10 +46,18 @@ struct EmuKernel {
     }
 };
 
+/// A copy reads when it is asked for or when it is waited for.
 struct EmuCopy {
     void* to;
     const void* from;
-    bool is_valid;
+    bool is_valid, has_data;
+    u64 data[2];
+};
+
+/// What the kernel before writes: it is there once a thread has waited for that kernel.
+struct EmuWritten {
+    void* at;
+    std::vector<unsigned char> bytes;
 };
 
 /// Leaves what a function must keep on this stack, notes where, and goes on on another one. Contexts of
@@ -112,7 +120,14 @@ struct Emu {
     const char* error = nullptr;
     u32 current = 0, block = 0, grid = 1, at_barrier = 0;
     std::function<void()> kernel;
+    std::vector<EmuWritten> written;
 
+    void hide_written() {
+        for (auto& late : written) memset(late.at, 0xff, late.bytes.size());
+    }
+    void show_written() {
+        for (auto& late : written) memcpy(late.at, late.bytes.data(), late.bytes.size());
+    }
     void pause() {
         fibers[current].is_ready = false;
         emu_switch(&fibers[current].stack_pointer, scheduler);
@@ -147,6 +162,7 @@ inline void Emu::run_block(u32 threads, size_t smem_bytes) {
     warps.assign(threads / 32, {});
     smem.assign(smem_bytes, 0xff);
     at_barrier = 0;
+    hide_written();
     u32 starved = random() % warps.size();
     for (;;) {
         if (random() % 64 == 0) starved = random() % warps.size();
@@ -195,7 +211,7 @@ inline u32 kvm_bid() { return emu().block; }
 inline u32 kvm_grid() { return emu().grid; }
 inline void kvm_fence() {}
 inline void kvm_let_next_start() {}
-inline void kvm_wait_for_previous() {}
+inline void kvm_wait_for_previous() { emu().show_written(); }
 inline u32 kvm_atomic_add(u32* p, u32 x) {
     u32 old = *p;
     *p += x;
@@ -264,7 +280,9 @@ inline u32 kvm_popc(u32 x) { return __builtin_popcount(x); }
 inline u64 kvm_read_once() { return 1; }
 inline void kvm_cp_async16(void* to, const void* from, bool is_valid, u64 = 0) {
     if ((size_t)to % 16 || (is_valid && (size_t)from % 16)) emu().fail("cp.async is not aligned");
-    emu().fibers[emu().current].open.push_back({to, from, is_valid});
+    EmuCopy copy = {to, from, is_valid, is_valid && emu().random() % 2, {}};
+    if (copy.has_data) memcpy(copy.data, from, 16);
+    emu().fibers[emu().current].open.push_back(copy);
 }
 template <int OFFSET> void kvm_cp_async16_at(void* to, const void* from) {
     kvm_cp_async16((char*)to + OFFSET, (const char*)from + OFFSET, true);
@@ -278,7 +296,8 @@ template <int N> inline void kvm_cp_wait() {
     auto& groups = emu().fibers[emu().current].groups;
     for (; groups.size() > N; groups.pop_front())
         for (const EmuCopy& copy : groups.front())
-            copy.is_valid ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+            copy.is_valid ? memcpy(copy.to, copy.has_data ? copy.data : copy.from, 16)
+                          : memset(copy.to, 0, 16);
 }
 
 inline void emu_ldsm(u32 (&r)[4], const void* row, bool is_transposed) {

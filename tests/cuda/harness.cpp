@@ -5,6 +5,11 @@
 #include "kvm_intrin.cuh"
 #include KVM_QUOTED(KVM_SOURCE)
 
+/// The kernel before the next launch writes what is at `at`.
+extern "C" void emu_written_before(void* at, size_t bytes) {
+    emu().written.push_back({at, std::vector<unsigned char>((char*)at, (char*)at + bytes)});
+}
+
 /// Runs one launch, CTAs in a random order; answers NULL or what went wrong.
 extern "C" const char* emu_launch(const char* name, const void* params, size_t params_bytes,
                                   u32 grid, u32 threads, u32 smem, u32 seed) {
@@ -24,5 +29,7 @@ extern "C" const char* emu_launch(const char* name, const void* params, size_t p
         e.block = block;
         if (!e.error) e.run_block(threads, smem);
     }
+    e.show_written();
+    e.written.clear();
     return e.error;
 }

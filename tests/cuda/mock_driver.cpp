@@ -386,6 +386,7 @@ int cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** para
         fail(LAUNCH_FAILED, error);
     });
     launches[kernel->name] += code == SUCCESS;
+    if (num_attributes == 1) launches[std::string("early ") + kernel->name] += code == SUCCESS;
     return code;
 }
 
@@ -395,7 +396,8 @@ unsigned mock_num_failures() {
     return failures;
 }
 
-/// Not of a driver: launches so far of kernels whose names start with `prefix`.
+/// Not of a driver: launches so far of kernels whose names start with `prefix`, or, after "early ", of those
+/// that may start while the kernel before ends.
 unsigned mock_num_launches(const char* prefix) {
     std::lock_guard<std::recursive_mutex> guard(lock);
     unsigned count = 0;

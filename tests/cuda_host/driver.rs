@@ -43,7 +43,8 @@ pub fn is_mock() -> bool {
     std::env::var_os(CHILD).is_some()
 }
 
-/// Launches so far of kernels whose names start with `prefix`, as the mock counts them; `None` on a device.
+/// Launches so far of kernels whose names start with `prefix`, as the mock counts them; `None` on a device. After
+/// "early " those that may start while the kernel before ends.
 pub fn num_launches(prefix: &CStr) -> Option<u32> {
     type Count = unsafe extern "C" fn(*const c_char) -> u32;
     // SAFETY: a symbol of the mock with this type, which reads the string.

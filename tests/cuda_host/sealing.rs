@@ -46,6 +46,30 @@ fn a_launch_seals_many_blocks() {
     });
 }
 
+/// Kernels that start early read rows of earlier steps before they wait: not right after those have changed.
+#[test]
+fn the_first_run_after_a_seal_or_an_eviction_waits() {
+    on_device("sealing::the_first_run_after_a_seal_or_an_eviction_waits", || {
+        let _context = Context::new();
+        let early = || num_launches(c"early kvm_decode");
+        let layers = 3;
+        for (spec, old, changes) in
+            [("quant(int8)", 62, 1), ("every(2) | stream(sink=1, recent=9)", 30, 2)]
+        {
+            let setup = Setup { layers, spec, block: 64, ..PLAIN };
+            let mut twin = Twin::new(setup, 4, |_| {});
+            let (mut pair, _) = twin.start(&[]);
+            twin.step(&mut [&mut pair], &[(vec![1; old], old)]);
+            twin.end_prefill(&pair);
+            let before = early();
+            // 63, 64, 65 and 66 rows: the second fills a block. The policy evicts after every second.
+            (0..4).for_each(|_| twin.step(&mut [&mut pair], &[(vec![1], 1)]));
+            let waits = changes as u32;
+            assert_eq!(early(), before.map(|before| before + 4 * layers as u32 - waits), "{spec}");
+        }
+    });
+}
+
 /// A device with memory for 24 open blocks, in three chunks of 8: of 16 blocks it seals the first 15 in
 /// the chunk that is left, and the last where the first were.
 #[test]

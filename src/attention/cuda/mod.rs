@@ -389,7 +389,7 @@ impl Cuda {
     fn launch(&self, table: &Reading, is_chosen: bool, params: &Decode) -> Result<()> {
         let [has_steps, has_prompts] = table.has;
         if has_steps {
-            let mut kernel = *self.decode.kernel(self.variant);
+            let mut kernel = self.gpu.after_old_rows(self.decode.kernel(self.variant));
             if is_chosen {
                 // It reads its list before it waits.
                 kernel = kernel.after_previous();

@@ -100,12 +100,12 @@ impl Schedule {
     }
 
     /// Adds `num_queries` queries, the first of which is row `token` of Q, of one KV head of a lane
-    /// made of `segments`; the last of them sees `len` rows.
+    /// made of `segments`; the last of them sees `len` rows. Those from `fresh` on are of this step.
     pub(super) fn push(
         &mut self,
         (token, num_queries, kv_head): (u32, u32, u32),
         segments: &[Segment],
-        len: i64,
+        (len, fresh): (i64, i64),
         block_size: u32,
     ) {
         let before = self.whole.len();
@@ -130,6 +130,7 @@ impl Schedule {
                 end,
                 sealed_end,
                 first,
+                fresh: (fresh - segment.shift).clamp(0, i64::from(u32::MAX)) as u32,
                 ..Item::default()
             });
         }
@@ -362,7 +363,8 @@ mod tests {
                 let mut schedule = Schedule::default();
                 for (i, len) in heads.iter().enumerate() {
                     let segment = whole(0..*len, 0);
-                    schedule.push((i as u32, 1, 0), &[segment], i64::from(*len), 16);
+                    let len = i64::from(*len);
+                    schedule.push((i as u32, 1, 0), &[segment], (len, len - 1), 16);
                 }
                 schedule.cut(grid, UNIT);
                 check(&schedule, &heads, grid);
@@ -383,7 +385,7 @@ mod tests {
             let mut schedule = Schedule::default();
             for i in 0..n {
                 let len = 100 + 10 * i;
-                schedule.push((i, 4, 0), &[whole(0..len, 0)], i64::from(len), 16);
+                schedule.push((i, 4, 0), &[whole(0..len, 0)], (i64::from(len), 0), 16);
             }
             schedule.deal(grid);
             check_links(&schedule, grid as usize);
@@ -410,15 +412,15 @@ mod tests {
         // 20 rows in blocks of 16 of which the second lost 12; then 10 rows in a new block.
         let second = Segment { first_page: 2, rows: 0..10, sealed_end: 0, shift: 20 };
         // Two queries see 29 and 30 rows, two before them 27 and 28: none or a part of the second.
-        schedule.push((0, 2, 0), &[whole(0..20, 0), second.clone()], 30, 16);
-        schedule.push((2, 1, 0), &[whole(0..20, 0), second], 20, 16);
+        schedule.push((0, 2, 0), &[whole(0..20, 0), second.clone()], (30, 28), 16);
+        schedule.push((2, 1, 0), &[whole(0..20, 0), second], (20, 19), 16);
         schedule.cut(1, UNIT);
         let rows: Vec<_> = schedule
             .items
             .iter()
-            .map(|item| (item.token, item.first_page, item.begin..item.end, item.len))
+            .map(|item| (item.token, item.first_page, item.begin..item.end, item.len, item.fresh))
             .collect();
-        assert_eq!(rows, [(0, 0, 0..20, 30), (0, 2, 0..10, 10), (2, 0, 0..20, 20)]);
+        assert_eq!(rows, [(0, 0, 0..20, 30, 28), (0, 2, 0..10, 10, 8), (2, 0, 0..20, 20, 19)]);
         assert_eq!(schedule.items.iter().map(|item| item.num_parts).collect::<Vec<_>>(), [2, 2, 1]);
     }
 
@@ -428,10 +430,11 @@ mod tests {
         for (sealed_end, begin) in [(0, 32), (128, 0)] {
             let mut schedule = Schedule::default();
             let segment = Segment { first_page: 0, rows: 37..150, sealed_end, shift: -37 };
-            schedule.push((0, 1, 0), &[segment], 113, 64);
+            schedule.push((0, 1, 0), &[segment], (113, 112), 64);
             schedule.cut(1, UNIT);
             let [item] = schedule.items[..] else { panic!("one item") };
             assert_eq!((item.begin, item.end, item.first, item.len), (begin, 150, 37, 150));
+            assert_eq!(item.fresh, 149);
         }
     }
 }

@@ -161,7 +161,8 @@ impl Builder {
             let count = tile.min(n - first);
             let seen = len as i64 - (n - first - count) as i64;
             let queries = ((token + first) as u32, count as u32, head as u32);
-            schedule.push(queries, segments, seen, self.block_size as u32);
+            let fresh = len as i64 - n as i64;
+            schedule.push(queries, segments, (seen, fresh), self.block_size as u32);
         }
     }
 

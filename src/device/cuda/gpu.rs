@@ -5,7 +5,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use super::kernels::{Kernel, Loaded};
 use super::params::Params;
@@ -31,6 +31,8 @@ pub struct Gpu {
     has_early_starts: bool,
     stream: AtomicPtr<c_void>,
     loaded: Arc<Loaded>,
+    /// Whether a kernel that was queued last may change rows of earlier steps.
+    changes_old_rows: AtomicBool,
     /// Addresses and bytes of memory that waits for its next owner, the oldest first.
     spares: Mutex<Vec<(u64, usize)>>,
 }
@@ -131,6 +133,7 @@ impl Gpu {
             has_early_starts: sm >= 90 && driver_version >= 12_030,
             stream: AtomicPtr::default(),
             loaded: Loaded::none(),
+            changes_old_rows: AtomicBool::new(false),
             spares: Mutex::default(),
         };
         let mut current = -1;
@@ -227,6 +230,25 @@ impl Gpu {
         let mut kernel = self.loaded.kernel(name, threads, shared_bytes, self.sm)?;
         kernel.starts_early &= self.has_early_starts;
         Ok(kernel)
+    }
+
+    /// Queues a kernel that changes rows of earlier steps, which kernels that start early read before they wait.
+    pub fn launch_on_old_rows<P: Params>(
+        &self,
+        kernel: &Kernel,
+        grid: u32,
+        params: &P,
+    ) -> Result<()> {
+        self.changes_old_rows.store(true, Ordering::Release);
+        self.launch(kernel, grid, params)
+    }
+
+    /// The same kernel, which must not start early if rows of earlier steps have just been changed.
+    pub fn after_old_rows(&self, kernel: &Kernel) -> Kernel {
+        match self.changes_old_rows.swap(false, Ordering::AcqRel) {
+            true => kernel.after_previous(),
+            false => *kernel,
+        }
     }
 
     /// Queues `grid` CTAs of a kernel. The context is current: see [`Self::enter`]. A wrong

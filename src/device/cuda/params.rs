@@ -39,8 +39,10 @@ pub struct Item {
     pub next: u32,
     /// Rows below are evicted; less than a block.
     pub first: u32,
+    /// Rows from here on may be written by the kernel before.
+    pub fresh: u32,
     /// Reserved, 0.
-    pub unused: [u32; 2],
+    pub unused: u32,
 }
 
 impl Item {
@@ -51,7 +53,7 @@ impl Item {
     pub fn words(&self) -> [u32; Self::WORDS] {
         let Self { token, num_queries, kv_head, first_page, len, begin, end, .. } = *self;
         let Self { sealed_end, slot, part, num_parts, ticket, next, first, .. } = *self;
-        let [x, y] = self.unused;
+        let (x, y) = (self.fresh, self.unused);
         let words = [token, num_queries, kv_head, first_page, len, begin, end, sealed_end];
         let [a, b, c, d, e, f, g, h] = words;
         [a, b, c, d, e, f, g, h, slot, part, num_parts, ticket, next, first, x, y]
