@@ -1083,9 +1083,9 @@ typedef struct {
    * Where the blocks are; 0 means KVMGR_DEVICE_CPU. On KVMGR_DEVICE_CUDA: head_dim 64, 128 or
    * 256, block_size 16, 32 or 64, up to 16 query heads for each KV head, dtype f16 or bf16, the
    * spec "full" or quant of int8, int4, fp8(e4m3) or kivi with group at least 64 and head_dim, for
-   * keys and values alike, or int8 for keys and int4 for values, with block_size 64 and head_dim 64 or
-   * 128, and skip_layers, first and residual. With quest the first sequence takes 4 * head_dim bytes more
-   * from the driver for each layer and KV head of each of num_blocks blocks.
+   * keys and values alike, or int8 for keys and int4 for values, with block_size 64, and skip_layers,
+   * first and residual. With quest the first sequence takes 4 * head_dim bytes more from the driver for
+   * each layer and KV head of each of num_blocks blocks.
    * A store has the bytes of the host, so one may serve caches on either.
    */
   kvmgr_device_type device_type;
@@ -3093,9 +3093,11 @@ kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
 /**
  * Takes the device memory that plans need, so that no later plan within these limits takes more:
  * kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan, and
- * with it where policies have left sequences in more pieces than they have blocks, or want to know what rows
- * receive. Not counted is memory of single sequences, which no key depends on: plans take it for policies that
- * want the last queries or what rows receive. The current plan is gone. CUDA only.
+ * with it where policies have left sequences in more pieces than they have blocks. What selectors, selected
+ * blocks and policies that want to know what rows receive need beside it is taken by the first plan or
+ * selection of that kind, at once for these limits. Not counted is memory of single sequences, which no key
+ * depends on: plans take it for policies that want the last queries or what rows receive. The current plan is
+ * gone, but not if the stream is being captured: that is KVMGR_INVALID_STATE and changes nothing. CUDA only.
  *
  * @param max_sequences most sequences of a plan
  * @param max_queries most tokens of a plan, over all sequences

@@ -63,9 +63,9 @@ KVM_DEVICE KvmFirstPages kvm_first_pages(const KvmDecode& p, const KvmItem& it) 
 }
 
 /// Attends to the sealed rows of a part.
-template <class K, class V, bool BF16, int D, int NT, int WARPS>
+template <class K, class V, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstPages pages,
-                                const KvmSight<NT>& sight, unsigned char* smem,
+                                const KvmSight<NT>& sight, unsigned char* smem, u32* shared_q,
                                 KvmState<D, NT>& st) {
     using Ring = KvmSealedRing<K, V, D, WARPS>;
     Ring ring(smem);
@@ -74,10 +74,11 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
     ring.load(p, it, row, pages.first, 0);
     u32 next_page = pages.second;
     kvm_cp_commit();
-    kvm_prepare_q<K, BF16>(p, it, q);
+    kvm_prepare_q<K, D, NT, WARPS>(p, it, shared_q, q);
     KvmSealedState<NT> sealed = {0, {}, {}};
     // The rows that all queries see, those of the first and of the last query.
     u32 seen_end = it.len + 1 > it.num_queries ? it.len + 1 - it.num_queries : 0;
+    seen_end = seen_end < it.end ? seen_end : it.end;
     u32 seen_begin = p.window > 0 && it.len > p.window ? it.len - p.window : 0;
     seen_begin = seen_begin > it.first ? seen_begin : it.first;
     for (int place = 0; row < Ring::end(it); place ^= 1, row += Ring::STEP) {
@@ -86,8 +87,7 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstP
         next_page = Ring::page(p, it, row + 2 * Ring::STEP);
         kvm_cp_wait<1>();
         kvm_syncwarp(); // the copies of all lanes have landed
-        bool is_partial = p.softcap > 0 || row < seen_begin || row + K::TOKENS > seen_end ||
-                          row + K::TOKENS > it.end;
+        bool is_partial = p.softcap > 0 || row < seen_begin || row + K::TOKENS > seen_end;
         const unsigned char* chunk = ring.places + place * Ring::BYTES;
         kvm_chunk<K, V>(p, sight, row, is_partial, q, chunk, chunk + Ring::V_PLACE, st, sealed);
         kvm_syncwarp(); // all lanes have left the place that is filled next
@@ -118,57 +118,81 @@ template <class K, class V, int D, int WARPS> KVM_DEVICE constexpr int kvm_quant
     return SEALED > OPEN ? SEALED : OPEN;
 }
 
-template <class K, class V, bool BF16, int D, int NT, int WARPS>
+/// Attends to the open rows of a part, of either type.
+template <int D, int NT, int WARPS>
+KVM_DEVICE void kvm_open_rows(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
+                              unsigned char* smem, u32* shared_q, KvmState<D, NT>& st) {
+    KvmRing<D, 2, WARPS, false> ring(smem);
+    KvmQueries<D, NT> q;
+    if constexpr (KVM_SHARES_Q<D, NT>) q.b = {shared_q};
+    else kvm_load_q<D, NT>(p, it, q.b);
+    kvm_sync(); // places of chunks become places of tiles of other warps
+    ring.begin(p, it, ring.pages(p, it));
+    if constexpr (KVM_SHARES_Q<D, NT>) {
+        if (kvm_tid() < 32) kvm_share_q<D>(p, it, q.b);
+        kvm_sync(); // all see Q
+    }
+    if (p.is_bf16) ring.template attend<true, NT>(p, it, sight, q.b, st);
+    else ring.template attend<false, NT>(p, it, sight, q.b, st);
+}
+
+template <class K, class V, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
     kvm_let_next_start();
     KvmItem it = p.items[kvm_bid()];
     auto pages = kvm_first_pages<K, V, D, WARPS>(p, it); // lists of blocks are older than the kernel before
     kvm_wait_for_previous();
     if (it.num_queries == 0) return;
+    u32* shared_q = (u32*)(smem + kvm_quant_bytes<K, V, D, WARPS>());
+    u32* at = shared_q + kvm_q_bytes(D, NT) / 4 + NT * 32; // which item, where registers are too few for it
+    if (KVM_SHARES_Q<D, NT> && kvm_tid() == 0) *at = kvm_bid();
     for (;;) {
         KvmState<D, NT> st;
         kvm_clear(st);
         KvmSight<NT> sight = kvm_sight<NT>(p, it);
+        if constexpr (KVM_SHARES_Q<D, NT> && !K::IS_PER_CHANNEL)
+            for (int i = 0; i < NT * 2; i++)
+                kvm_settle(sight.begin[i / 2][i % 2]), kvm_settle(sight.end[i / 2][i % 2]);
         if (it.begin < it.sealed_end)
-            kvm_sealed_rows<K, V, BF16, D, NT, WARPS>(p, it, pages, sight, smem, st);
-        if (it.end > it.sealed_end) {
-            u32 q[D / 16][NT][2];
-            kvm_load_q<D, NT>(p, it, q);
-            kvm_sync(); // places of chunks become places of tiles of other warps
-            KvmRing<D, 2, WARPS, false> ring(smem);
-            ring.begin(p, it, ring.pages(p, it));
-            ring.template attend<BF16, NT>(p, it, sight, q, st);
-        }
+            kvm_sealed_rows<K, V, D, NT, WARPS>(p, it, pages, sight, smem, shared_q, st);
+        if (it.end > it.sealed_end) kvm_open_rows<D, NT, WARPS>(p, it, sight, smem, shared_q, st);
         kvm_sync(); // nobody reads tiles or chunks any more
-        kvm_meet<BF16, D, NT, WARPS>(p, it, st, (float*)smem);
+        if constexpr (KVM_SHARES_Q<D, NT>) it = p.items[*at];
+        kvm_meet<KVM_ANY_HALF, D, NT, WARPS>(p, it, st, (float*)smem);
         if (!it.next) return;
+        if (KVM_SHARES_Q<D, NT> && kvm_tid() == 0) *at = it.next;
         it = p.items[it.next];
         pages = kvm_first_pages<K, V, D, WARPS>(p, it);
         kvm_sync(); // all know whether theirs was the last part
     }
 }
 
-/// Launched with kvm_warps(D) * 32 threads and kvm_quant_bytes of shared memory.
-#define KVM_DECODE_QUANT(name, K, V, BF16, D, NT, CTAS)                                           \
+/// Launched with kvm_warps(D) * 32 threads and kvm_quant_bytes of shared memory; where Q is there too, with
+/// kvm_q_bytes(D, NT) + NT * 128 + 16 bytes more.
+#define KVM_DECODE_QUANT(name, K, V, D, NT, CTAS)                                                    \
     KVM_KERNEL(kvm_warps(D) * 32, CTAS, name, KvmDecode) {                                        \
         KVM_DYN_SMEM(smem);                                                                       \
-        kvm_decode_quant<K, V, BF16, D, NT, kvm_warps(D)>(p, smem);                               \
+        kvm_decode_quant<K, V, D, NT, kvm_warps(D)>(p, smem);                                        \
     }
-#define KVM_DECODE_QUANTS(format, K, V, D)                                                        \
-    KVM_DECODE_QUANT(kvm_decode_##format##_f16_d##D##_g8, K, V, false, D, 1, 3)                   \
-    KVM_DECODE_QUANT(kvm_decode_##format##_f16_d##D##_g16, K, V, false, D, 2, 2)                  \
-    KVM_DECODE_QUANT(kvm_decode_##format##_bf16_d##D##_g8, K, V, true, D, 1, 3)                   \
-    KVM_DECODE_QUANT(kvm_decode_##format##_bf16_d##D##_g16, K, V, true, D, 2, 2)
+#define KVM_DECODE_QUANTS(format, K, V, D)                                                           \
+    KVM_DECODE_QUANT(kvm_decode_##format##_d##D##_g8, K, V, D, 1, 3)                                 \
+    KVM_DECODE_QUANT(kvm_decode_##format##_d##D##_g16, K, V, D, 2, 2)
 
 KVM_DECODE_QUANTS(int8, KvmInt8, KvmInt8, 64)
 KVM_DECODE_QUANTS(int8, KvmInt8, KvmInt8, 128)
+KVM_DECODE_QUANTS(int8, KvmInt8, KvmInt8, 256)
 KVM_DECODE_QUANTS(fp8e4m3, KvmE4m3, KvmE4m3, 64)
 KVM_DECODE_QUANTS(fp8e4m3, KvmE4m3, KvmE4m3, 128)
+KVM_DECODE_QUANTS(fp8e4m3, KvmE4m3, KvmE4m3, 256)
 KVM_DECODE_QUANTS(int4, KvmInt4, KvmInt4, 64)
 KVM_DECODE_QUANTS(int4, KvmInt4, KvmInt4, 128)
+KVM_DECODE_QUANTS(int4, KvmInt4, KvmInt4, 256)
 KVM_DECODE_QUANTS(kivi4, KvmKivi4, KvmKivi4, 64)
 KVM_DECODE_QUANTS(kivi4, KvmKivi4, KvmKivi4, 128)
+KVM_DECODE_QUANTS(kivi4, KvmKivi4, KvmKivi4, 256)
 KVM_DECODE_QUANTS(kivi2, KvmKivi2, KvmKivi2, 64)
 KVM_DECODE_QUANTS(kivi2, KvmKivi2, KvmKivi2, 128)
+KVM_DECODE_QUANTS(kivi2, KvmKivi2, KvmKivi2, 256)
 KVM_DECODE_QUANTS(int8_int4, KvmInt8, KvmShortInt4, 64)
 KVM_DECODE_QUANTS(int8_int4, KvmInt8, KvmShortInt4, 128)
+KVM_DECODE_QUANTS(int8_int4, KvmInt8, KvmShortInt4, 256)

@@ -42,6 +42,7 @@ struct KvmDecode {
     float scale, softcap;          // softcap 0: off
     u32 window, group, block_size; // window 0: off; block_size 16, 32 or 64
     u32 rotates;                   // of sealed blocks: 1: keys, 2: values, 3: both are rotated
+    u32 is_bf16;                   // for kernels of both types: Q, O and open blocks are bf16, else f16
 };
 
 #define KVM_INF kvm_infinity()
@@ -95,13 +96,14 @@ KVM_DEVICE i64 kvm_column(const KvmDecode& p, const KvmItem& it, u32 column, i64
            (it.kv_head * p.group + column % p.group) * by_head;
 }
 
-/// Q as right operands; columns that are not there are 0.
+/// Q from a column on as right operands; columns that are not there are 0.
 template <int D, int NT>
-KVM_DEVICE void kvm_load_q(const KvmDecode& p, const KvmItem& it, u32 (&q)[D / 16][NT][2]) {
+KVM_DEVICE void kvm_load_q(const KvmDecode& p, const KvmItem& it, u32 (&q)[D / 16][NT][2],
+                           u32 first = 0) {
     u32 lane = kvm_tid() % 32;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        u32 column = n * 8 + lane / 4;
+        u32 column = first + n * 8 + lane / 4;
         bool is_there = column < it.num_queries * p.group;
         const u16* row = p.q + (is_there ? kvm_column(p, it, column, p.q_token, p.q_head) : 0);
 #pragma unroll
@@ -320,8 +322,15 @@ struct KvmPart {
     }
 };
 
+/// The type of O, where it is not BF16 or not: `is_bf16` says it.
+static constexpr int KVM_ANY_HALF = 2;
+template <int BF16> KVM_DEVICE u32 kvm_pack_output(const KvmDecode& p, float low, float high) {
+    if constexpr (BF16 != KVM_ANY_HALF) return kvm_pack<BF16 != 0>(low, high);
+    return p.is_bf16 ? kvm_pack<true>(low, high) : kvm_pack<false>(low, high);
+}
+
 /// Writes channels d to d + 3 of a column of O, and its LSE.
-template <bool BF16>
+template <int BF16>
 KVM_DEVICE void kvm_finish(const KvmDecode& p, const KvmItem& it, u32 column, u32 d, KvmPart r) {
     u32 q_head = it.kv_head * p.group + column % p.group;
     if (p.sinks) {
@@ -330,15 +339,15 @@ KVM_DEVICE void kvm_finish(const KvmDecode& p, const KvmItem& it, u32 column, u3
     }
     float inverse = r.sum > 0 ? kvm_reciprocal(r.sum) : 0;
     u32* o = (u32*)(p.o + kvm_column(p, it, column, p.o_token, p.o_head) + d);
-    o[0] = kvm_pack<BF16>(r.o[0] * inverse, r.o[1] * inverse);
-    o[1] = kvm_pack<BF16>(r.o[2] * inverse, r.o[3] * inverse);
+    o[0] = kvm_pack_output<BF16>(p, r.o[0] * inverse, r.o[1] * inverse);
+    o[1] = kvm_pack_output<BF16>(p, r.o[2] * inverse, r.o[3] * inverse);
     if (p.lse && d == 0)
         p.lse[(it.token + column / p.group) * p.lse_token + q_head] =
             (r.max + kvm_log2(r.sum)) * KVM_LN2;
 }
 
 /// By the CTA that finishes a head last: makes one result of its parts.
-template <bool BF16, int D, int NT, int WARPS>
+template <int BF16, int D, int NT, int WARPS>
 KVM_DEVICE void kvm_merge_head(const KvmDecode& p, const KvmItem& it, u32 columns) {
     constexpr int ROW = D + 4;
     for (u32 i = kvm_tid(); i < columns * D / 4; i += WARPS * 32) {
@@ -358,7 +367,7 @@ KVM_DEVICE void kvm_merge_head(const KvmDecode& p, const KvmItem& it, u32 column
 
 /// Makes one result of what the warps have and writes it, 64 channels at a time; the last CTA of a
 /// head that was split merges the parts. `meet` is shared memory, kvm_meet_bytes.
-template <bool BF16, int D, int NT, int WARPS = kvm_warps(D)>
+template <int BF16, int D, int NT, int WARPS = kvm_warps(D)>
 KVM_DEVICE void kvm_meet(const KvmDecode& p, const KvmItem& it, const KvmState<D, NT>& st,
                          float* meet) {
     constexpr int ROW = 68;

@@ -25,6 +25,8 @@ struct alignas(16) f32x4 {
 #define KVM_DYN_SMEM(name) extern __shared__ __align__(16) unsigned char name[]
 
 KVM_DEVICE u32 kvm_tid() { return threadIdx.x; }
+/// Keeps compilers from putting off what makes `x`, which may take more registers than `x` does.
+KVM_DEVICE void kvm_settle(u32& x) { asm volatile("" : "+r"(x)); }
 KVM_DEVICE u32 kvm_bid() { return blockIdx.x; }
 KVM_DEVICE u32 kvm_grid() { return gridDim.x; }
 KVM_DEVICE void kvm_sync() { __syncthreads(); }

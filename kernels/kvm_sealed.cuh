@@ -6,96 +6,9 @@
 //
 // where codes count from the middle one, whose value is m. Where keys are kept rotated, Q is rotated too;
 // where values are, the rotation of what they add up to is taken back. Right operands are f16: Q is brought
-// to about 1 by a power of two for each column, p s by one for all, which follows the largest scale of a chunk.
+// to about 1 (kvm_queries.cuh), p s by a power of two for all columns, which follows the largest scale of a chunk.
 #pragma once
-#include "kvm_quant.cuh"
-
-/// What a right operand gives with middle codes, exactly as the tensor cores see it: sums of its columns,
-/// times what fragments add.
-template <class F, int STEPS, int NT>
-KVM_DEVICE void kvm_middle_products(const u32 (&b)[STEPS][NT][2], float (&acc)[NT][4]) {
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-        for (int r = 0; r < 4; r++) acc[n][r] = 0;
-#pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-            const u32 a[4] = {F::middle(step, 0), F::middle(step, 1), F::middle(step, 2), F::middle(step, 3)};
-            kvm_mma<false>(acc[n], a, b[step][n]);
-        }
-    }
-}
-
-/// Fragments of 1.
-struct KvmOnes {
-    KVM_DEVICE static constexpr u32 middle(int, int) { return 0x3c003c00; }
-};
-
-/// Q as f16, for the columns that this lane has of results; `gain` turns a product with `b` into a logit
-/// in units of log2.
-template <int D, int NT> struct KvmQueries {
-    u32 b[D / 16][NT][2];
-    float gain[NT][2];
-    /// Where keys are scaled by token: the sums of the columns of `b`, if there are minima, and its products
-    /// with middle codes.
-    float sum[NT][2], middle[NT][4];
-};
-
-/// Elements of a pair a and b whose numbers differ in a bit, one step of a rotation.
-KVM_DEVICE void kvm_butterfly(float& a, float& b) {
-    float sum = a + b;
-    b = a - b, a = sum;
-}
-/// The same where the other one is in the lane that `mask` tells apart.
-KVM_DEVICE float kvm_butterfly(float x, u32 mask) {
-    float other = kvm_shfl_xor(x, (int)mask);
-    return kvm_tid() & mask ? other - x : x + other;
-}
-
-template <class F, bool BF16, int D, int NT>
-KVM_DEVICE void kvm_prepare_q(const KvmDecode& p, const KvmItem& it, KvmQueries<D, NT>& q) {
-    constexpr int N = D / 4; // elements of a column in a lane; its four lanes have pairs in turn
-    u32 lane = kvm_tid() % 32;
-    kvm_load_q<D, NT>(p, it, q.b);
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-        float x[N / 2][2], top = 0, unit = p.scale * KVM_LOG2E;
-#pragma unroll
-        for (int i = 0; i < N / 2; i++) kvm_unpack_pair<BF16>(q.b[i / 2][n][i % 2], x[i]);
-        if (p.rotates & 1) {
-#pragma unroll
-            for (int half = 1; half < N; half *= 2)
-#pragma unroll
-                for (int i = 0; i < N; i++)
-                    if (!(i & half)) kvm_butterfly(x[i / 2][i % 2], x[(i + half) / 2][(i + half) % 2]);
-#pragma unroll
-            for (int i = 0; i < N; i++)
-                x[i / 2][i % 2] = kvm_butterfly(kvm_butterfly(x[i / 2][i % 2], 1), 2);
-            unit *= kvm_rotation_factor<D>();
-        }
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            float y = x[i / 2][i % 2], size = y < 0 ? -y : y;
-            top = size > top ? size : top;
-        }
-        top = kvm_max_over<1, 4>(top); // the lanes of a column
-        // 2^e of the largest element; where that is 0, or not finite, nothing is gained.
-        u32 e = kvm_bits(top) >> 23;
-        e = e == 0 || e >= 254 ? 127 : e;
-        float scale = kvm_float((254 - e) << 23);
-#pragma unroll
-        for (int i = 0; i < N / 2; i++)
-            q.b[i / 2][n][i % 2] = kvm_pack<false>(x[i][0] * scale, x[i][1] * scale);
-        for (int c = 0; c < 2; c++)
-            q.gain[n][c] = kvm_float(kvm_shfl(e << 23, (lane % 4 * 2 + c) * 4)) * unit;
-    }
-    if constexpr (F::IS_PER_CHANNEL) return;
-    if constexpr (F::FLOATS == 2) { // there are minima
-        float sum[NT][4];
-        kvm_middle_products<KvmOnes>(q.b, sum);
-        for (int n = 0; n < NT; n++) q.sum[n][0] = sum[n][0], q.sum[n][1] = sum[n][1];
-    }
-    if constexpr (F::HAS_OFFSET) kvm_middle_products<F>(q.b, q.middle);
-}
+#include "kvm_queries.cuh"
 
 /// What a warp knows beside KvmState while it is in sealed blocks: outputs are in units of 1 / unit, lack
 /// `middle` and have `excess` too much. `unit` is 0 before the first values.
@@ -107,12 +20,31 @@ template <int NT> struct KvmSealedState {
 /// product, and what it loses below is 2^-24 / 16 of the largest term.
 static constexpr float KVM_SLACK = 8, KVM_TOP_SCALE = 128;
 
+/// Right operands of Q times the scales of channels: kept in registers or, where these are too few, made
+/// from Q in shared memory when they are asked for.
+template <int D, int NT, bool IS_SHARED = KVM_SHARES_Q<D, NT>> struct KvmScaled {
+    u32 b[D / 16][NT][2];
+};
+template <int D, int NT> struct KvmScaled<D, NT, true> {
+    struct Right {
+        KvmSharedQ<NT> q;
+        const u32* s;
+    } b;
+};
+template <class Right>
+KVM_DEVICE auto kvm_get_q(const Right& right, int ks, int n, u32 (&b)[2]) -> decltype(right.s, void()) {
+    const u32* s = right.s + ks * 8 + kvm_tid() % 4;
+    kvm_get_q(right.q, ks, n, b);
+    b[0] = kvm_mul2(b[0], s[0]), b[1] = kvm_mul2(b[1], s[4]);
+}
+
 /// Keys scaled by channel: the right operand takes the scales of the channels. `start` is what the middles
 /// of the channels add, less its products with middle codes.
 template <class F, int D, int NT>
-KVM_DEVICE void kvm_scale_queries(const KvmQueries<D, NT>& q, const u32* meta,
-                                  u32 (&scaled)[D / 16][NT][2], float (&start)[NT][4]) {
+KVM_DEVICE void kvm_scale_queries(const KvmQueries<D, NT>& q, const u32* meta, KvmScaled<D, NT>& scaled,
+                                  float (&start)[NT][4]) {
     float middle[NT][4] = {};
+    if constexpr (KVM_SHARES_Q<D, NT>) scaled.b = {q.b, meta};
 #pragma unroll
     for (int ks = 0; ks < D / 16; ks++) {
         const u32* s = meta + ks * 8 + kvm_tid() % 4;
@@ -121,11 +53,14 @@ KVM_DEVICE void kvm_scale_queries(const KvmQueries<D, NT>& q, const u32* meta,
         const u32 m[4] = {low, low, high, high};
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            kvm_mma<false>(middle[n], m, q.b[ks][n]);
-            for (int r = 0; r < 2; r++) scaled[ks][n][r] = kvm_mul2(q.b[ks][n][r], s[r * 4]);
+            u32 b[2];
+            kvm_get_q(q.b, ks, n, b);
+            kvm_mma<false>(middle[n], m, b);
+            if constexpr (!KVM_SHARES_Q<D, NT>)
+                for (int r = 0; r < 2; r++) scaled.b[ks][n][r] = kvm_mul2(b[r], s[r * 4]);
         }
     }
-    kvm_middle_products<F>(scaled, start);
+    kvm_middle_products<F, D / 16>(scaled.b, start);
     for (int n = 0; n < NT; n++)
         for (int r = 0; r < 4; r++) start[n][r] = middle[n][r] - start[n][r];
 }
@@ -145,13 +80,36 @@ KVM_DEVICE void kvm_tile_products(const unsigned char* k, int tile, const u32 (&
     }
 }
 
-/// Logits of a tile of keys scaled by token: x = s (code . q) + m sum(q).
+/// The same for all tiles of a chunk, with a right operand that is asked for: once, for all of them.
+template <class F, int D, int NT, class Right>
+KVM_DEVICE void kvm_chunk_products(const unsigned char* k, const Right& right,
+                                   float (&x)[F::TOKENS / 16][NT][4]) {
+    constexpr int PIECES = KvmChunk<F, D>::K_WORDS / 4, STEPS = D / 16 / PIECES;
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        u32 w[F::TOKENS / 16][4];
+#pragma unroll
+        for (int tile = 0; tile < F::TOKENS / 16; tile++) kvm_words(k, tile * PIECES + piece, w[tile]);
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            u32 b[NT][2];
+#pragma unroll
+            for (int n = 0; n < NT; n++) kvm_get_q(right, piece * STEPS + step, n, b[n]);
+#pragma unroll
+            for (int tile = 0; tile < F::TOKENS / 16; tile++) {
+                u32 a[4];
+                F::fragment(w[tile], step, a);
+#pragma unroll
+                for (int n = 0; n < NT; n++) kvm_mma<false>(x[tile][n], a, b[n]);
+            }
+        }
+    }
+}
+
+/// Products with a tile of keys scaled by token become logits: x = s (code . q) + m sum(q).
 template <class F, int D, int NT>
 KVM_DEVICE void kvm_token_logits(const KvmQueries<D, NT>& q, const unsigned char* k, int tile,
                                  float (&x)[NT][4]) {
-    for (int n = 0; n < NT; n++)
-        for (int r = 0; r < 4; r++) x[n][r] = F::HAS_OFFSET ? -q.middle[n][r] : 0;
-    kvm_tile_products<F, D, NT>(k, tile, q.b, x);
     const float* meta = (const float*)(k + KvmChunk<F, D>::CODES) + tile * 16 + kvm_tid() % 32 / 4;
 #pragma unroll
     for (int r = 0; r < 4; r++) {
@@ -159,8 +117,8 @@ KVM_DEVICE void kvm_token_logits(const KvmQueries<D, NT>& q, const unsigned char
         float m = F::FLOATS == 1 ? 0 : meta[F::TOKENS + r / 2 * 8] + F::CENTER * s;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            float rest = F::FLOATS == 1 ? 0 : m * q.sum[n][r % 2];
-            x[n][r] = (s * x[n][r] + rest) * q.gain[n][r % 2];
+            float rest = F::FLOATS == 1 ? 0 : m * q.column(n, r % 2).sum;
+            x[n][r] = (s * x[n][r] + rest) * q.column(n, r % 2).gain;
         }
     }
 }
@@ -169,21 +127,35 @@ KVM_DEVICE void kvm_token_logits(const KvmQueries<D, NT>& q, const unsigned char
 template <class F, int D, int NT>
 KVM_DEVICE void kvm_chunk_logits(const KvmQueries<D, NT>& q, const unsigned char* k,
                                  float (&x)[F::TOKENS / 16][NT][4]) {
-    if constexpr (F::IS_PER_CHANNEL) {
-        u32 scaled[D / 16][NT][2];
-        float start[NT][4];
+    constexpr int TILES = F::TOKENS / 16;
+    KvmScaled<D, NT> scaled;
+    float start[NT][4];
+    if constexpr (F::IS_PER_CHANNEL)
         kvm_scale_queries<F>(q, (const u32*)(k + KvmChunk<F, D>::CODES), scaled, start);
+    else
+        for (int n = 0; n < NT; n++)
+            for (int r = 0; r < 4; r++)
+                start[n][r] = F::HAS_OFFSET ? -q.column(n, r % 2).middle[r / 2] : 0;
+    if constexpr (KVM_SHARES_Q<D, NT>) {
 #pragma unroll
-        for (int tile = 0; tile < F::TOKENS / 16; tile++) {
+        for (int i = 0; i < TILES * NT * 4; i++) x[i / 4 / NT][i / 4 % NT][i % 4] = start[i / 4 % NT][i % 4];
+        kvm_syncwarp(); // or compilers keep in registers what `start` was made of
+        if constexpr (F::IS_PER_CHANNEL) kvm_chunk_products<F, D>(k, scaled.b, x);
+        else kvm_chunk_products<F, D>(k, q.b, x);
+    }
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        if constexpr (!KVM_SHARES_Q<D, NT>) {
             for (int n = 0; n < NT; n++)
                 for (int r = 0; r < 4; r++) x[tile][n][r] = start[n][r];
-            kvm_tile_products<F, D, NT>(k, tile, scaled, x[tile]);
-            for (int n = 0; n < NT; n++)
-                for (int r = 0; r < 4; r++) x[tile][n][r] *= q.gain[n][r % 2];
+            if constexpr (F::IS_PER_CHANNEL) kvm_tile_products<F, D, NT>(k, tile, scaled.b, x[tile]);
+            else kvm_tile_products<F, D, NT>(k, tile, q.b, x[tile]);
         }
-    } else {
-#pragma unroll
-        for (int tile = 0; tile < F::TOKENS / 16; tile++) kvm_token_logits<F>(q, k, tile, x[tile]);
+        if constexpr (KVM_SHARES_Q<D, NT>) kvm_syncwarp(); // or registers keep columns for all tiles
+        if constexpr (!F::IS_PER_CHANNEL) kvm_token_logits<F>(q, k, tile, x[tile]);
+        else
+            for (int n = 0; n < NT; n++)
+                for (int r = 0; r < 4; r++) x[tile][n][r] *= q.column(n, r % 2).gain;
     }
 }
 
@@ -310,7 +282,7 @@ KVM_DEVICE void kvm_chunk_values(const unsigned char* v, const float (&s)[F::TOK
     }
     if constexpr (F::HAS_OFFSET) {
         float middle[NT][4];
-        kvm_middle_products<F>(pb, middle);
+        kvm_middle_products<F, TILES>(pb, middle);
         for (int n = 0; n < NT; n++)
             for (int r = 0; r < 4; r++) {
                 float half = 0.5f * middle[n][r], excess = sealed.excess[n][r] + half;
@@ -349,6 +321,12 @@ KVM_DEVICE void kvm_chunk(const KvmDecode& p, const KvmSight<NT>& sight, u32 row
         top = kvm_max(top, s[i]);
     }
     kvm_chunk_softmax<V>(x, top, st, sealed);
+    if constexpr (KVM_SHARES_Q<D, NT>) {
+        kvm_syncwarp(); // read once more rather than kept
+#pragma unroll
+        for (int i = 0; i < V::TOKENS / 8; i++)
+            kvm_value_scale<V>(v + KvmChunk<V, D>::CODES, kvm_tid() % 32 / 4 + i * 8, s[i], m[i]);
+    }
     kvm_chunk_values<V>(v, s, m, x, st, sealed);
 }
 

@@ -32,7 +32,7 @@ template <class A> struct KvmIsSame<A, A> {
 /// What a CTA keeps in shared memory: rows as floats, codes, and for each token or channel s and m.
 template <int D> struct KvmSealed {
     float rows[64][D];
-    float s[128], m[128];
+    float s[D], m[D]; // at least of 64 tokens
     unsigned char codes[64][D];
 };
 
@@ -238,7 +238,7 @@ KVM_DEVICE void kvm_seal(const KvmSeal& p, unsigned char* smem) {
     kvm_seal_side<V, TYPE, D>(rows, side == 0, is_rotated, shared, sealed + side * p.sealed_v);
 }
 
-/// Two CTAs of 128 threads for each cell of each block, with 64 * 5 * D + 1024 bytes of shared memory.
+/// Two CTAs of 128 threads for each cell of each block, with (64 * 5 + 8) * D bytes of shared memory.
 #define KVM_SEAL(name, K, V, TYPE, D)                                                             \
     KVM_KERNEL(128, 2, name, KvmSeal) {                                                           \
         KVM_DYN_SMEM(smem);                                                                       \
@@ -247,8 +247,10 @@ KVM_DEVICE void kvm_seal(const KvmSeal& p, unsigned char* smem) {
 #define KVM_SEALS(format, K, V)                                                                   \
     KVM_SEAL(kvm_seal_##format##_f16_d64, K, V, KVM_F16, 64)                                      \
     KVM_SEAL(kvm_seal_##format##_f16_d128, K, V, KVM_F16, 128)                                    \
+    KVM_SEAL(kvm_seal_##format##_f16_d256, K, V, KVM_F16, 256)                                    \
     KVM_SEAL(kvm_seal_##format##_bf16_d64, K, V, KVM_BF16, 64)                                    \
-    KVM_SEAL(kvm_seal_##format##_bf16_d128, K, V, KVM_BF16, 128)
+    KVM_SEAL(kvm_seal_##format##_bf16_d128, K, V, KVM_BF16, 128)                                  \
+    KVM_SEAL(kvm_seal_##format##_bf16_d256, K, V, KVM_BF16, 256)
 
 KVM_SEALS(int8, KvmInt8, KvmInt8)
 KVM_SEALS(fp8e4m3, KvmE4m3, KvmE4m3)

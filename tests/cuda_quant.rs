@@ -54,8 +54,8 @@ fn spec_of(case: Case, side: usize) -> String {
         Codes::Int8 => "int8",
         Codes::Fp8E4m3 => "fp8(e4m3)",
         Codes::Int4 => "int4",
-        Codes::Kivi4 => "kivi(bits=4, group=128)",
-        Codes::Kivi2 => "kivi(bits=2, group=128)",
+        Codes::Kivi4 => "kivi(bits=4, group=256)",
+        Codes::Kivi2 => "kivi(bits=2, group=256)",
     };
     let rotation = if case.rotates >> side & 1 == 1 { "had+" } else { "" };
     format!("{rotation}{inner}")
@@ -184,13 +184,17 @@ fn error_of(kernels: Kernels, case: Case, seed: u64) -> (f64, f64) {
         group: group as u32,
         block_size: TOKENS as u32,
         rotates: case.rotates,
+        is_bf16: u32::from(case.dtype == Half::Bf16),
         ..Decode::default()
     };
     let chunk = sizes.map(|bytes| (bytes * format.chunk() / TOKENS).next_multiple_of(512));
-    let smem = 4 * 2 * (chunk[0] + chunk[1]).max(64 * dim);
-    let name = format!("kvm_decode_{}_{}_d{dim}_g{columns}", format.name(), case.dtype.name());
+    let warps = if dim == 256 { 2 } else { 4 };
+    // Q, its columns and the number of the item, where registers are too few.
+    let shared_q = if dim * columns == 4096 { 2 * 4096 + 16 * columns + 16 } else { 0 };
+    let smem = warps * 2 * (chunk[0] + chunk[1]).max(64 * dim) + shared_q;
+    let name = format!("kvm_decode_{}_d{dim}_g{columns}", format.name());
     for seed in 0..2 {
-        let grid = Grid { ctas: GRID, threads: 128, smem, seed };
+        let grid = Grid { ctas: GRID, threads: 32 * warps, smem, seed };
         if let Err(error) = kernels.launch(&name, &params, grid) {
             eprintln!("{error}");
             return (f64::INFINITY, f64::INFINITY);
@@ -255,16 +259,35 @@ fn sealed_rows_are_attended_to_as_in_f64() {
             Case { dtype: Half::Bf16, dim: 64, group: 8, rotates: 1, ..plain },
             Case { group: 5, queries: 3, window: 90, rotates: 3, ..plain },
             Case { dim: 64, group: 16, softcap: 2.0, rotates: 2, ..plain },
+            Case { dim: 256, group: 8, rotates: 3, window: 90, ..plain },
+            Case { dim: 256, group: 1, dtype: Half::Bf16, softcap: 2.0, ..plain },
+            // Q in shared memory.
+            Case { dim: 256, group: 16, ..plain },
+            Case {
+                dim: 256,
+                group: 5,
+                queries: 3,
+                dtype: Half::Bf16,
+                rotates: 3,
+                window: 90,
+                ..plain
+            },
             // Weights of one row, and nearly equal ones: then outputs are what is left of sums that cancel.
             Case { gain: 30.0, window: 70, ..plain },
             Case { gain: 0.01, ..plain },
+            Case { dim: 256, group: 9, gain: 20.0, window: 70, ..plain },
+            Case { dim: 256, group: 12, gain: 0.01, ..plain },
         ] {
             seed += 1;
             let (error, lse) = error_of(kernels, case, seed);
-            // The logarithm of a sum carries the errors of logits, which grow with them.
-            let most = 1e-3 * f64::from(case.gain.max(1.0));
-            assert!(error < case.dtype.limit(), "{case:?}: O {error:e}");
-            assert!(lse < most, "{case:?}: LSE {lse:e}");
+            // The logarithm of a sum carries the errors of logits, which grow with them. Those of kivi are
+            // larger: queries times the scales of channels are rounded to f16, and weights show it too. At a
+            // gain of 20 that is 7e-4 on average and up to 2e-3, whatever head_dim is; at 1 it is 2e-4.
+            let gain = f64::from(case.gain.max(1.0));
+            let is_kivi = matches!(format.codes(true), Codes::Kivi4 | Codes::Kivi2);
+            let most = case.dtype.limit() * if is_kivi { (gain / 10.0).max(1.0) } else { 1.0 };
+            assert!(error < most, "{case:?}: O {error:e}");
+            assert!(lse < 1e-3 * gain, "{case:?}: LSE {lse:e}");
         }
     }
 }

@@ -20,8 +20,8 @@ fn spec_of(codes: Codes) -> &'static str {
         Codes::Int8 => "int8",
         Codes::Fp8E4m3 => "fp8(e4m3)",
         Codes::Int4 => "int4",
-        Codes::Kivi4 => "kivi(bits=4, group=128)",
-        Codes::Kivi2 => "kivi(bits=2, group=128)",
+        Codes::Kivi4 => "kivi(bits=4, group=256)",
+        Codes::Kivi2 => "kivi(bits=2, group=256)",
     }
 }
 
@@ -125,7 +125,7 @@ fn seal(kernels: &Kernels, case: u32, (format, dim, half): (Sealed, usize, Half)
     };
     let name = format!("kvm_seal_{}_{}_d{dim}", format.name(), half.name());
     let ctas = 2 * cells * kinds.len();
-    let grid = Grid { ctas, threads: 128, smem: 64 * 5 * dim + 1024, seed: case };
+    let grid = Grid { ctas, threads: 128, smem: (64 * 5 + 8) * dim, seed: case };
     kernels.launch(&name, &params, grid).unwrap();
     let sides = (0..kinds.len() * cells).flat_map(|cell| SIDES.map(|side| (cell, side)));
     for ((cell, side), values) in sides.zip(values.chunks_exact(TOKENS * dim)) {
@@ -145,11 +145,11 @@ fn seal(kernels: &Kernels, case: u32, (format, dim, half): (Sealed, usize, Half)
 #[test]
 fn sealed_blocks_are_those_of_the_cpu() {
     let Some(kernels) = Kernels::build("seal.cu") else { return };
-    for case in 0..216 {
+    for case in 0..324 {
         let (format, rest) = (Sealed::ALL[case % 6], case / 6);
-        let (dim, half) = ([64, 128][rest % 2], [Half::F16, Half::Bf16][rest / 2 % 2]);
+        let (dim, half) = ([64, 128, 256][rest % 3], [Half::F16, Half::Bf16][rest / 3 % 2]);
         let kinds = [rest % 9, (rest + 4) % 9];
-        seal(&kernels, case as u32, (format, dim, half), &kinds[..1 + rest / 4 % 2]);
+        seal(&kernels, case as u32, (format, dim, half), &kinds[..1 + rest / 6 % 2]);
     }
 }
 

@@ -3,8 +3,8 @@
 
     benches/gpu/run.sh            checks, then times the whole grid; under ten minutes
 
-A call is one layer: one query for each of B sequences of S tokens, head_dim 128, blocks of 16 tokens
-in random order. Calls are replayed from a CUDA graph and go round buffers of at least four times the
+A call is one layer: one query for each of B sequences of S tokens, head_dim 128 (or --head-dim), blocks
+of 16 tokens in random order. Calls are replayed from a CUDA graph and go round buffers of at least four times the
 L2 cache, so that nothing is read from it. `copy` is a device-to-device copy, bytes read and written.
 """
 
@@ -137,11 +137,11 @@ class Quantized(Launched):
 
     def __init__(self, driver, module, point, name):
         group, heads = point.q_heads // point.kv_heads, point.kv_heads
-        columns = 16 if group > 8 else 8
-        self.driver, self.smem = driver, layout.smem_of(name, D)
-        self.function = driver.function(module, f"kvm_decode_{name}_bf16_d{D}_g{columns}", self.smem)
-        self.grid = driver.num_sms() * driver.occupancy(self.function, 128, self.smem)
-        unit = 4 * layout.FORMATS[name][1]
+        columns, warps = 16 if group > 8 else 8, warps_of(D, False)
+        self.driver, self.threads, self.smem = driver, 32 * warps, layout.smem_of(name, D, columns, warps)
+        self.function = driver.function(module, f"kvm_decode_{name}_d{D}_g{columns}", self.smem)
+        self.grid = driver.num_sms() * driver.occupancy(self.function, self.threads, self.smem)
+        unit = warps * layout.FORMATS[name][1]
         items, slots = plan([point.length] * point.batch, heads, group, self.grid, 64, unit, 64)
         self.items = torch.from_numpy(items.view(np.int32)).cuda()
         self.partials = torch.empty(slots * columns * (D + 4), device="cuda")
@@ -166,7 +166,8 @@ class Quantized(Launched):
                 tickets=self.tickets.data_ptr(), sealed_k=self.pool.data_ptr(),
                 sealed_v=self.pool.data_ptr() + k_bytes, q_token=point.q_heads * D, q_head=D,
                 o_token=point.q_heads * D, o_head=D, sealed_block=some.shape[1],
-                sealed_head=k_bytes + v_bytes, scale=1 / math.sqrt(D), group=group, block_size=64))
+                sealed_head=k_bytes + v_bytes, scale=1 / math.sqrt(D), group=group, block_size=64,
+                is_bf16=1))
 
 
 def sdpa(point, backend):
@@ -223,6 +224,7 @@ def measure(driver, variants, formats, batch, length, heads, baselines):
 
 
 def main():
+    global D
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cubins", default="", help="folder of cubins; default: the committed PTX")
@@ -233,7 +235,9 @@ def main():
     parser.add_argument("--json", default="")
     parser.add_argument("--heads", type=int, default=3, help="how many of the head counts")
     parser.add_argument("--limit", type=float, default=9e9, help="largest KV in bytes")
+    parser.add_argument("--head-dim", type=int, default=D, choices=[64, 128, 256])
     arguments = parser.parse_args()
+    D = arguments.head_dim
     torch.cuda.init()
     torch.zeros(1, device="cuda")
     driver = Driver()

@@ -100,7 +100,8 @@ def run_quant_case(driver, function, random, name, dtype, dim, group, queries, w
                    lens=LENS, gain=1.0):
     """As run_case, for sealed blocks of 64 tokens with open rows behind them; `gain` multiplies Q."""
     heads, columns, block = 2, 16 if group * queries > 8 else 8, 64
-    items, slots = plan(lens, heads, group, grid, block, 256, 64)
+    warps = warps_of(dim, False)
+    items, slots = plan(lens, heads, group, grid, block, 64 * warps, 64)
     items[:, 0] *= queries
     items[items[:, 1] > 0, 1] = queries
     num_pages = [-(-n // block) for n in lens]
@@ -132,10 +133,11 @@ def run_quant_case(driver, function, random, name, dtype, dim, group, queries, w
     params = Decode(**device, q_token=heads * group * dim, q_head=dim, o_token=heads * group * dim,
                     o_head=dim, kv_block=heads * block * dim, kv_head=block * dim, kv_token=dim,
                     sealed_block=heads * sum(sizes), sealed_head=sum(sizes), scale=1 / np.sqrt(dim),
-                    softcap=softcap, window=window, group=group, block_size=block)
+                    softcap=softcap, window=window, group=group, block_size=block,
+                    is_bf16=dtype == "bf16")
     params.sealed_v = params.sealed_k + sizes[0]
     for _ in range(2):
-        driver.launch(function, grid, 128, layout.smem_of(name, dim), 0, params, True)
+        driver.launch(function, grid, 32 * warps, layout.smem_of(name, dim, columns, warps), 0, params, True)
     driver.download(device["o"], o)
     for pointer in device.values():
         driver.free(pointer)
@@ -155,22 +157,26 @@ def run_quant_case(driver, function, random, name, dtype, dim, group, queries, w
 def check_quantized(driver, random, folder, is_quick):
     module, bad = driver.load(image_of(folder, "decode_q")), 0
     for i, name in enumerate(layout.FORMATS):
-        for j, (group, queries) in enumerate([(4, 1), (8, 1), (5, 3), (16, 1)][:1 if is_quick else 4]):
-            dtype, dim = ("f16", "bf16")[(i + j) % 2], (128, 64)[j // 2]
+        cases = [(4, 1, 128), (8, 1, 256), (5, 3, 64), (16, 1, 256), (8, 1, 128), (16, 1, 64), (5, 3, 256)]
+        for j, (group, queries, dim) in enumerate(cases[:2 if is_quick else None]):
+            dtype = ("f16", "bf16")[(i + j) % 2]
             columns = 16 if group * queries > 8 else 8
-            kernel = f"kvm_decode_{name}_{dtype}_d{dim}_g{columns}"
-            function = driver.function(module, kernel, layout.smem_of(name, dim))
+            kernel = f"kvm_decode_{name}_d{dim}_g{columns}"
+            smem = layout.smem_of(name, dim, columns, warps_of(dim, False))
+            function = driver.function(module, kernel, smem)
             for window, softcap, grid in [(0, 0.0, 3), (90, 0.0, 64), (0, 2.0, 3)]:
                 error = run_quant_case(driver, function, random, name, dtype, dim, group, queries,
                                        window, softcap, grid)
                 ok = error < (4e-3 if dtype == "bf16" else 1e-3)
                 bad += not ok
-                print(f"{'ok ' if ok else 'BAD'} {kernel} group {group} queries {queries} window "
+                print(f"{'ok ' if ok else 'BAD'} {kernel} {dtype} group {group} queries {queries} window "
                       f"{window} softcap {softcap} grid {grid}: O {error:.1e}")
-        if not is_quick:  # weights are nearly equal, so that values of mean 0 nearly cancel
-            kernel = f"kvm_decode_{name}_f16_d128_g8"
-            function = driver.function(module, kernel, layout.smem_of(name, 128))
-            error = run_quant_case(driver, function, random, name, "f16", 128, 8, 1, 0, 0.0, 2,
+        # Weights are nearly equal, so that values of mean 0 nearly cancel.
+        for dim, group in [(128, 8), (256, 8), (256, 16)] if not is_quick else []:
+            kernel = f"kvm_decode_{name}_d{dim}_g{group}"
+            smem = layout.smem_of(name, dim, group, warps_of(dim, False))
+            function = driver.function(module, kernel, smem)
+            error = run_quant_case(driver, function, random, name, "f16", dim, group, 1, 0, 0.0, 2,
                                    [16384], 0.1)
             ok = error < 1e-3
             bad += not ok

@@ -20,7 +20,7 @@ class Decode(ctypes.Structure):
                                     "kv_block", "kv_head", "kv_token", "sealed_block",
                                     "sealed_head"]]
         + [("scale", F32), ("softcap", F32), ("window", U32), ("group", U32), ("block_size", U32),
-           ("rotates", U32)]
+           ("rotates", U32), ("is_bf16", U32)]
     )
 
 

@@ -91,8 +91,9 @@ def side_bytes(name, dim, is_key):
     return len(side(name, np.random.default_rng(0).standard_normal((64, dim)), is_key)[0])
 
 
-def smem_of(name, dim):
-    """kvm_quant_bytes of kernels/decode_q.cu."""
+def smem_of(name, dim, columns, warps):
+    """Shared memory of a kernel of kernels/decode_q.cu."""
     chunk = FORMATS[name][1]
     both = sum(-(-side_bytes(name, dim, is_key) * chunk // 64 // 512) * 512 for is_key in (True, False))
-    return max(4 * 2 * both, 4 * 2 * 64 * dim)
+    q = 2 * dim * columns + 16 * columns + 16 if dim * columns >= 4096 else 0
+    return warps * 2 * max(both, 64 * dim) + q

@@ -80,7 +80,7 @@ impl Sealer {
         let (dim, open) = (config.shape.head_dim, memory.open.name());
         let name = format!("kvm_seal_{}_{open}_d{dim}", layout.name());
         // Rows as f32, codes, scales: KvmSealed of kernels/seal.cu.
-        let shared = 64 * 5 * dim as u32 + 1024;
+        let shared = (64 * 5 + 8) * dim as u32;
         let _entered = device.gpu.enter()?;
         let kernel = device.gpu.kernel(&name, SEAL_THREADS, shared)?;
         let rotates = u32::from(rotated[0]) | u32::from(rotated[1]) << 1;
@@ -133,7 +133,6 @@ fn sealed_layout(config: &CacheConfig, formats: &[Format]) -> Result<Option<(Sea
         config.block_size,
         layout::TOKENS
     );
-    ensure!(dim <= 128, Unsupported, "head_dim is {dim}, must be 64 or 128 for quantized blocks");
     Ok(Some((layout, plain.map(|rest| rest.is_some()))))
 }
 

@@ -267,7 +267,9 @@ mod tests {
     #[test]
     fn every_code_and_scale_has_one_place() {
         for format in Sealed::ALL {
-            for (dim, is_key) in [(64, true), (64, false), (128, true), (128, false)] {
+            for (dim, is_key) in
+                [64, 128, 256].into_iter().flat_map(|dim| [(dim, true), (dim, false)])
+            {
                 let (bytes, layout) =
                     (format.bytes(dim, is_key), SideLayout::new(format, dim, is_key));
                 let bits = |list: &[u8]| list.iter().map(|byte| byte.count_ones()).sum::<u32>();

@@ -318,10 +318,11 @@ pub unsafe extern "C" fn kvmgr_attention_run(
 
 /// Takes the device memory that plans need, so that no later plan within these limits takes more:
 /// kvmgr_attention_graph_key then stays the same. Without it the memory grows in kvmgr_attention_plan, and
-/// with it where policies have left sequences in more pieces than they have blocks, want to know what rows
-/// receive, or choose what is read (quest). Not counted is memory of single sequences, which no key depends on:
-/// plans take it for policies that want the last queries or what rows receive. The current plan is gone, but not
-/// if the stream is being captured, which is KVMGR_INVALID_STATE and changes nothing. CUDA only.
+/// with it where policies have left sequences in more pieces than they have blocks. What selectors, selected
+/// blocks and policies that want to know what rows receive need beside it is taken by the first plan or
+/// selection of that kind, at once for these limits. Not counted is memory of single sequences, which no key
+/// depends on: plans take it for policies that want the last queries or what rows receive. The current plan is
+/// gone, but not if the stream is being captured: that is KVMGR_INVALID_STATE and changes nothing. CUDA only.
 ///
 /// @param max_sequences most sequences of a plan
 /// @param max_queries most tokens of a plan, over all sequences

@@ -103,9 +103,9 @@ pub struct kvmgr_cache_config {
     /// Where the blocks are; 0 means KVMGR_DEVICE_CPU. On KVMGR_DEVICE_CUDA: head_dim 64, 128 or
     /// 256, block_size 16, 32 or 64, up to 16 query heads for each KV head, dtype f16 or bf16, the
     /// spec "full" or quant of int8, int4, fp8(e4m3) or kivi with group at least 64 and head_dim, for
-    /// keys and values alike, or int8 for keys and int4 for values, with block_size 64 and head_dim 64 or
-    /// 128, and skip_layers, first and residual. With quest the first sequence takes 4 * head_dim bytes more
-    /// from the driver for each layer and KV head of each of num_blocks blocks.
+    /// keys and values alike, or int8 for keys and int4 for values, with block_size 64, and skip_layers,
+    /// first and residual. With quest the first sequence takes 4 * head_dim bytes more from the driver for
+    /// each layer and KV head of each of num_blocks blocks.
     /// A store has the bytes of the host, so one may serve caches on either.
     pub device_type: kvmgr_device_type,
     /// Which CUDA device. The cache works in the calling thread's current context if that is one of

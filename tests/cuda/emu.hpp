@@ -190,6 +190,7 @@ template <class Act> inline const u64* emu_warp(const char* name, const u64* in,
 }
 
 inline u32 kvm_tid() { return emu().current; }
+inline void kvm_settle(u32&) {}
 inline u32 kvm_bid() { return emu().block; }
 inline u32 kvm_grid() { return emu().grid; }
 inline void kvm_fence() {}

@@ -143,7 +143,15 @@ fn quantized_sequences_live_alike() {
             "quant(k=int8, v=int4)",
             "quant(k=had+int8, v=int4)",
         ];
-        live_each(&specs, 2, [KVMGR_LANE_SEQUENCE, KVMGR_LANE_LAYER, KVMGR_LANE_HEAD]);
+        let lanes = [KVMGR_LANE_SEQUENCE, KVMGR_LANE_LAYER, KVMGR_LANE_HEAD];
+        live_each(&specs, &[64, 128], 2, lanes);
+        let wide = [
+            "quant(int8)",
+            "quant(had+kivi(bits=2, group=256))",
+            "quant(k=int8, v=int4)",
+            "quant(kivi(bits=4, group=256), first=1, residual=64)",
+        ];
+        live_each(&wide, &[256], 2, lanes);
     });
 }
 
@@ -160,18 +168,19 @@ fn sequences_with_exact_rows_live_alike() {
             "quant(fp8(e4m3), skip_layers=1, residual=100)",
             "quant(kivi(bits=4, group=128), skip_layers=1, first=4, residual=64)",
         ];
-        live_each(&specs, 3, [KVMGR_LANE_SEQUENCE, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER]);
+        let lanes = [KVMGR_LANE_SEQUENCE, KVMGR_LANE_HEAD, KVMGR_LANE_LAYER];
+        live_each(&specs, &[64, 128], 3, lanes);
     });
 }
 
-/// Sequences of quantized blocks, with lanes of these widths in turn.
-fn live_each(specs: &[&'static str], layers: usize, lanes: [kvmgr_lane_width; 3]) {
+/// Sequences of quantized blocks, with head_dim and lanes of these widths in turn.
+fn live_each(specs: &[&'static str], dims: &[usize], layers: usize, lanes: [kvmgr_lane_width; 3]) {
     for (i, spec) in specs.iter().copied().enumerate() {
         let setup = Setup {
             spec,
             layers,
             block: 64,
-            dim: [64, 128][i % 2],
+            dim: dims[i % dims.len()],
             group: [4, 9, 1][i % 3],
             lanes: lanes[i % 3],
             dtype: [KVMGR_DTYPE_BF16, KVMGR_DTYPE_F16][i % 2],
@@ -241,10 +250,9 @@ fn serve_with_a_graph(stream: &Stream, spec: &'static str) {
         twin.end_prefill(&pair);
         pairs.push(pair);
     }
-    let steps = if driver::is_mock() { 3 } else { 100 };
     let step = Step::new(setup);
     let (mut graph, mut key_of_graph) = (None, 0);
-    for _ in 0..steps {
+    for i in 0..100 {
         for pair in &pairs {
             ok(kvmgr_sequence_reserve(pair.host, 1));
             ok(kvmgr_sequence_reserve(pair.device, 1));
@@ -267,7 +275,7 @@ fn serve_with_a_graph(stream: &Stream, spec: &'static str) {
                 twin.device.plan(&list, &[1; 3]);
             }
             Some(_) => {
-                assert_eq!(graph_key, key_of_graph);
+                assert_eq!(graph_key, key_of_graph, "{spec}, step {i}");
                 ok(kvmgr_attention_graph_launched(twin.device.attention));
             }
         }

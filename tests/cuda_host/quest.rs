@@ -364,7 +364,7 @@ fn a_graph_serves_later_choices() {
         }
         let step = Step::new(setup);
         let (mut graph, mut key_of_graph) = (None, 0);
-        for _ in 0..if is_mock() { 3 } else { 60 } {
+        for i in 0..60 {
             plan(&twin, &pairs, &[1; 3]);
             let graph_key = graph_key(&twin);
             let mut data = step.fill(&mut twin);
@@ -378,7 +378,7 @@ fn a_graph_serves_later_choices() {
             } else {
                 ok(kvmgr_attention_graph_launched(twin.device.attention));
             }
-            assert_eq!(graph_key, key_of_graph);
+            assert_eq!(graph_key, key_of_graph, "step {i}");
             if let Some(graph) = &graph {
                 stream.launch(graph);
             }

@@ -153,7 +153,7 @@ fn refuse_configurations() {
         (spec(c"quant(k=int4, v=int8)", 64, 64), "both must be the same, or int8 and int4"),
         (spec(c"quant(kivi(bits=4))", 64, 64), "kivi with group at least 64"),
         (spec(c"quant(int4)", 64, 16), "block_size is 16, must be 64"),
-        (spec(c"quant(int4)", 256, 64), "head_dim is 256"),
+        (spec(c"quant(kivi(bits=2, group=128))", 256, 64), "kivi with group at least 64"),
         (Box::new(|config| config.memory = ptr::without_provenance_mut(256)), "memory_limit is 0"),
         (
             Box::new(|config| {

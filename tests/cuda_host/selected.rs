@@ -122,20 +122,20 @@ fn choose(setup: Setup, lens: &[usize], seed: u64) {
 fn heads_read_what_is_selected() {
     on_device("selected::heads_read_what_is_selected", || {
         let _context = Context::new();
-        let (bf16, blocks) = (KVMGR_DTYPE_BF16, 2000);
+        let (bf16, plain) = (KVMGR_DTYPE_BF16, Setup { blocks: 2000, ..PLAIN });
         let setups = [
-            Setup { blocks, ..PLAIN },
-            Setup { dtype: bf16, dim: 128, block: 32, group: 7, lanes: KVMGR_LANE_LAYER, ..PLAIN },
-            Setup { dim: 256, block: 64, group: 1, lanes: KVMGR_LANE_HEAD, blocks, ..PLAIN },
-            Setup { spec: "quant(int4)", block: 64, dtype: bf16, ..PLAIN },
+            plain,
+            Setup { dtype: bf16, dim: 128, block: 32, group: 7, lanes: KVMGR_LANE_LAYER, ..plain },
+            Setup { dim: 256, block: 64, group: 1, lanes: KVMGR_LANE_HEAD, ..plain },
+            Setup { spec: "quant(int4)", block: 64, dtype: bf16, ..plain },
             Setup {
                 spec: "quant(had+int8, first=64)",
                 block: 64,
                 group: 12,
                 lanes: KVMGR_LANE_HEAD,
-                ..PLAIN
+                ..plain
             },
-            Setup { spec: "stream(sink=4) | keep_tokens(100)", softcap: 5.0, ..PLAIN },
+            Setup { spec: "stream(sink=4) | keep_tokens(100)", softcap: 5.0, ..plain },
         ];
         for (i, setup) in setups.into_iter().enumerate() {
             choose(setup, if is_mock() { &[330, 40, 1] } else { &[9000, 40, 1] }, i as u64);

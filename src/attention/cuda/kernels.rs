@@ -26,15 +26,13 @@ pub(super) struct Decoders {
 
 impl Decoders {
     pub(super) fn load(gpu: &Gpu, dtype: DType, dim: usize, group: usize) -> Result<Self> {
-        let (dim, mut kernels) = (dim as u32, Vec::new());
-        let narrow = if dim == 256 { 2 } else { 4 };
+        let (narrow, mut kernels) = (narrow_warps(dim), Vec::new());
         for columns in [8, 16].into_iter().filter(|columns| group <= *columns) {
             for (is_wide, warps) in [(false, narrow), (true, 2 * narrow)] {
-                let columns = columns as u32;
-                // Two tiles of 16 rows of K and V for each warp, the place where warps meet, and Q
-                // where registers are too few: as in kernels/kvm_attn.cuh.
-                let q = if dim * columns >= 4096 { 2 * dim * columns } else { 0 };
-                let shared = warps * (2 * 64 * dim + columns * 68 * 4) + q;
+                // Two tiles of 16 rows of K and V for each warp, the place where warps meet, and Q: as in
+                // kernels/kvm_attn.cuh.
+                let of_a_warp = 2 * 64 * dim + columns * 68 * 4;
+                let shared = warps * of_a_warp as u32 + q_bytes(dim, columns) as u32;
                 if is_wide && shared > gpu.max_shared_bytes() {
                     continue;
                 }
@@ -51,23 +49,27 @@ impl Decoders {
     pub(super) fn load_quantized(
         gpu: &Gpu,
         layout: Sealed,
-        dtype: DType,
         dim: usize,
         group: usize,
     ) -> Result<Self> {
-        let (warps, mut kernels) = (4, Vec::new());
+        let (warps, mut kernels) = (narrow_warps(dim), Vec::new());
         // Two chunks of K and V for each warp, in units of 512 bytes, or two tiles of open rows: as in
         // kernels/decode_q.cu.
         let chunk =
             |is_key| (layout.bytes(dim, is_key) * layout.chunk() / TOKENS).next_multiple_of(512);
         let ring = 2 * (chunk(true) + chunk(false)).max(64 * dim);
         for columns in [8, 16].into_iter().filter(|columns| group <= *columns) {
-            let shared = warps * ring;
-            let name = format!("kvm_decode_{}_{}_d{dim}_g{columns}", layout.name(), dtype.name());
+            // What belongs to each column lies behind Q, and the number of an item.
+            let q = match q_bytes(dim, columns) {
+                0 => 0,
+                q => q + 16 * columns + 16,
+            };
+            let shared = warps as usize * ring + q;
+            let name = format!("kvm_decode_{}_d{dim}_g{columns}", layout.name());
             let variant = Variant { has_16_columns: columns == 16, is_wide: false };
-            kernels.push((variant, gpu.kernel(&name, warps as u32 * 32, shared as u32)?));
+            kernels.push((variant, gpu.kernel(&name, warps * 32, shared as u32)?));
         }
-        Ok(Self { kernels, warps: warps as u32, warp_rows: layout.chunk() as u32 })
+        Ok(Self { kernels, warps, warp_rows: layout.chunk() as u32 })
     }
 
     /// The variant that is there and closest to what is wanted.
@@ -88,6 +90,16 @@ impl Decoders {
     pub(super) fn rows(&self, variant: Variant) -> u32 {
         self.warp_rows * self.warps * if variant.is_wide { 2 } else { 1 }
     }
+}
+
+/// Warps of a CTA that is not wide: `kvm_warps` of kernels/kvm_attn.cuh.
+fn narrow_warps(dim: usize) -> u32 {
+    if dim == 256 { 2 } else { 4 }
+}
+
+/// Bytes of shared memory for Q where registers are too few: `kvm_q_bytes` there.
+fn q_bytes(dim: usize, columns: usize) -> usize {
+    if dim * columns >= 4096 { 2 * dim * columns } else { 0 }
 }
 
 /// Whether so many queries of a sequence are a job for the kernel that reads keys once for many.

@@ -33,7 +33,7 @@ use self::quest::Quest;
 use self::selected::Selected;
 use self::sums::Sums;
 use self::table::{Builder, Table, lanes_of_table};
-use self::workspace::{Capacity, NOTE_WORDS, Workspace};
+use self::workspace::{Capacity, Limits, NOTE_WORDS, Workspace};
 use super::{DeviceOptions, check_shape};
 use crate::cache::{Cache, Format, OPEN, PAGE_BYTES};
 use crate::device::cuda::params::{Append, Decode};
@@ -66,6 +66,7 @@ pub(super) struct Cuda {
     selected: Vec<Selected>,
     /// The lists of blocks that selectors make.
     quest: Quest,
+    limits: Limits,
     /// The kernel that the plan runs.
     variant: Variant,
     /// Whether there are decode steps, and prompts.
@@ -98,7 +99,7 @@ impl Cuda {
             append: [append(DType::F16)?, append(DType::Bf16)?, append(DType::F32)?],
             decode: match cache.sealed_layout() {
                 None => Decoders::load(gpu, dtype, dim, group)?,
-                Some(layout) => Decoders::load_quantized(gpu, layout, dtype, dim, group)?,
+                Some(layout) => Decoders::load_quantized(gpu, layout, dim, group)?,
             },
             prefill: load_prefill(gpu, dtype, dim)?,
             workspace: Workspace::new(gpu, num_tables, 16 * (dim + 4) * 4),
@@ -108,6 +109,7 @@ impl Cuda {
             tables: (0..num_tables).map(|_| Table::default()).collect(),
             selected: (0..config.shape.num_layers).map(|_| Selected::new(gpu)).collect(),
             quest: Quest::new(gpu),
+            limits: Limits::default(),
             variant: Variant::default(),
             has: [false; 2],
             num_tokens: 0,
@@ -138,7 +140,7 @@ impl Cuda {
         let lists = lanes_of_table(config);
         self.clear();
         // A cut adds an item, and a head that was cut has two parts more than it has whole shares.
-        self.workspace.reserve(&Capacity {
+        let capacity = Capacity {
             items: tiles * heads + 2 * grid,
             prompts: tiles * heads + self.prefill_grid() as usize,
             places: num_queries * lists,
@@ -146,7 +148,16 @@ impl Cuda {
             pages: num_blocks,
             slots: 2 * grid,
             tickets: grid,
-        })?;
+        };
+        self.workspace.reserve(&capacity)?;
+        self.limits = Limits {
+            num_sequences,
+            num_queries,
+            num_kv_heads: heads,
+            num_blocks,
+            heads_per_block: heads / lists,
+            capacity,
+        };
         Ok(())
     }
 
@@ -184,8 +195,8 @@ impl Cuda {
         let partials = self.quest.make(cache, batch, &self.tables, &mut self.builder)?;
         self.workspace.reserve(&needed.max(&partials))?;
         self.send_tables()?;
-        self.quest.send()?;
-        self.sums.plan(&self.gpu, cache, batch, &self.tables)
+        self.quest.send(&self.limits)?;
+        self.sums.plan(&self.gpu, cache, batch, &self.tables, &self.limits)
     }
 
     /// Queues the copy of the tables.
@@ -235,7 +246,7 @@ impl Cuda {
             self.clear();
             return resent;
         }
-        self.selected[layer].send()
+        self.selected[layer].send(&self.limits)
     }
 
     /// Forgets the plan.
@@ -361,6 +372,7 @@ impl Cuda {
             group: shape.group() as u32,
             block_size: cache.config().block_size as u32,
             rotates: cache.rotates(),
+            is_bf16: u32::from(self.dtype == DType::Bf16),
         };
         let _entered = self.gpu.enter()?;
         if let Some(choice) = choice {

@@ -21,7 +21,7 @@ use super::Reading;
 use super::schedule::Segment;
 use super::selected::chosen;
 use super::table::{Builder, Lists, Table, TableLane, lanes_of_table};
-use super::workspace::{Capacity, Workspace};
+use super::workspace::{Capacity, Limits, Workspace};
 use crate::attention::choose::num_sealed;
 use crate::cache::Cache;
 use crate::device::cuda::params::{Quest as Score, Topk};
@@ -159,18 +159,22 @@ impl Quest {
     }
 
     /// Queues the copy of the tables.
-    pub(super) fn send(&mut self) -> Result<()> {
+    pub(super) fn send(&mut self, limits: &Limits) -> Result<()> {
         if self.routes.iter().all(Option::is_none) {
             return Ok(());
         }
-        let mut needed = Capacity::default();
+        let Capacity { items, prompts, .. } = limits.capacity;
+        let slots = limits.num_blocks * limits.heads_per_block;
+        // The lists of heads are behind all blocks.
+        let pages = limits.num_blocks + slots;
+        let mut needed = Capacity { items, prompts, pages, slots, ..Capacity::default() };
+        self.room = self.room.max(&Room::of(limits));
         for table in &self.tables {
-            let grow = |old: usize, words: usize| old.max(words).next_power_of_two();
-            self.room = Room {
-                numbers: grow(self.room.numbers, table.numbers.len()),
-                score_items: grow(self.room.score_items, table.score_items.len() / SCORE_WORDS),
-                topk_items: grow(self.room.topk_items, table.topk_items.len() / TOPK_WORDS),
-            };
+            self.room = self.room.max(&Room {
+                numbers: table.numbers.len(),
+                score_items: table.score_items.len() / SCORE_WORDS,
+                topk_items: table.topk_items.len() / TOPK_WORDS,
+            });
             let slots = Capacity { slots: table.num_scores, ..Capacity::default() };
             needed = needed.max(&table.lists.capacity()).max(&slots);
         }
@@ -251,6 +255,26 @@ impl Quest {
 }
 
 impl Room {
+    /// For every plan within limits.
+    fn of(limits: &Limits) -> Self {
+        let heads = limits.num_sequences * limits.num_kv_heads;
+        Self {
+            numbers: limits.num_blocks,
+            score_items: limits.num_blocks * limits.heads_per_block / PART + heads,
+            topk_items: heads,
+        }
+    }
+
+    /// Room for both, with some to grow.
+    fn max(&self, other: &Self) -> Self {
+        let grow = |a: usize, b: usize| a.max(b).next_power_of_two();
+        Self {
+            numbers: grow(self.numbers, other.numbers),
+            score_items: grow(self.score_items, other.score_items),
+            topk_items: grow(self.topk_items, other.topk_items),
+        }
+    }
+
     fn score_at(&self) -> usize {
         self.numbers
     }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use super::schedule::Segment;
 use super::table::{Builder, Lists, Table, TableLane};
-use super::workspace::{Capacity, Workspace};
+use super::workspace::{Capacity, Limits, Workspace};
 use crate::attention::walk::check_list;
 use crate::device::cuda::Gpu;
 use crate::error::Result;
@@ -108,8 +108,11 @@ impl Selected {
     }
 
     /// Queues the copy, and puts the lists to use.
-    pub(super) fn send(&mut self) -> Result<()> {
-        self.workspace.reserve(&Capacity { places: 0, ..self.lists.capacity() })?;
+    pub(super) fn send(&mut self, limits: &Limits) -> Result<()> {
+        let Capacity { items, prompts, .. } = limits.capacity;
+        let pages = limits.num_blocks * limits.heads_per_block;
+        let most = Capacity { items, prompts, pages, ..Capacity::default() };
+        self.workspace.reserve(&most.max(&Capacity { places: 0, ..self.lists.capacity() }))?;
         let (layout, lists) = (self.workspace.layout, &self.lists);
         self.workspace.write(|words| {
             lists.put(words, &layout);

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::table::{Table, lanes_of_table};
-use super::workspace::{Capacity, Workspace};
+use super::workspace::{Capacity, Limits, Workspace};
 use crate::cache::Cache;
 use crate::device::cuda::params::{Decode, Seen, SeenItem};
 use crate::device::cuda::{Gpu, Kernel};
@@ -44,6 +44,7 @@ impl Sums {
         cache: &Cache,
         batch: &[(&Sequence, usize)],
         tables: &[Table],
+        limits: &Limits,
     ) -> Result<()> {
         self.clear();
         let shape = &cache.config().shape;
@@ -72,7 +73,10 @@ impl Sums {
             self.kernel = Some(load(gpu, cache)?);
         }
         let words = self.items.iter().map(Vec::len).max().unwrap_or(0);
-        let (places, slots) = (words.div_ceil(2), token * shape.num_q_heads);
+        // Of each block at most one piece, which may begin another part.
+        let most = 2 * limits.num_blocks * limits.heads_per_block * SeenItem::WORDS;
+        let slots = token.max(limits.num_queries) * shape.num_q_heads;
+        let places = words.max(most).div_ceil(2);
         self.workspace.reserve(&Capacity { places, slots, ..Capacity::default() })?;
         self.send()
     }

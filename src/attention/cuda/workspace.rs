@@ -75,6 +75,20 @@ impl Capacity {
     }
 }
 
+/// The most that the engine says it will plan, and what its own tables need for it. Parts that only some plans
+/// have take memory for all of it at once, when a plan first has them.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Limits {
+    pub(super) num_sequences: usize,
+    pub(super) num_queries: usize,
+    pub(super) num_kv_heads: usize,
+    /// Blocks of a table, and how many heads read each of them.
+    pub(super) num_blocks: usize,
+    pub(super) heads_per_block: usize,
+    /// Of the tables for all blocks.
+    pub(super) capacity: Capacity,
+}
+
 /// Words of 32 bits from the start of a table.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Layout {

@@ -91,6 +91,7 @@ pub struct Decode {
     pub group: u32,
     pub block_size: u32,
     pub rotates: u32,
+    pub is_bf16: u32,
 }
 
 // SAFETY: the fields of KvmDecode in kernels/kvm_attn.cuh.
@@ -324,7 +325,7 @@ unsafe impl Params for Seen {}
 const _: () = assert!(size_of::<QuestBounds>() == 3 * 8 + 4 * 4 + 500 * 8);
 const _: () = assert!(size_of::<Quest>() == 9 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<Topk>() == 5 * 8 + 4 + 4);
-const _: () = assert!(size_of::<Decode>() == 22 * 8 + 6 * 4);
+const _: () = assert!(size_of::<Decode>() == 22 * 8 + 7 * 4 + 4);
 const _: () = assert!(size_of::<Append>() == 14 * 8 + 3 * 4 + 4);
 const _: () = assert!(size_of::<Seal>() == 4 * 8 + 2 * 4 + 500 * 8);
 const _: () = assert!(size_of::<CopyBlocks>() == 2 * 8 + 4 + 4);

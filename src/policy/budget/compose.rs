@@ -50,9 +50,7 @@ impl Budget for Compose {
             (heads, rest.0) = rest.0.split_at(count);
             (shares, rest.1) = rest.1.split_at(count);
             let curve = curve(heads);
-            let sum = shares.iter().sum::<usize>();
-            // Heads without tokens have no share, but must not cost the others their last one.
-            let share = (sum / count.max(1)).max(sum.min(1));
+            let share = ranks_within(heads, shares.iter().sum());
             let protected = curve.protected.iter().filter(|protected| **protected).count();
             safe.push(protected.max(1).min(share).min(curve.scores.len()));
             curves.push(curve);
@@ -71,6 +69,23 @@ impl Budget for Compose {
     fn lane_width(&self) -> LaneWidth {
         LaneWidth::Layer
     }
+}
+
+/// How many composite tokens `rows` pay for. One costs a row of each head that has its rank; the first
+/// may cost more than there is.
+fn ranks_within(heads: &[HeadScores], rows: usize) -> usize {
+    let mut lens: Vec<usize> = heads.iter().map(|head| head.scores.len()).collect();
+    lens.sort_unstable();
+    let (mut left, mut paid) = (rows, 0);
+    for (shorter, len) in lens.iter().enumerate() {
+        let width = lens.len() - shorter;
+        let more = (len - paid).min(left / width);
+        (left, paid) = (left - more * width, paid + more);
+        if paid < *len {
+            break;
+        }
+    }
+    paid.max(rows.min(1))
 }
 
 /// The composite tokens of a layer, best first. One is protected if a token of any head in it is; the
@@ -122,6 +137,13 @@ mod tests {
         assert_eq!(spread(1), [1, 1, 1, 1, 1, 1]);
         let uneven = [head(&[]), head(&[1.0, 2.0])];
         assert_eq!(Compose.spread_layers(&[2], &uneven, &[0, 1]).unwrap(), [0, 1]);
+        // All that there is stays if the shares pay for it, whichever head they were meant for.
+        let uneven = [head(&[]), head(&[1.0, 2.0])];
+        assert_eq!(Compose.spread_layers(&[2], &uneven, &[0, 2]).unwrap(), [0, 2]);
+        let uneven = [head(&[2.0]), head(&[1.0; 9]), head(&[1.0; 4])];
+        assert_eq!(Compose.spread_layers(&[3], &uneven, &[1, 9, 4]).unwrap(), [1, 9, 4]);
+        assert_eq!(Compose.spread_layers(&[3], &uneven, &[1, 5, 4]).unwrap(), [1, 5, 4]);
+        assert_eq!(Compose.spread_layers(&[3], &uneven, &[1, 3, 4]).unwrap(), [1, 3, 3]);
         assert_eq!(spread(2), [3, 3, 2, 2, 1, 1]);
         assert_eq!(spread(3), [4, 4, 3, 3, 2, 2]);
         assert_eq!(spread(4), [4; 6]);
@@ -135,7 +157,7 @@ mod tests {
         let heads = [head(&[9.0; 6]), low];
         assert_eq!(Compose.spread_layers(&[1, 1], &heads, &[4, 4]).unwrap(), [5, 3]);
         let heads = [head(&[1.0; 6]), head(&[1.0; 2])];
-        assert_eq!(Compose.spread_layers(&[2], &heads, &[4, 4]).unwrap(), [4, 2]);
+        assert_eq!(Compose.spread_layers(&[2], &heads, &[4, 4]).unwrap(), [6, 2]);
         assert_eq!(Compose.spread(0, &[], &[]).unwrap(), [0usize; 0]);
         assert_eq!(Compose.spread(0, &[head(&[])], &[3]).unwrap(), [0]);
     }
