@@ -1,7 +1,5 @@
 //! Who is reclaimed first.
 
-use std::ptr;
-
 use crate::*;
 
 /// The order of reclaim after each of `change`: which of two prompts is still cached.
@@ -56,7 +54,7 @@ fn retention_decides_who_goes_first_and_can_be_changed() {
         ok(kvmgr_pool_tick(pool, 50));
         let known = hashes(pool, &request(b));
         // SAFETY: hashes of the length that is passed.
-        ok(unsafe { kvmgr_pool_keep_entries(pool, known.as_ptr(), 1, 0, 0, 0, ptr::null_mut()) });
+        ok(unsafe { kvmgr_pool_keep_entries(pool, known.as_ptr(), 1, 0, 0, 0, null_mut()) });
     };
     assert_eq!(survivor(c"lru", late), (false, true));
     // A newer state of the session replaces the older one.
