@@ -3103,7 +3103,7 @@ kvmgr_status kvmgr_attention_run(const kvmgr_attention *attention,
  * blocks and policies that want to know what rows receive need beside it is taken by the first plan or
  * selection of that kind, at once for these limits. Not counted is memory of single sequences, which no key
  * depends on: plans take it for policies that want the last queries or what rows receive. The current plan is
- * gone. CUDA only.
+ * gone, but not if the stream is being captured: that is KVMGR_INVALID_STATE and changes nothing. CUDA only.
  *
  * @param max_sequences most sequences of a plan
  * @param max_queries most tokens of a plan, over all sequences

@@ -18,6 +18,12 @@ struct KvmQuestBounds {
     } blocks[KVM_BOUNDS_BLOCKS];
 };
 
+/// What f16 can hold: infinity times 0 would be no number.
+KVM_DEVICE float kvm_finite(float x) {
+    constexpr float MOST = 65504;
+    return x > MOST ? MOST : x < -MOST ? -MOST : x;
+}
+
 /// A warp for each cell, two channels for each lane. A maximum passes over NaN.
 template <u32 TYPE> KVM_DEVICE void kvm_quest_bounds(const KvmQuestBounds& p) {
     u32 lane = kvm_tid() % 32, num_items = p.num_blocks * p.num_cells;
@@ -38,8 +44,8 @@ template <u32 TYPE> KVM_DEVICE void kvm_quest_bounds(const KvmQuestBounds& p) {
                     low[c] = x < low[c] ? x : low[c];
                 }
             }
-            *(u32*)(bounds + d) = kvm_pack<false>(high[0], high[1]);
-            *(u32*)(bounds + p.dim + d) = kvm_pack<false>(low[0], low[1]);
+            *(u32*)(bounds + d) = kvm_pack<false>(kvm_finite(high[0]), kvm_finite(high[1]));
+            *(u32*)(bounds + p.dim + d) = kvm_pack<false>(kvm_finite(low[0]), kvm_finite(low[1]));
         }
     }
 }

@@ -66,6 +66,10 @@ fn bounds_are_the_least_and_the_most_of_each_channel() {
                 if row % block > 0 && random.chance(10) {
                     keys[at + random.below(dim)] = NAN;
                 }
+                if random.chance(10) {
+                    let huge = random.pick(&[1e6, -1e6, f32::INFINITY, f32::NEG_INFINITY]);
+                    keys[at + random.below(dim)] = half.bits(huge);
+                }
             }
         }
         let mut bounds = vec![NAN; slots * cells * 2 * dim];
@@ -83,8 +87,9 @@ fn bounds_are_the_least_and_the_most_of_each_channel() {
                 let high = values.clone().fold(f32::NEG_INFINITY, f32::max);
                 let low = values.fold(f32::INFINITY, f32::min);
                 let at = (slot * cells + i) * 2 * dim + d;
-                expected[at] = Half::F16.bits(high);
-                expected[at + dim] = Half::F16.bits(low);
+                // Infinity times 0 would be no number.
+                expected[at] = Half::F16.bits(high.clamp(-65504.0, 65504.0));
+                expected[at + dim] = Half::F16.bits(low.clamp(-65504.0, 65504.0));
             }
         }
         // The two zeros are equal.

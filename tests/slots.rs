@@ -6,11 +6,14 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_void};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::Random;
 use kvmgr::ffi::masked::*;
+use kvmgr::ffi::policy::*;
+use kvmgr::ffi::score::*;
 use kvmgr::ffi::slots::*;
 use kvmgr::ffi::types::*;
 use kvmgr::ffi::version::*;
@@ -179,15 +182,19 @@ impl Layer {
     }
 
     fn observe(&mut self, slots: &[u32], mask: &[f32], span: usize) {
+        let status = self.try_observe(slots, mask, span);
+        assert_eq!(status, KVMGR_OK, "{}", message());
+    }
+
+    fn try_observe(&mut self, slots: &[u32], mask: &[f32], span: usize) -> kvmgr_status {
         let query = self.random.normals(slots.len() * Q_HEADS * DIM);
         let query = tensor(&query, [slots.len(), Q_HEADS, DIM]);
         let mask = tensor(mask, [slots.len(), 1, span]);
         // SAFETY: the tensors above and slots of the length given.
-        let status = unsafe {
+        unsafe {
             let (q, m) = (&raw const query, &raw const mask);
             kvmgr_slots_observe(self.handle, 0, q, m, slots.as_ptr(), slots.len())
-        };
-        assert_eq!(status, KVMGR_OK, "{}", message());
+        }
     }
 }
 
@@ -423,6 +430,74 @@ fn a_policy_that_waits_for_the_end_of_a_prompt_can_be_settled() {
     layer.write(&[100], 0);
     layer.observe(&[100], &causal(100, 1, SLOTS), SLOTS);
     assert_eq!(layer.stats().rows_live, 2 * 26, "the answer does not run it again");
+}
+
+/// Whether the engine's score fails.
+static FAILS: AtomicBool = AtomicBool::new(false);
+/// Queries that it was shown.
+static QUERIES: AtomicUsize = AtomicUsize::new(0);
+
+unsafe extern "C" fn score(
+    _: *mut c_void,
+    input: *const kvmgr_policy_input,
+    scores: *mut f32,
+    _: *mut u8,
+) -> kvmgr_status {
+    if FAILS.load(Ordering::Relaxed) {
+        return KVMGR_INVALID_STATE;
+    }
+    // SAFETY: the library passes what it documents.
+    unsafe {
+        let input = &*input;
+        QUERIES.store(input.num_queries as usize, Ordering::Relaxed);
+        for i in 0..input.num_tokens as usize {
+            *scores.add(i) = *input.positions.add(i) as f32;
+        }
+    }
+    KVMGR_OK
+}
+
+/// A policy that fails runs the next time.
+#[test]
+fn a_policy_that_fails_can_run_again() {
+    let ops = kvmgr_score_ops {
+        struct_size: size_of::<kvmgr_score_ops>(),
+        needs: KVMGR_NEEDS_KEYS | KVMGR_NEEDS_QUERY_WINDOW,
+        query_window: 4,
+        flags: 0,
+        reserved: 0,
+        score: Some(score),
+        destroy: None,
+    };
+    // SAFETY: a string and a struct.
+    let status = unsafe {
+        kvmgr_policy_register_score(c"fails_at_times".as_ptr(), ptr::null_mut(), &raw const ops)
+    };
+    assert_eq!(status, KVMGR_OK, "{}", message());
+    for settles in [false, true] {
+        let mut layer = Layer::new("fails_at_times | keep(0.25)", 1, 0, 27);
+        let prompt: Vec<u32> = (0..80).collect();
+        layer.write(&prompt, 0);
+        layer.observe(&prompt, &causal(0, 80, SLOTS), SLOTS);
+        let drafts: Vec<u32> = (80..84).collect();
+        layer.write(&drafts, 0);
+        layer.observe(&drafts, &causal(80, 4, SLOTS), SLOTS);
+        // Of the drafts the last is taken back.
+        layer.write(&[83], 0);
+        for fails in [true, true, false] {
+            FAILS.store(fails, Ordering::Relaxed);
+            let expected = if fails { KVMGR_INVALID_STATE } else { KVMGR_OK };
+            let status = match settles {
+                true => layer.settle(&[40]),
+                false => layer.try_observe(&[83], &causal(83, 1, SLOTS), SLOTS),
+            };
+            assert_eq!(status, expected, "{}", message());
+            let live = layer.stats().rows_live;
+            assert_eq!(live < 2 * 84, !fails, "{live}");
+        }
+        let seen = QUERIES.load(Ordering::Relaxed);
+        assert_eq!(seen, if settles { 4 } else { 3 }, "a query is taken back once");
+    }
 }
 
 /// Drafts are no prompt: they end the one before them, and are not compressed themselves.

@@ -257,14 +257,15 @@ impl Attention {
         Ok(())
     }
 
-    /// Takes the device memory for every plan of so many sequences, queries, and blocks of a layer.
+    /// Takes the device memory for every plan of so many sequences, queries, and blocks of a layer. The current
+    /// plan is gone, unless the stream is being captured.
     pub fn reserve(
         &mut self,
         num_sequences: usize,
         num_queries: usize,
         num_blocks: usize,
     ) -> Result<()> {
-        self.cuda()?;
+        self.cuda()?.check_not_capturing("reserve")?;
         self.plan.clear();
         match &mut self.cuda {
             Some(cuda) => cuda.reserve(&self.cache, num_sequences, num_queries, num_blocks),

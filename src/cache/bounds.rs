@@ -56,12 +56,17 @@ impl Bounds {
     }
 
     /// Forgets what a block held, because it is going to hold something else.
-    pub(super) fn forget(&self, block: BlockId) {
+    fn forget(&self, block: BlockId) {
         self.known[block.0 as usize].store(false, Ordering::Release);
     }
 }
 
 impl Cache {
+    /// Forgets the bounds of a block, because some of its rows are going to be written again.
+    pub fn forget_bounds(&self, block: BlockId) {
+        self.bounds.get().iter().for_each(|bounds| bounds.forget(block));
+    }
+
     /// From now on blocks on a device have bounds. The first time it takes memory for those of all.
     pub fn keep_bounds(&self) -> Result<()> {
         let is_due = self.bounds.get().is_none() && !self.formats().is_empty();

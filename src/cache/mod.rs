@@ -325,7 +325,7 @@ impl Cache {
                 bail!(OutOfMemory, "no address space is left for a block of format {format}");
             };
             state.views[id.0 as usize] = view;
-            self.bounds.get().iter().for_each(|bounds| bounds.forget(id));
+            self.forget_bounds(id);
             out.push(Block { id, view });
         }
         state.note_peak();

@@ -11,6 +11,8 @@
 //! with 16 the bounds alone are an eighth of the keys. The authors choose for each query head, and
 //! leave the first two layers dense; here the group shares one choice.
 
+use half::f16;
+
 use super::rows::BlockRows;
 use super::{Entry, Index, NewBlocks, Reach, Selector, reach};
 use crate::registry::Param;
@@ -83,7 +85,8 @@ impl Index for Bounds {
     }
 }
 
-/// The most and the least of each channel of `keys`, `[high, low][dim]`, passing over NaN.
+/// The most and the least of each channel of `keys`, `[high, low][dim]`, passing over NaN; what is beyond f16 is
+/// its end, because infinity times 0 would be no number.
 pub(crate) fn extremes(keys: &[f32], out: &mut [f32]) {
     let dim = out.len() / 2;
     let (high, low) = out.split_at_mut(dim);
@@ -92,5 +95,25 @@ pub(crate) fn extremes(keys: &[f32], out: &mut [f32]) {
     for key in keys.chunks_exact(dim) {
         high.iter_mut().zip(key).for_each(|(high, x)| *high = high.max(*x));
         low.iter_mut().zip(key).for_each(|(low, x)| *low = low.min(*x));
+    }
+    let most = f16::MAX.to_f32();
+    out.iter_mut().for_each(|x| *x = x.clamp(-most, most));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_beyond_f16_do_not_hide_their_block() {
+        for huge in [1e6, f32::INFINITY] {
+            let mut index = Bounds { dim: 2, rows: BlockRows::new(4), parts: Vec::new() };
+            // Channel 0 is no good to this query, channel 1 is.
+            let keys = [0.0, 1.0, 0.0, 2.0, huge, 3.0, 0.0, 4.0];
+            index.extend(&NewBlocks { keys: &keys, rows: &[2, 2], received: &[] });
+            let mut scores = [f32::NAN; 2];
+            index.score(&[-1.0, 1.0], &mut scores);
+            assert_eq!(scores, [2.0, 4.0]);
+        }
     }
 }

@@ -222,6 +222,10 @@ impl Sequence {
                 && !tail.sealed
             {
                 let take = left.min(block_size - tail.end());
+                if take > 0 {
+                    // A fork that is gone may have sealed it when it was full.
+                    self.cache.forget_bounds(tail.block.id);
+                }
                 tail.count += take as u32;
                 left -= take;
             }

@@ -212,6 +212,13 @@ impl Observation {
         Ok(())
     }
 
+    /// Says that nobody sees the queries of tokens below `limit` any more: they are those of a prefix.
+    pub fn skip_queries(&self, limit: i32) {
+        if let Some(noted) = &self.noted {
+            noted.skip(limit);
+        }
+    }
+
     /// Says that the prompt has ended, and how many queries steps remember.
     pub fn end_prompt(&self, window: usize) {
         if let Some(noted) = &self.noted {

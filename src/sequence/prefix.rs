@@ -51,6 +51,9 @@ impl Sequence {
             self.entries.push(entry);
             self.committed += block_size;
         }
+        if let Some(observation) = &self.observation {
+            observation.skip_queries(self.committed as i32);
+        }
         self.touch();
         Ok(self.committed)
     }

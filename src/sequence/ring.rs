@@ -188,6 +188,11 @@ impl NotedQueries {
         }
     }
 
+    /// What the ring has at positions below `limit` is of other tokens.
+    pub(super) fn skip(&self, limit: i32) {
+        self.begin.fetch_max(limit, Ordering::Relaxed);
+    }
+
     /// Forgets all but the last `keep` queries.
     pub(super) fn forget(&self, keep: usize) {
         let end = self.end.load(Ordering::Relaxed);

@@ -99,17 +99,24 @@ impl Slots {
             return Ok(());
         }
         let local: Vec<u32> = slots.iter().map(|slot| slot % num_slots as u32).collect();
-        for chain in chains(&mut self.streams[stream], mask, &local) {
-            self.follow(stream, chain, query, mask, &local)?;
+        let mut chains = chains(&mut self.streams[stream], mask, &local);
+        for i in 0..chains.len() {
+            if let Err(error) = self.follow(stream, &mut chains[i], query, mask, &local) {
+                // Those that did not go on can do so later.
+                let rest = chains[i..].iter_mut().filter_map(|chain| chain.tracked.take());
+                self.streams[stream].tracked.extend(rest);
+                return Err(error);
+            }
         }
         Ok(())
     }
 
-    /// Runs the policy of one sequence if it is due, and remembers where the sequence is now.
+    /// Runs the policy of one sequence if it is due, and remembers where the sequence is now. If the policy
+    /// fails, the sequence is where it was.
     fn follow(
         &mut self,
         stream: usize,
-        chain: Chain,
+        chain: &mut Chain,
         query: &Tensor<'_>,
         mask: &Tensor<'_>,
         slots: &[u32],
@@ -117,26 +124,30 @@ impl Slots {
         let (len, first) = (chain.queries.len(), chain.queries[0]);
         let may_draft = chain.tracked.is_some() && len <= MAX_DRAFTS;
         let mut is_answer = len == 1;
-        let mut tracked = Tracked::default();
-        if let Some(known) = chain.tracked {
-            tracked = known;
+        if let Some(tracked) = &mut chain.tracked {
             let stays = |(slot, age): &(u32, u32)| {
                 sees(mask, first, *slot) && self.streams[stream].age(*slot as usize) == *age
             };
             let rejected = tracked.recent.iter().filter(|recent| !stays(recent)).count();
-            tracked.queries.truncate(tracked.queries.len().saturating_sub(rejected));
+            let gone = tracked.queries.split_off(tracked.queries.len().saturating_sub(rejected));
             let was_short = tracked.recent.len() > 1;
             is_answer |= may_draft && (!tracked.is_prompt || was_short || rejected > 0);
             let event = match tracked.is_prompt {
                 true => Event::PrefillEnd,
                 false => Event::Step,
             };
-            tracked.steps += usize::from(is_answer && event == Event::Step);
-            if self.policy.acts_on(event) && (is_answer || tracked.is_prompt && self.config.pieces)
+            let step = usize::from(is_answer && event == Event::Step);
+            tracked.steps += step;
+            if (self.policy.acts_on(event)
+                && (is_answer || tracked.is_prompt && self.config.pieces))
+                && let Err(error) = self.run(stream, event, tracked, visible(mask, first, slots))
             {
-                self.run(stream, event, &tracked, visible(mask, first, slots))?;
+                tracked.steps -= step;
+                tracked.queries.extend(gone);
+                return Err(error);
             }
         }
+        let mut tracked = chain.tracked.take().unwrap_or_default();
         tracked.is_prompt = !is_answer;
         self.note_queries(&mut tracked, &chain.queries, query);
         tracked.seen.clear();
@@ -147,7 +158,7 @@ impl Slots {
         let recent = if may_draft { &chain.queries[..] } else { &chain.queries[len - 1..] };
         let slots = recent.iter().map(|i| slots[*i]);
         tracked.recent = slots.map(|slot| (slot, stream.age(slot as usize))).collect();
-        if stream.tracked.len() == MAX_TRACKED {
+        if stream.tracked.len() >= MAX_TRACKED {
             stream.tracked.remove(0);
         }
         stream.tracked.push(tracked);
@@ -191,9 +202,12 @@ impl Slots {
             let mut tracked = std::mem::take(&mut self.streams[stream].tracked);
             let mut result = Ok(());
             for tracked in tracked.iter_mut().filter(|tracked| waits(tracked)) {
-                let seen = std::mem::take(&mut tracked.seen);
+                result = self.run(stream, Event::PrefillEnd, tracked, tracked.seen.clone());
+                if result.is_err() {
+                    break;
+                }
+                tracked.seen = Vec::new();
                 tracked.is_prompt = false;
-                result = result.and_then(|()| self.run(stream, Event::PrefillEnd, tracked, seen));
             }
             self.streams[stream].tracked = tracked;
             result?;

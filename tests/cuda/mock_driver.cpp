@@ -88,6 +88,7 @@ static bool has_failed = false;
 static std::map<std::string, unsigned> launches; // of kernels, by name
 static u32 seed = 1;
 static unsigned failures = 0; // calls that were refused
+static u64 allocations = 0, first_refused = 0, num_refused = 0; // since mock_refuse_allocations
 
 static int fail(int code, const char* text) {
     fprintf(stderr, "mock driver: %d: %s\n", code, text);
@@ -218,8 +219,10 @@ int cuCtxPopCurrent_v2(Context** out) {
     return SUCCESS;
 }
 
+static bool is_refused() { return allocations++ - first_refused < num_refused; }
 int cuMemAlloc_v2(u64* out, size_t bytes) {
-    WITH_CONTEXT NOT_IN_CAPTURE if (bytes == 0 || bytes > (size_t)1 << 33) return OUT_OF_MEMORY;
+    WITH_CONTEXT NOT_IN_CAPTURE if (bytes == 0 || bytes > (size_t)1 << 33 || is_refused())
+        return OUT_OF_MEMORY;
     bytes = (bytes + 4095) / 4096 * 4096;
     void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     memset(base, 0xff, bytes);
@@ -236,8 +239,8 @@ int cuMemFree_v2(u64 address) {
     return SUCCESS;
 }
 int cuMemHostAlloc(void** out, size_t bytes, unsigned) {
-    WITH_CONTEXT NOT_IN_CAPTURE return *out = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096),
-                                       SUCCESS;
+    WITH_CONTEXT NOT_IN_CAPTURE if (is_refused()) return OUT_OF_MEMORY;
+    return *out = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), SUCCESS;
 }
 int cuMemFreeHost(void* address) {
     WITH_CONTEXT NOT_IN_CAPTURE run_until(queued);
@@ -394,6 +397,15 @@ int cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** para
 unsigned mock_num_failures() {
     std::lock_guard<std::recursive_mutex> guard(lock);
     return failures;
+}
+
+/// Not of a driver: of the allocations from now on there is no memory for `count` from the `first` on. Answers how
+/// many there were since the last call.
+unsigned mock_refuse_allocations(unsigned first, unsigned count) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    unsigned before = (unsigned)allocations;
+    allocations = 0, first_refused = first, num_refused = count;
+    return before;
 }
 
 /// Not of a driver: launches so far of kernels whose names start with `prefix`, or, after "early ", of those

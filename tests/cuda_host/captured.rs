@@ -3,6 +3,7 @@
 
 use std::ptr;
 
+use kvmgr::ffi::attention::*;
 use kvmgr::ffi::cache::*;
 use kvmgr::ffi::sequence::*;
 use kvmgr::ffi::types::*;
@@ -96,6 +97,30 @@ fn nothing_is_copied_in_a_capture() {
             twin.end_prefill(pair);
             twin.positions(pair);
         }
+        ok(kvmgr_cache_set_stream(twin.device.cache, ptr::null_mut()));
+    });
+}
+
+/// What is refused leaves the plan as it was.
+#[test]
+fn a_plan_stays_when_no_memory_is_taken_in_a_capture() {
+    on_device("captured::a_plan_stays_when_no_memory_is_taken_in_a_capture", || {
+        let _context = Context::new();
+        let stream = Stream::new();
+        let mut twin = Twin::new(PLAIN, 4, |_| {});
+        ok(kvmgr_cache_set_stream(twin.device.cache, stream.pointer()));
+        let (mut pair, _) = twin.start(&[]);
+        twin.feed(&mut pair, &[1; 20]);
+        pair.both().into_iter().for_each(|sequence| ok(kvmgr_sequence_reserve(sequence, 1)));
+        twin.host.plan(&[pair.host], &[1]);
+        twin.device.plan(&[pair.device], &[1]);
+        _ = stream.capture(|| {
+            let status = kvmgr_attention_reserve(twin.device.attention, 4, 4, 40);
+            assert_eq!(status, KVMGR_INVALID_STATE);
+            assert!(message().contains("captured"), "{}", message());
+        });
+        (0..2).for_each(|layer| twin.layer(layer, 1));
+        twin.commit(&mut pair, &[1]);
         ok(kvmgr_cache_set_stream(twin.device.cache, ptr::null_mut()));
     });
 }

@@ -61,6 +61,14 @@ pub fn num_failures() -> Option<u32> {
     is_mock().then(|| unsafe { sys::culib().get::<Count>(b"mock_num_failures").unwrap()() })
 }
 
+/// Of the allocations from now on the mock has no memory for `count` from the `first` on. Answers how many there
+/// were since the last call.
+pub fn refuse_allocations(first: u32, count: u32) -> u32 {
+    type Refuse = unsafe extern "C" fn(u32, u32) -> u32;
+    // SAFETY: a symbol of the mock with this type.
+    unsafe { sys::culib().get::<Refuse>(b"mock_refuse_allocations").unwrap()(first, count) }
+}
+
 #[track_caller]
 pub fn check(result: CUresult) {
     assert_eq!(result, CUresult::CUDA_SUCCESS);

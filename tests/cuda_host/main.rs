@@ -12,6 +12,7 @@ mod common;
 #[path = "../common/counting.rs"]
 mod counting;
 mod driver;
+mod memory;
 #[path = "../common/mock_driver.rs"]
 mod mock_driver;
 mod policies;

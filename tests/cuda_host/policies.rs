@@ -157,6 +157,26 @@ fn queries_of_another_text_are_not_taken() {
     });
 }
 
+/// Nor before what the prefix index has: these tokens are not attended.
+#[test]
+fn queries_of_another_text_are_not_taken_for_those_of_a_prefix() {
+    on_device("policies::queries_of_another_text_are_not_taken_for_those_of_a_prefix", || {
+        let _context = Context::new();
+        let mut twin = Twin::new(setup_for("snapkv(w=16) | keep(0.5)", 0), 5, |_| {});
+        let prompt: Vec<i32> = (0..100).collect();
+        let (mut other, _) = twin.start(&prompt);
+        twin.feed(&mut other, &prompt);
+        let (mut pair, _) = twin.start(&[]);
+        twin.step(&mut [&mut pair], &[(vec![1; 110], 110)]);
+        twin.truncate(&mut pair, 0);
+        twin.match_prefix(&mut pair, &prompt);
+        assert_eq!(pair.tokens.len(), 96);
+        twin.step(&mut [&mut pair], &[(prompt[96..].to_vec(), 4)]);
+        twin.end_prefill(&pair);
+        assert_eq!(twin.positions(&pair)[0].len(), 50);
+    });
+}
+
 /// Policies that ask for what queries give each row, which a kernel adds up. On a device those of a rejected
 /// draft count, so here all are real.
 #[test]

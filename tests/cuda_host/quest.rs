@@ -252,6 +252,38 @@ fn blocks_behind_a_rollback_are_read() {
     });
 }
 
+/// A full block that is in the residual window of a fork may be written again when the other sequence, which has
+/// chosen by it, is gone.
+#[test]
+fn blocks_that_are_written_again_are_chosen_by_what_is_in_them() {
+    on_device("quest::blocks_that_are_written_again_are_chosen_by_what_is_in_them", || {
+        let _context = Context::new();
+        // The last layer alone chooses, whose blocks stay as they are.
+        let setup = Setup {
+            spec: "quant(int8, residual=128, skip_layers=1) | quest(tokens=128, dense=2)",
+            block: 64,
+            layers: 3,
+            lanes: KVMGR_LANE_LAYER,
+            has_prefix: false,
+            ..PLAIN
+        };
+        let mut twin = Twin::new(setup, 4, |_| {});
+        let (mut pair, _) = twin.start(&[]);
+        twin.feed(&mut pair, &[1; 400]);
+        let mut child = twin.fork(&pair);
+        twin.feed(&mut pair, &[1; 200]);
+        let before = choices();
+        twin.step(&mut [&mut pair], &[(vec![1], 1)]);
+        assert!(before.is_none_or(|before| choices() > Some(before)), "nothing was chosen");
+        drop(pair);
+        twin.truncate(&mut child, 325);
+        twin.feed(&mut child, &[1; 300]);
+        for _ in 0..8 {
+            twin.step(&mut [&mut child], &[(vec![1], 1)]);
+        }
+    });
+}
+
 /// Sequences of a batch choose in layers of their own; one has no policy, and blocks were there before
 /// anybody chose.
 #[test]

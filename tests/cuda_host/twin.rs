@@ -157,6 +157,13 @@ impl Engine {
         Self { cache, attention }
     }
 
+    /// A handle that has no memory yet.
+    pub fn renew_attention(&mut self) {
+        kvmgr_attention_destroy(self.attention);
+        // SAFETY: a live handle and a place for a pointer.
+        ok(unsafe { kvmgr_attention_create(self.cache, &raw mut self.attention) });
+    }
+
     pub fn plan(&self, sequences: &[*mut kvmgr_sequence], counts: &[u32]) {
         // SAFETY: live handles and lists of this length.
         ok(unsafe {
@@ -258,7 +265,14 @@ impl Twin {
     /// The same with a policy of its own.
     pub fn start_with(&self, policy: *const kvmgr_policy, prompt: &[i32]) -> (Pair, usize) {
         let (host, device) = (self.host.sequence(policy), self.device.sequence(policy));
-        let pair = Pair { host, device, tokens: Vec::new() };
+        let mut pair = Pair { host, device, tokens: Vec::new() };
+        self.match_prefix(&mut pair, prompt);
+        let matched = pair.tokens.len();
+        (pair, matched)
+    }
+
+    /// Gives an empty sequence what the prefix index has of a prompt.
+    pub fn match_prefix(&self, pair: &mut Pair, prompt: &[i32]) {
         let matched = pair.both().map(|sequence| {
             let mut matched = 0;
             // SAFETY: a live handle, a list of this length, a place for a number.
@@ -273,9 +287,7 @@ impl Twin {
             matched
         });
         assert_eq!(matched[0], matched[1], "the same prefixes are found");
-        let mut pair = pair;
         pair.tokens.extend_from_slice(&prompt[..matched[0]]);
-        (pair, matched[0])
     }
 
     pub fn fork(&self, parent: &Pair) -> Pair {

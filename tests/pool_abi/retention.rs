@@ -47,6 +47,31 @@ fn retention_decides_who_goes_first_and_can_be_changed() {
         ok(kvmgr_pool_tick(pool, 50));
     };
     assert_eq!(survivor(c"lru", longer), (false, true));
+    // Too late, but the entry is still there.
+    let late = |pool: *mut kvmgr_pool, a: &[i32], b: &[i32]| {
+        run(pool, &request(a));
+        run(pool, &kvmgr_pool_request { ttl: 50, ..request(b) });
+        ok(kvmgr_pool_tick(pool, 50));
+        let known = hashes(pool, &request(b));
+        // SAFETY: hashes of the length that is passed.
+        ok(unsafe { kvmgr_pool_keep_entries(pool, known.as_ptr(), 1, 0, 0, 0, null_mut()) });
+    };
+    assert_eq!(survivor(c"lru", late), (false, true));
+    // It is wanted again, by a sequence that was parked.
+    let resumed = |pool: *mut kvmgr_pool, a: &[i32], b: &[i32]| {
+        let id = start(pool, &request(b)).sequence;
+        let mut num = 0;
+        // SAFETY: nobody asks for places.
+        ok(unsafe { kvmgr_pool_park(pool, id, null_mut(), 0, &raw mut num) });
+        run(pool, &kvmgr_pool_request { ttl: 50, ..request(b) });
+        ok(kvmgr_pool_tick(pool, 50));
+        run(pool, &request(a));
+        let mut places = [kvmgr_placement { place: 0, block: 0 }; 2];
+        // SAFETY: room for all places.
+        ok(unsafe { kvmgr_pool_resume(pool, id, places.as_mut_ptr(), 2, &raw mut num) });
+        ok(end(pool, id));
+    };
+    assert_eq!(survivor(c"lru", resumed), (false, true));
     // A newer state of the session replaces the older one.
     let session = |pool: *mut kvmgr_pool, a: &[i32], b: &[i32]| {
         run(pool, &request(a));
@@ -127,4 +152,33 @@ fn parts_of_a_sequence_stay_for_as_long_as_they_are_told() {
     ok(end(pool, start(pool, &request(&[8; 11])).sequence));
     assert_eq!(num_cached(pool), 1);
     kvmgr_pool_release(pool);
+}
+
+/// The blocks that a parked sequence had may be others' by now.
+#[test]
+fn what_a_parked_sequence_has_left_is_its_own() {
+    for (reuses, expected) in [(true, (true, false)), (false, (true, true))] {
+        let pool = create(&config(if reuses { 2 } else { 3 }, KVMGR_POOL_PREFIX));
+        let [a, b, parked] = [1, 2, 5].map(|id| [id; 4]);
+        let asked = kvmgr_pool_request { ttl: 50, ..request(&parked) };
+        let id = start(pool, &asked).sequence;
+        // SAFETY: nobody asks for places.
+        unsafe {
+            let mut num = 0;
+            ok(kvmgr_pool_park(pool, id, null_mut(), 0, &raw mut num));
+        }
+        let [b_id, a_id] = [&b, &a].map(|tokens| start(pool, &request(tokens)).sequence);
+        [b_id, a_id, id].into_iter().for_each(|id| ok(end(pool, id)));
+        ok(kvmgr_pool_tick(pool, 50));
+        let third = start(pool, &request(&[3; 4])).sequence;
+        let cached = |tokens: &[i32]| {
+            let (found, lease) = lookup(pool, &hashes(pool, &request(tokens)), 0);
+            kvmgr_lease_destroy(lease);
+            found == 1
+        };
+        assert_eq!((cached(&a), cached(&b)), expected);
+        assert!(!cached(&parked));
+        ok(end(pool, third));
+        kvmgr_pool_release(pool);
+    }
 }

@@ -117,6 +117,12 @@ impl Cuda {
         })
     }
 
+    /// Fails while the stream is being captured into a graph.
+    pub(super) fn check_not_capturing(&self, what: &str) -> Result<()> {
+        let _entered = self.gpu.enter()?;
+        self.gpu.ensure_not_capturing(what)
+    }
+
     /// Makes room for every plan of so many sequences, queries, and blocks of a layer.
     pub(super) fn reserve(
         &mut self,
@@ -126,7 +132,6 @@ impl Cuda {
         num_blocks: usize,
     ) -> Result<()> {
         let _entered = self.gpu.enter()?;
-        self.gpu.ensure_not_capturing("reserve")?;
         let config = cache.config();
         let heads = config.shape.num_kv_heads;
         let grids = self.decode.kernels.iter().map(|(variant, _)| self.grid_of(*variant));

@@ -269,7 +269,7 @@ impl BlockManager {
             let label = self.retention.label(*id);
             if label != Label::default() || self.tables.has_ranges(*id)? {
                 let ttls = self.tables.ranges(*id)?.map(|it| it.map_or(label.ttl, |it| it.ttl));
-                let blocks = self.tables.blocks(*id)?.iter().copied();
+                let blocks = self.tables.left(&self.pool, *id)?;
                 left.push((label.session, blocks.zip(ttls).collect::<Vec<_>>()));
             }
         }

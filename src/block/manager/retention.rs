@@ -71,10 +71,11 @@ impl Retention {
                 let deadline = now.saturating_add(*ttl);
                 self.deadlines.insert(life, deadline);
                 self.queue.push(Reverse((deadline, life)));
-                pool.set_doomed(id, false);
             } else {
                 self.deadlines.remove(&life);
             }
+            // A deadline that has passed counts no more.
+            pool.revive(*block);
             lives.push(life);
         }
         if session > 0 {

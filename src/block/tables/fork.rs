@@ -184,6 +184,9 @@ impl Tables {
             }
             bail!(OutOfBlocks, "need {needed} blocks, {available} are available");
         }
+        for block in found.iter().filter(|block| **block != NO_BLOCK) {
+            pool.revive(*block);
+        }
         let mut missing = Vec::with_capacity(needed);
         for (place, block) in sequence.blocks.iter_mut().enumerate() {
             if *block != NO_BLOCK && found[place] == NO_BLOCK {

@@ -246,6 +246,21 @@ impl Tables {
         Ok(sequence.keys.as_ref().is_some_and(|keys| !keys.ranges.is_empty()))
     }
 
+    /// The table of what a sequence would leave behind if it ended now. Of a parked one these are the entries that
+    /// are still there: its blocks may be others' by now.
+    pub fn left(&self, pool: &BlockPool, id: SequenceId) -> Result<impl Iterator<Item = u32>> {
+        let sequence = &self.sequences[self.slot(id)?];
+        let groups = self.config.groups.len();
+        Ok(sequence.blocks.iter().enumerate().map(move |(place, block)| {
+            if !sequence.parked || *block == NO_BLOCK {
+                return *block;
+            }
+            let digest = sequence.pending.get(place / groups);
+            let entry = digest.and_then(|digest| pool.find(digest, (place % groups) as u8));
+            entry.unwrap_or(NO_BLOCK)
+        }))
+    }
+
     /// The digest of the full committed chunks of a sequence.
     pub fn digest(&self, id: SequenceId) -> Result<Digest> {
         Ok(self.sequences[self.slot(id)?].digest)
