@@ -62,8 +62,8 @@ KVM_DEVICE KvmFirstPages kvm_first_pages(const KvmDecode& p, const KvmItem& it) 
     return {Ring::page(p, it, row), Ring::page(p, it, row + Ring::STEP)};
 }
 
-/// Asks for the first two chunks of a warp in a part; for one where registers are too few (IS_AHEAD is false).
-template <class K, class V, int D, int WARPS, bool IS_AHEAD>
+/// Asks for the first two chunks of a warp in a part.
+template <class K, class V, int D, int WARPS>
 KVM_DEVICE void kvm_load_first(const KvmDecode& p, const KvmItem& it, KvmFirstPages pages,
                                unsigned char* smem) {
     using Ring = KvmSealedRing<K, V, D, WARPS>;
@@ -72,21 +72,26 @@ KVM_DEVICE void kvm_load_first(const KvmDecode& p, const KvmItem& it, KvmFirstPa
     u32 row = Ring::first(p, it);
     ring.load(p, it, row, pages.first, 0);
     kvm_cp_commit();
-    if (IS_AHEAD) {
-        ring.load(p, it, row + Ring::STEP, pages.second, 1);
-        kvm_cp_commit();
-    }
+    ring.load(p, it, row + Ring::STEP, pages.second, 1);
+    kvm_cp_commit();
 }
 
-/// Attends to the sealed rows of a part whose first chunks have been asked for.
+/// Attends to the sealed rows of a part whose first chunks have been asked for, unless registers are too few to
+/// do that ahead.
 template <class K, class V, int D, int NT, int WARPS>
-KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const KvmSight<NT>& sight,
-                                unsigned char* smem, u32* shared_q, KvmState<D, NT>& st) {
+KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, KvmFirstPages pages,
+                                const KvmSight<NT>& sight, unsigned char* smem, u32* shared_q,
+                                KvmState<D, NT>& st) {
+    constexpr bool IS_AHEAD = !KVM_SHARES_Q<D, NT>;
     using Ring = KvmSealedRing<K, V, D, WARPS>;
     Ring ring(smem);
     KvmQueries<D, NT> q;
     const u32 first = Ring::first(p, it);
-    u32 row = first;
+    u32 row = first, page = pages.second; // of the next chunk
+    if constexpr (!IS_AHEAD) {
+        ring.load(p, it, row, pages.first, 0);
+        kvm_cp_commit();
+    }
     kvm_prepare_q<K, D, NT, WARPS>(p, it, shared_q, q);
     KvmSealedState<NT> sealed = {0, {}, {}};
     // The rows that all queries see, those of the first and of the last query.
@@ -94,8 +99,6 @@ KVM_DEVICE void kvm_sealed_rows(const KvmDecode& p, const KvmItem& it, const Kvm
     seen_end = seen_end < it.end ? seen_end : it.end;
     u32 seen_begin = p.window > 0 && it.len > p.window ? it.len - p.window : 0;
     seen_begin = seen_begin > it.first ? seen_begin : it.first;
-    constexpr bool IS_AHEAD = !KVM_SHARES_Q<D, NT>;
-    u32 page = IS_AHEAD ? 0 : Ring::page(p, it, first + Ring::STEP); // of the next chunk
     for (int place = 0; row < Ring::end(it); place ^= 1, row += Ring::STEP) {
         if (!IS_AHEAD || row != first) {
             ring.load(p, it, row + Ring::STEP, page, place ^ 1);
@@ -158,7 +161,7 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
     // Lists of blocks and sealed rows are older than the kernel before.
     KvmItem it = p.items[kvm_bid()];
     auto pages = kvm_first_pages<K, V, D, WARPS>(p, it);
-    kvm_load_first<K, V, D, WARPS, !KVM_SHARES_Q<D, NT>>(p, it, pages, smem);
+    if constexpr (!KVM_SHARES_Q<D, NT>) kvm_load_first<K, V, D, WARPS>(p, it, pages, smem);
     kvm_wait_for_previous();
     kvm_let_next_start();
     if (it.num_queries == 0) return;
@@ -173,7 +176,7 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
             for (int i = 0; i < NT * 2; i++)
                 kvm_settle(sight.begin[i / 2][i % 2]), kvm_settle(sight.end[i / 2][i % 2]);
         if (it.begin < it.sealed_end)
-            kvm_sealed_rows<K, V, D, NT, WARPS>(p, it, sight, smem, shared_q, st);
+            kvm_sealed_rows<K, V, D, NT, WARPS>(p, it, pages, sight, smem, shared_q, st);
         if (it.end > it.sealed_end) kvm_open_rows<D, NT, WARPS>(p, it, sight, smem, shared_q, st);
         kvm_sync(); // nobody reads tiles or chunks any more
         if constexpr (KVM_SHARES_Q<D, NT>) it = p.items[*at];
@@ -183,7 +186,7 @@ KVM_DEVICE void kvm_decode_quant(const KvmDecode& p, unsigned char* smem) {
         it = p.items[it.next];
         pages = kvm_first_pages<K, V, D, WARPS>(p, it);
         kvm_sync(); // all know whether theirs was the last part
-        kvm_load_first<K, V, D, WARPS, !KVM_SHARES_Q<D, NT>>(p, it, pages, smem);
+        if constexpr (!KVM_SHARES_Q<D, NT>) kvm_load_first<K, V, D, WARPS>(p, it, pages, smem);
     }
 }
 
