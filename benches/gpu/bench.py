@@ -107,7 +107,7 @@ class Ours(Launched):
     def __init__(self, driver, module, point, is_wide=None, is_dependent=True):
         group = point.q_heads // point.kv_heads
         if is_wide is None:  # as the library chooses
-            is_wide = point.batch * point.kv_heads < 2 * driver.num_sms()
+            is_wide = 2 * point.batch * point.kv_heads < 3 * driver.num_sms()
         columns, warps = 16 if group > 8 else 8, warps_of(D, is_wide)
         self.driver, self.is_dependent = driver, is_dependent
         self.threads, self.smem = 32 * warps, smem_of(D, columns, warps)

@@ -172,7 +172,7 @@ impl Cuda {
         let has_16_columns = group > 8 || steps.clone().any(|n| n * group > 8);
         let tile = tile_of(has_16_columns, group);
         let tiles = steps.map(|n| n.div_ceil(tile)).sum::<usize>() * heads;
-        let is_wide = tiles < 2 * self.gpu.num_sms() as usize;
+        let is_wide = 2 * tiles < 3 * self.gpu.num_sms() as usize;
         self.variant = self.decode.choose(Variant { has_16_columns, is_wide });
         self.num_tokens = queries.sum();
         self.has = [false; 2];
