@@ -51,10 +51,6 @@ template <class K, class V, int D, int WARPS> struct KvmSealedRing {
     }
 };
 
-/// The blocks of the first chunks of a warp in a part.
-struct KvmFirstPages {
-    u32 first, second;
-};
 template <class K, class V, int D, int WARPS>
 KVM_DEVICE KvmFirstPages kvm_first_pages(const KvmDecode& p, const KvmItem& it) {
     using Ring = KvmSealedRing<K, V, D, WARPS>;

@@ -252,6 +252,11 @@ KVM_DEVICE void kvm_tile(const KvmDecode& p, const KvmSight<NT>& sight, u32 firs
     }
 }
 
+/// The blocks of the first two tiles or chunks of a warp in a part.
+struct KvmFirstPages {
+    u32 first, second;
+};
+
 /// The rows of a part that lie in open blocks. A warp owns every WARPS-th tile of 16 rows, and two places for
 /// tiles in shared memory that it alone fills: there is no barrier of the CTA.
 template <int D, int WARPS = kvm_warps(D), bool IS_HINTED = true> struct KvmRing {
@@ -265,17 +270,13 @@ template <int D, int WARPS = kvm_warps(D), bool IS_HINTED = true> struct KvmRing
         return (begin > it.sealed_end ? begin : it.sealed_end) + kvm_tid() / 32 * 16;
     }
 
-    /// The blocks of the first tiles of a part.
-    struct Pages {
-        u32 first, second;
-    };
-    KVM_DEVICE Pages pages(const KvmDecode& p, const KvmItem& it) const {
+    KVM_DEVICE KvmFirstPages pages(const KvmDecode& p, const KvmItem& it) const {
         u32 row = first(p, it);
         return {kvm_page(p, it, row), kvm_page(p, it, row + STEP)};
     }
 
     /// Asks for the first tiles of a part.
-    KVM_DEVICE void begin(const KvmDecode& p, const KvmItem& it, const Pages& pages) const {
+    KVM_DEVICE void begin(const KvmDecode& p, const KvmItem& it, const KvmFirstPages& pages) const {
         u32 row = first(p, it);
         kvm_load_tile<D, IS_HINTED>(p, it, row, pages.first, tiles);
         kvm_cp_commit();

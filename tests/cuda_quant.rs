@@ -284,10 +284,12 @@ fn sealed_rows_are_attended_to_as_in_f64() {
             let (error, lse) = error_of(kernels, case, seed);
             // The logarithm of a sum carries the errors of logits, which grow with them. Those of kivi are
             // larger: queries times the scales of channels are rounded to f16, and weights show it too. At a
-            // gain of 20 that is 7e-4 on average and up to 2e-3, whatever head_dim is; at 1 it is 2e-4.
+            // gain of 20 that is 7e-4 on average and up to 2e-3, whatever head_dim is; at 1 it is 2e-4. The cases of
+            // 64 and 128 channels stay below the limit all the same.
             let gain = f64::from(case.gain.max(1.0));
             let is_kivi = matches!(format.codes(true), Codes::Kivi4 | Codes::Kivi2);
-            let most = case.dtype.limit() * if is_kivi { (gain / 10.0).max(1.0) } else { 1.0 };
+            let is_wide = is_kivi && case.dim == 256;
+            let most = case.dtype.limit() * if is_wide { (gain / 10.0).max(1.0) } else { 1.0 };
             assert!(error < most, "{case:?}: O {error:e}");
             assert!(lse < 1e-3 * gain, "{case:?}: LSE {lse:e}");
         }

@@ -138,7 +138,6 @@ mod tests {
         let uneven = [head(&[]), head(&[1.0, 2.0])];
         assert_eq!(Compose.spread_layers(&[2], &uneven, &[0, 1]).unwrap(), [0, 1]);
         // All that there is stays if the shares pay for it, whichever head they were meant for.
-        let uneven = [head(&[]), head(&[1.0, 2.0])];
         assert_eq!(Compose.spread_layers(&[2], &uneven, &[0, 2]).unwrap(), [0, 2]);
         let uneven = [head(&[2.0]), head(&[1.0; 9]), head(&[1.0; 4])];
         assert_eq!(Compose.spread_layers(&[3], &uneven, &[1, 9, 4]).unwrap(), [1, 9, 4]);
